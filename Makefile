@@ -1,0 +1,52 @@
+# Everything runs in .venv, made on first use and again when pyproject.toml or constraints.txt change.
+# Arguments go through: make train ARGS="--train.steps 3"
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+CONFIG ?= configs/quickstart.yaml
+MODEL ?= $(firstword $(wildcard runs/quickstart/model) operators)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint types demo evaluate bench clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## Create .venv and install the package with its development tools
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(PY) && $(PY) -m pip --version >/dev/null 2>&1 && exit 0; \
+	for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	    if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+	        echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); \
+	    fi; \
+	done; \
+	echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make setup PYTHON=/path/to/python" >&2; exit 1
+	$(PY) -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $(READY)
+
+train: $(READY)  ## Train the quick start; CONFIG=file, ARGS="--section.field value"
+	$(PY) -m aipo_graph.train $(CONFIG) $(ARGS)
+
+test: $(READY)  ## Run every test; ARGS="-m 'not slow'" for the quick ones
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)  ## Check style and format with ruff
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(READY)  ## Check types with mypy
+	$(PY) -m mypy
+
+demo: $(READY)  ## Show one trace as it happens; MODEL=folder, ARGS='"question" --compare'
+	$(PY) -m aipo_graph.demo $(MODEL) $(ARGS)
+
+evaluate: $(READY)  ## pass@k alone and with agents; MODEL=folder
+	$(PY) -m aipo_graph.evaluate $(MODEL) $(ARGS)
+
+bench: $(READY)  ## Measure tokens/s of engine, graph and learner
+	$(PY) benchmarks/bench.py $(ARGS)
+
+clean:  ## Remove caches and builds; .venv and runs stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

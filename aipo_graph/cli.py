@@ -1,0 +1,286 @@
+"""Command lines: ``[config.yaml] [--section.field value] [--dry-run] [--help]``, and errors in one line."""
+
+import argparse
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource, CliToggleFlag, SettingsError
+from rich.console import Console
+from rich.text import Text
+
+from aipo_graph.config import PATHS
+from aipo_graph.errors import AipoError, ConfigError
+from aipo_graph.load import find
+
+C = TypeVar("C", bound=BaseModel)
+MAX_YAML_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a command line says beside the settings."""
+
+    file: Path | None
+    """The YAML file that was read."""
+    dry_run: bool
+
+
+def parse(argv: Sequence[str], cls: type[C], *, prog: str, doc: str = "", default: str = "") -> tuple[C, Options]:
+    """Settings of ``cls`` from defaults, then a YAML file, then the command line.
+
+    The file is the positional argument, or ``--config FILE`` where ``cls`` has positional fields of its own; without either it is
+    ``default``, where one is given. Raises ConfigError in one line: the key, its value, the place, the remedy. ``--help`` prints
+    every field's docstring and exits.
+    """
+    known = [*(key for key, _ in _leaves(cls)), "config", "dry-run", "help"]
+    for word in argv:
+        key = word[2:].partition("=")[0]
+        if word.startswith("--") and key not in known and key not in cls.model_fields:
+            raise ConfigError(f"no setting --{key}{_nearest_key(key, known, '--')} (see {prog} --help)")
+    given = _command_line(argv, cls, prog, doc, default)
+    file, dry_run = given.pop("config", default), given.pop("dry-run", False) is True
+    path = find(file) if file else None
+    values, lines = read_yaml(path) if path else ({}, {})
+    if path:
+        values = {key: {} if value is None else value for key, value in values.items()}  # a section whose lines are all comments
+        _resolve_paths(values, path.parent)
+    try:
+        return cls.model_validate(_merge(cls, values, given)), Options(path, dry_run)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, cls, set(_flatten(given)), lines, path)) from error
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A mapping from a YAML file, and the line of each dotted key.
+
+    Aliases (a few lines of them can fill the memory), repeated keys and anything but a mapping are refused with ConfigError.
+    """
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES:,} bytes; this is not a configuration")
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        lines = dict(_lines(node, "")) if node else {}
+        values = loader.construct_document(node) if node else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        text = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{path}: {text}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: a mapping of sections is wanted (train: {{steps: 10}}), not a {type(values).__name__}")
+    return values, lines
+
+
+def write_yaml(config: BaseModel) -> str:
+    """Every setting as YAML; reading it back gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Run a command and turn an expected failure into one line on stderr; returns the exit code (0, 2, 130)."""
+    try:
+        command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return 0
+    except AipoError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (head, less). Python would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        return _fail(f"no space left on the disk{where}; free some and repeat the command")
+
+
+def printable(text: str) -> str:
+    """Text on one line: nothing in it may move the cursor or end the line, wherever it came from."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _fail(message: str) -> int:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble(("error: ", "bold red"), printable(message)))
+    return 2
+
+
+POSITIONAL = get_args(CliPositionalArg[str])[1]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _command_line(argv: Sequence[str], cls: type[BaseModel], prog: str, doc: str, default: str) -> dict[str, Any]:
+    """What argv gives, nested as the config is: most values still text, ``config`` and ``dry-run`` among them."""
+    positional = [name.upper() for name, field in cls.model_fields.items() if POSITIONAL in field.metadata]
+    file_type: Any = str if positional else CliPositionalArg[str]
+    command: Any = create_model(
+        "Command",
+        __base__=(BaseSettings, cls),
+        config_file=(file_type, Field(default, validation_alias="config", description="YAML file of settings.")),
+        dry_run=(CliToggleFlag[bool], Field(False, validation_alias="dry-run", description="Print the resolved settings and stop.")),
+    )
+    words = [prog, *positional, "[--config config.yaml]" if positional else "[config.yaml]", "[--section.field value ...] [--dry-run]"]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join(words),
+        description=doc or cls.__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
+        allow_abbrev=False,
+    )
+    try:
+        source: Any = CliSettingsSource(
+            command,
+            # pydantic-settings gives a field of one letter a short flag only.
+            cli_parse_args=[word[1:] if len(word) == 3 and word[:2] == "--" else word for word in argv],
+            root_parser=parser,
+            cli_avoid_json=True,
+            cli_hide_none_type=True,
+            cli_parse_none_str="null",
+        )
+        return dict(source())
+    except SettingsError as error:
+        raise ConfigError(f"{error} (see {prog} --help)") from error
+
+
+def _leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _merge(cls: type[BaseModel], low: Any, high: Any) -> Any:
+    """``high`` over ``low``, section by section; a field that is itself a mapping is replaced as a whole."""
+    if not (isinstance(low, dict) and isinstance(high, dict)):
+        return high
+    merged = dict(low)
+    for key, value in high.items():
+        field = cls.model_fields.get(key)
+        section = field.annotation if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+        merged[key] = _merge(section, low[key], value) if section and low.get(key) is not None else value
+    return merged
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+# --- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported; write the value out", mark)
+        return super().compose_node(parent, index)
+
+
+def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of every key below a mapping. Raises YAMLError on a repeated key and on one that is no word."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{prefix}{key.value} is given twice", key.start_mark)
+        seen.add(key.value)
+        yield f"{prefix}{key.value}", key.start_mark.line + 1
+        yield from _lines(value, f"{prefix}{key.value}.")
+
+
+def _resolve_paths(values: dict[str, Any], base: Path) -> None:
+    """Paths that exist beside the YAML file, and not below the working directory, become absolute, so that a run's resolved
+    config means the same wherever it is read."""
+
+    def beside(value: Any, bare: bool) -> Any:
+        if not isinstance(value, str) or (bare and "/" not in value and "." not in value):
+            return value
+        path, colon, name = value.rpartition(":") if ".py:" in value else (value, "", "")
+        if not path or Path(path).is_absolute() or Path(path).exists() or not (base / path).exists():
+            return value
+        return f"{(base / path).resolve()}{colon}{name}"
+
+    for dotted in PATHS:
+        section, _, key = dotted.partition(".")
+        holder = values.get(section)
+        if not isinstance(holder, dict) or key not in holder:
+            continue
+        # A bare word as model or task is a built-in's name first.
+        bare, value = key in ("model", "name"), holder[key]
+        holder[key] = {k: beside(v, bare) for k, v in value.items()} if isinstance(value, dict) else beside(value, bare)
+
+
+# --- what is wrong with a value
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], given: set[str], lines: Mapping[str, int], path: Path | None) -> str:
+    """One line for the first of the errors: key, value, what is allowed, where it was given, how many more there are."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "value_error":  # our own checks of fields together: the message starts with the key
+        key = str(first["ctx"]["error"]).partition(" = ")[0]
+    stem = next((known for known, _ in _leaves(cls) if key == known or key.startswith(f"{known}.")), key)
+    if stem in given:
+        place = " (on the command line)"
+    else:
+        line = next((lines[k] for k in (key, stem, key.rpartition(".")[0]) if k in lines), None)
+        place = f" ({path}:{line})" if path and line else ""
+    if first["type"] == "extra_forbidden":
+        text = f"no setting {key!r}{_nearest_key(key, [*cls.model_fields, *(known for known, _ in _leaves(cls))])}"
+    elif first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+    elif first["type"] == "missing":
+        text = f"{key} is missing"
+    else:
+        value = repr(first["input"])
+        text = f"{key} = {value if len(value) <= 80 else value[:77] + '...'}: {_allowed(first)}"
+    more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
+    return text + place + more
+
+
+def _allowed(error: Any) -> str:
+    if "pattern" in error.get("ctx", {}):
+        return f"must match {error['ctx']['pattern']}"
+    if error["type"] == "model_type":
+        return "must be a mapping of settings"
+    text = str(error["msg"]).replace("Input should be ", "must be ")
+    if isinstance(error["input"], bool) and error["type"] == "string_type":
+        # YAML reads an unquoted no, yes, on or off as a truth value.
+        text += "; put quotes around it"
+    return text
+
+
+def _nearest_key(key: str, known: Sequence[str], dashes: str = "") -> str:
+    """The same word in another section, else a near key, else a near word."""
+    leaf = key.rpartition(".")[2]
+    moved = [k for k in known if k.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.7) or difflib.get_close_matches(leaf, known, n=1)
+    hit = next(iter(moved or close), None)
+    return f"; did you mean {dashes}{hit}?" if hit else ""

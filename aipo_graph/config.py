@@ -1,0 +1,269 @@
+"""Every setting of a run: frozen sections, one docstring per field (its ``--help``), defaults that train."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Algorithm = Literal["grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo"]
+Coefficient = Literal["aipo", "mask", "ppo", "luffy", "gated", "sft", "echo"]
+FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.=+,-]*$", max_length=100)]
+Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+AgentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+
+PATHS = (
+    "policy.model",
+    "task.name",
+    "task.data",
+    "rollout.graph",
+    "rollout.solo",
+    "rollout.prompts",
+    "agents.use",
+)
+"""Fields that may name a file. In a YAML file such a path may be relative to that file."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    name: FolderName = "quickstart"
+    """Name of the run; everything it writes is under DIR/NAME."""
+    dir: str = "runs"
+    """Folder of all runs."""
+    seed: NonNegativeInt = 0
+    """Root of every random draw."""
+    threads: PositiveInt = 1
+    """Torch threads per process. On a shared CPU more than one is often far slower."""
+    device: Device = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
+    checkpoint_every: PositiveInt = 10
+    """Steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; at least two, so that a damaged one can be skipped."""
+    trace_groups: NonNegativeInt = 2
+    """Groups per step written to traces.jsonl."""
+
+
+class Policy(Section):
+    model: str = "operators"
+    """A Hugging Face model directory or hub name; `operators` is the small base policy that ships with the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights while sampling and learning."""
+
+
+class TaskSection(Section):
+    name: str = "operators"
+    """operators, word_problems, or a path to a factory (my_task.py:build)."""
+    data: str | None = None
+    """A JSONL file for tasks that read one; the default is the small file that ships with the package."""
+    easy_share: Fraction = 0.25
+    """Operators: the share of training problems that the base policy can already solve."""
+
+
+class Rollout(Section):
+    graph: str = "graphs/aipo.py:build"
+    """The graph with agents: path.py:function, or package.module:function."""
+    solo: str = "graphs/solo.py:build"
+    """The graph without agents; it makes the alone share of every group and the alone evaluation."""
+    prompts: str = "prompts"
+    """Folder of the prompt files that the graph's nodes name."""
+    problems: PositiveInt = 32
+    """Problems per step."""
+    traces: PositiveInt = 8
+    """Traces per problem (G, the group size)."""
+    with_agents: Fraction = 0.5
+    """Share of each group that runs with agents, rounded to whole traces."""
+    max_tokens: PositiveInt = 160
+    """Budget of policy tokens per trace."""
+    max_consults: NonNegativeInt = 16
+    """Budget of consults per trace."""
+    max_supersteps: PositiveInt = 64
+    """LangGraph supersteps per trace before it ends for lack of budget."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature while training and in sampled evaluation."""
+    top_p: Fraction = 1.0
+    """Refused below 1 in training: the learner cannot know the probability of what truncated sampling drew."""
+    top_k: NonNegativeInt = 0
+    """Refused above 0 in training, for the same reason."""
+    timeout: PositiveFloat = 300.0
+    """Seconds for one trace."""
+    max_failed: Fraction = 0.5
+    """Share of failed traces in a step past which the run stops."""
+    max_lag: NonNegativeInt = 0
+    """Weight updates by which sampling may run behind; 0 is synchronous, 1 overlaps sampling and learning."""
+
+    @property
+    def traces_with_agents(self) -> int:
+        """Traces of each group that run with agents; the others run alone."""
+        return round(self.with_agents * self.traces)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_p < 1 or self.top_k > 0:
+            field = f"top_p = {self.top_p}" if self.top_p < 1 else f"top_k = {self.top_k}"
+            raise ValueError(
+                f"rollout.{field}: the learner cannot know the probability of a token drawn by truncated sampling; "
+                "leave top_p at 1 and top_k at 0, and change rollout.temperature instead"
+            )
+        if self.traces < 2:
+            raise ValueError("rollout.traces = 1: a trace is rewarded against the others of its group; give at least 2")
+        if 0 < self.with_agents < 1 and self.traces_with_agents in (0, self.traces):
+            raise ValueError(
+                f"rollout.with_agents = {self.with_agents}: that is {self.traces_with_agents} of rollout.traces = {self.traces}; "
+                "raise rollout.traces, or say 0 or 1"
+            )
+        return self
+
+
+class Agents(Section):
+    use: dict[AgentName, str] = {
+        "verify": "graphs/operators_agents.py:verify",
+        "knowledge": "graphs/operators_agents.py:knowledge",
+        "reasoning": "graphs/operators_agents.py:reasoning",
+    }
+    """Agent name -> path of a function that builds the Agent."""
+    max_reply_tokens: PositiveInt = 256
+    """Longest reply that is spliced in; the rest is cut."""
+    attempts: PositiveInt = 3
+    """Tries per consult on a transient fault."""
+    timeout: PositiveFloat = 90.0
+    """Seconds for one consult, retries included."""
+    leak: Literal["mask", "drop", "allow"] = "mask"
+    """A reply that gives the answer away: keep it out of the loss, drop the trace, or do nothing. Counted in any case."""
+
+
+class Engine(Section):
+    kind: Literal["local"] = "local"
+    """local: sampling in this process with torch."""
+    max_batch: PositiveInt = 256
+    """Sequences decoded at once."""
+    deterministic: bool = True
+    """Form batches at fixed points only, so that a run repeats bit for bit. Turn off where agents are slow to answer."""
+
+
+class Loss(Section):
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """Advantage estimator over a group's rewards."""
+    baseline: Literal["split", "group"] = "split"
+    """split: alone traces are compared with alone ones only; group: all with all."""
+    algorithm: Algorithm = "grpo"
+    """Surrogate of policy tokens."""
+    agent: Coefficient = "aipo"
+    """Coefficient of agent tokens (our reconstruction: aipo; alternatives by name)."""
+    agent_weight: NonNegativeFloat = 1.0
+    """Lambda: weight of the agent-token loss beside the policy-token loss."""
+    floor: NonNegativeFloat = 0.1
+    """Smallest coefficient of an agent token in a trace with positive advantage."""
+    ceiling: PositiveFloat = 2.0
+    """Largest coefficient of an agent token."""
+    behaviour: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability assumed for agent tokens whose helper recorded none (mu)."""
+    gamma: PositiveFloat = 0.1
+    """luffy: the constant of pi / (pi + gamma)."""
+    echo_weight: NonNegativeFloat = 0.1
+    """echo: weight of the cross-entropy on agent tokens."""
+    clip_low: Fraction = 0.2
+    """Lower clip of the policy ratio."""
+    clip_high: PositiveFloat = 0.28
+    """Upper clip of the policy ratio."""
+    mismatch_cap: PositiveFloat = 2.0
+    """Largest weight exp(old - behaviour) that corrects a policy token for sampler-learner mismatch or lag."""
+    kl_weight: NonNegativeFloat = 0.0
+    """Weight of the KL to the starting policy; 0 keeps no reference in memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.floor > self.ceiling:
+            raise ValueError(f"loss.floor = {self.floor}: above loss.ceiling = {self.ceiling}")
+        if self.clip_low >= 1:
+            raise ValueError(f"loss.clip_low = {self.clip_low}: the ratio's lower clip is 1 - clip_low; give less than 1")
+        return self
+
+
+class Optimizer(Section):
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW betas."""
+    warmup_steps: NonNegativeInt = 5
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if max(self.betas) >= 1:
+            raise ValueError(f"optimizer.betas = {self.betas}: both must be below 1")
+        return self
+
+
+class Train(Section):
+    steps: PositiveInt = 100
+    """Training steps."""
+    tokens: NonNegativeInt = 0
+    """Stop before `steps` once this many policy tokens were sampled, for comparisons at equal cost; 0 is no limit."""
+    epochs: PositiveInt = 1
+    """Passes over each batch."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps per pass."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Padded tokens per forward and backward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    patience: PositiveInt = 5
+    """Steps in a row with nothing to learn from before the run stops."""
+
+
+class Evaluate(Section):
+    problems: PositiveInt = 256
+    """Held-out problems."""
+    problems_with_agents: PositiveInt = 64
+    """Held-out problems in the evaluation with agents (the first ones of the same list, all of them at most)."""
+    samples: PositiveInt = 64
+    """Samples per problem; the largest k of pass@k."""
+    workers: PositiveInt = 2
+    """Processes."""
+
+
+class Config(Section):
+    """Settings of a training run. Everything not given keeps its default."""
+
+    run: Run = Run()
+    policy: Policy = Policy()
+    task: TaskSection = TaskSection()
+    rollout: Rollout = Rollout()
+    agents: Agents = Agents()
+    engine: Engine = Engine()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.micro_batch_tokens < self.rollout.max_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens = {self.train.micro_batch_tokens}: below rollout.max_tokens = {self.rollout.max_tokens}, "
+                "so one trace would not fit"
+            )
+        if self.train.minibatches > self.rollout.problems:
+            raise ValueError(f"train.minibatches = {self.train.minibatches}: more than rollout.problems = {self.rollout.problems}")
+        return self

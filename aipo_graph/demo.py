@@ -1,0 +1,324 @@
+"""Watch a policy work: `python -m aipo_graph.demo MODEL ["question"]` shows one trace as it is made, by who wrote what."""
+
+import asyncio
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic_settings import CliPositionalArg, CliToggleFlag
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.prompt import Prompt
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging
+
+from aipo_graph import cli
+from aipo_graph.config import Config
+from aipo_graph.engines.local import LocalEngine
+from aipo_graph.errors import AipoError, ConfigError, EngineError
+from aipo_graph.load import model
+from aipo_graph.rollout.collect import Rollouts, final_text
+from aipo_graph.rollout.protocol import FEEDBACK, tags
+from aipo_graph.tasks.grading import last_box
+from aipo_graph.tasks.open import open_task
+from aipo_graph.types import Problem, Segment, Source, Trace, derive_seed
+
+PROG = "python -m aipo_graph.demo"
+STYLES: Mapping[Source, str] = {"context": "dim", "policy": "cyan", "agent": "yellow"}
+POOL = 256
+"""Held-out problems that `:sample` draws from, and whose answers are known."""
+TOGGLES = ("--with-agents", "--with_agents", "--alone", "--compare", "--dry-run", "--help", "-h")
+SIDE_BY_SIDE = 100
+"""Columns of the narrowest terminal in which --compare does not stack."""
+
+
+class Demo(Config):
+    """Show a trace as it is made: what the policy writes, whom it consults, what they reply. Without a question, ask for them."""
+
+    model: CliPositionalArg[str] = "operators"
+    """A model directory, `operators` (the shipped base policy), or a hub name."""
+    question: CliPositionalArg[str] = ""
+    """What the policy is to solve."""
+    graph: str = ""
+    """The graph with agents: path.py:function, or package.module:function; default: rollout.graph."""
+    with_agents: CliToggleFlag[bool] = False
+    """Run the graph with agents; the default, also written --with-agents."""
+    alone: CliToggleFlag[bool] = False
+    """Run the graph without agents."""
+    compare: CliToggleFlag[bool] = False
+    """Run both and show them side by side."""
+    temperature: NonNegativeFloat | None = None
+    """Of the policy, 0 for greedy; default: rollout.temperature."""
+    seed: NonNegativeInt | None = None
+    """Of the first sample; default: run.seed."""
+    samples: PositiveInt = 1
+    """Traces per question."""
+
+
+# --- what is shown of a trace
+
+
+def visible(text: str) -> str:
+    """Untrusted text made harmless to a terminal: every character that could move the cursor, colour or reorder is spelt out.
+
+    >>> visible("a\\x1b[31mb\\u202ec\\td")
+    'a\\\\x1b[31mb\\\\u202ec    d'
+    """
+    text = text.replace("\t", "    ")
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+@dataclass
+class Turn:
+    """What one author wrote at a time."""
+
+    label: str
+    source: Source
+    text: Text
+
+
+def turns(segments: Sequence[Segment]) -> list[Turn]:
+    """The turns of one superstep's segments; a reply and the tags around it are one."""
+    found: list[Turn] = []
+    opening, closing = tags(FEEDBACK)
+    for segment in segments:
+        words = visible(segment.text).rstrip("\n")
+        if segment.source == "policy":
+            # Alone it writes the replies too, all in one go: a line for each reads like the same with agents.
+            words = words.replace(opening, "\n" + opening).replace(closing, closing + "\n").strip("\n")
+        text = Text(words, STYLES[segment.source])
+        is_tag = segment.source == "context" and segment.author == FEEDBACK
+        if is_tag and segment.text != opening and found:
+            found[-1].text.append_text(text)
+        elif segment.source == "agent" and found and found[-1].label == FEEDBACK:
+            found[-1] = Turn(_label(segment), "agent", found[-1].text.append_text(text))
+        else:
+            found.append(Turn(FEEDBACK if is_tag else _label(segment), segment.source, text))
+    return found
+
+
+def _label(segment: Segment) -> str:
+    name = "prompt" if segment.source == "context" else visible(segment.author)
+    return name if segment.thread in ("main", name) else f"{name} ({visible(segment.thread)})"
+
+
+def summary(trace: Trace, answer: str) -> Turn:
+    """The last turn: what came of it. The reward only where the right ``answer`` is known."""
+    box = last_box(final_text(trace.segments))
+    parts = ["no boxed answer" if box is None else f"answer {visible(box)}"]
+    if answer and trace.trained:
+        parts.append(f"reward {trace.reward:g}" + ("" if trace.reward >= 1 else f" (right is {visible(answer)})"))
+    consults = Counter(s.author for s in trace.segments if s.source == "agent")
+    parts.append("consults: " + (", ".join(f"{visible(name)} {count}" for name, count in sorted(consults.items())) or "none"))
+    tokens = Counter[str]()
+    for segment in trace.segments:
+        tokens[segment.source] += len(segment.token_ids)
+    parts.append("tokens: " + (", ".join(f"{source} {tokens[source]}" for source in STYLES if tokens[source]) or "none"))
+    if trace.status != "done":
+        parts.append(f"ended: {trace.status}" + (f" ({visible(trace.error)})" if trace.error else ""))
+    parts += [name for name in ("violation", "leaks") if trace.scores.get(name)]
+    return Turn("summary", "context", Text("; ".join(parts), "bold"))
+
+
+# --- the screen
+
+
+class Screen:
+    """Where traces are shown: in colour on a terminal, elsewhere and under NO_COLOR as lines that start with their `[author]`."""
+
+    def __init__(self, console: Console, names: Sequence[str]) -> None:
+        self.console = console
+        self.plain = not console.is_terminal or console.is_dumb_terminal or console.no_color
+        self._width = max(map(len, names)) + 2
+
+    def show(self, turn: Turn) -> None:
+        if self.plain:
+            # Further lines are indented: only an author's own line starts with a bracket.
+            text = turn.text.plain.replace("\n", "\n  ")
+            self.console.print(Text(f"[{turn.label}] {text}"), soft_wrap=True)
+        else:
+            self.console.print(self.row(turn))
+
+    def row(self, turn: Turn) -> RenderableType:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=self._width, no_wrap=True)
+        grid.add_column(overflow="fold", ratio=1)
+        indent = "  " if turn.source == "agent" else ""
+        grid.add_row(Text(indent + turn.label, f"bold {STYLES[turn.source]}"), turn.text)
+        return grid
+
+    def beside(self, columns: Mapping[str, Sequence[Turn]]) -> RenderableType:
+        """One panel per title, next to each other where there is room."""
+        panels = [Panel(Group(*map(self.row, shown)), title=title, border_style="dim") for title, shown in columns.items()]
+        if self.console.width < SIDE_BY_SIDE:
+            return Group(*panels)
+        grid = Table.grid(expand=True)
+        for _ in panels:
+            grid.add_column(ratio=1)
+        grid.add_row(*panels)
+        return grid
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(visible(text)), soft_wrap=True)
+
+
+# --- questions
+
+
+class Questions:
+    """Turns words into problems, with the answer where it is known: a held-out problem's, or one that the task can solve itself."""
+
+    def __init__(self, rollouts: Rollouts, seed: int) -> None:
+        self._tokenizer = rollouts.tokenizer
+        self._held_out = rollouts.task.heldout(POOL)
+        self._answers = {problem.question: problem for problem in self._held_out}
+        # Optional beside the Task protocol: solve(question) -> answer, or None for what is not one of its questions.
+        self._solve = getattr(rollouts.task, "solve", lambda question: None)
+        self._rng = random.Random(seed)
+
+    @property
+    def example(self) -> str:
+        return self._held_out[0].question if self._held_out else ""
+
+    def sample(self) -> Problem:
+        if not self._held_out:
+            raise ConfigError("this task has no held-out problems to draw from: type a question")
+        return self._rng.choice(self._held_out)
+
+    def read(self, question: str) -> Problem:
+        """Raises ConfigError for characters that the model's tokenizer cannot write."""
+        unknown = dict.fromkeys(c for c in question if not c.isspace() and not self._tokenizer.plain(c)[0])
+        if unknown:
+            raise ConfigError(
+                f"the model's tokenizer does not know {' '.join(unknown)!r}: a question of this task looks like {self.example!r}"
+            )
+        known = self._answers.get(question)
+        return known or Problem("demo", question, self._solve(question) or "")
+
+
+# --- the command
+
+
+async def trace_of(
+    rollouts: Rollouts, problem: Problem, seed: int, with_agents: bool, show: Screen | list[Turn], live: Live | None
+) -> Trace:
+    """One trace, shown superstep by superstep; scored only where the answer is known. Raises EngineError if it failed."""
+
+    def add(shown: Sequence[Turn]) -> None:
+        for turn in shown:
+            show.show(turn) if isinstance(show, Screen) else show.append(turn)
+        if live:
+            live.refresh()
+
+    start = rollouts.run_trace if problem.answer else rollouts.run_graph
+    trace = await start(problem, seed=seed, with_agents=with_agents, on_segments=lambda segments: add(turns(segments)))
+    add([summary(trace, problem.answer)])
+    if trace.error and not trace.trained and not isinstance(show, list):
+        raise EngineError(trace.error)
+    return trace
+
+
+def show_traces(runner: asyncio.Runner, rollouts: Rollouts, screen: Screen, demo: Demo, problem: Problem) -> None:
+    """All traces of one question, alone, with agents, or both."""
+    modes = ("alone", "with agents") if demo.compare else ("alone",) if demo.alone else ("with agents",)
+    solved = Counter[str]()
+    for sample in range(demo.samples):
+        seed = derive_seed(demo.run.seed if demo.seed is None else demo.seed, "demo", problem.question, sample)
+        if demo.compare and not screen.plain:
+            columns: dict[str, list[Turn]] = {mode: [] for mode in modes}
+            with Live(console=screen.console, transient=True, get_renderable=partial(screen.beside, columns)) as live:
+                for mode, shown in columns.items():
+                    trace = runner.run(trace_of(rollouts, problem, seed, mode != "alone", shown, live))
+                    solved[mode] += trace.reward >= 1
+            screen.console.print(screen.beside(columns))
+            continue
+        for mode in modes:
+            if len(modes) > 1:
+                screen.note(f"--- {mode}")
+            with nullcontext() if screen.plain else screen.console.status("", spinner="dots"):
+                trace = runner.run(trace_of(rollouts, problem, seed, mode != "alone", screen, None))
+            solved[mode] += trace.reward >= 1
+    if demo.samples > 1 and problem.answer:
+        screen.note("; ".join(f"{mode}: {solved[mode]} of {demo.samples} solved" for mode in modes))
+
+
+def asked(console: Console) -> Iterator[str]:
+    """The questions that a person types, until `:q` or the end of the input."""
+    while True:
+        try:
+            words = Prompt.ask(Text("question", "bold"), console=console).strip()
+        except EOFError:
+            console.print()
+            return
+        if words in (":q", ":quit"):
+            return
+        if words:
+            yield words
+
+
+def settings(argv: list[str]) -> Demo:
+    """The command line; without --config, the model's own run folder or the quick start says the rest."""
+    argv = _ordered(argv)
+    demo, options = cli.parse(argv, Demo, prog=PROG)
+    if options.file is None:
+        own = Path(demo.model).parent / "config.yaml"
+        demo, options = cli.parse([*argv, "--config", str(own if own.is_file() else "configs/quickstart.yaml")], Demo, prog=PROG)
+    if demo.alone + demo.with_agents + demo.compare > 1:
+        raise ConfigError("--alone, --with-agents and --compare: choose one")
+    if demo.alone and demo.graph:
+        raise ConfigError("--graph names the graph with agents: leave out --alone, or name the one without as --rollout.solo")
+    found = model(demo.model)
+    if not Path(found).is_dir() and "/" not in found:
+        raise ConfigError(f"no model {demo.model!r}: give a model directory, operators, or a hub name (owner/name)")
+    policy = demo.policy.model_copy(update={"model": found})
+    rollout = demo.rollout.model_copy(update={"graph": demo.graph or demo.rollout.graph})
+    return demo.model_copy(update={"policy": policy, "rollout": rollout})
+
+
+def _ordered(argv: Sequence[str]) -> list[str]:
+    """Model and question first, wherever they stand among the options: argparse takes no optional argument from behind one."""
+    words, options, rest = [], [], iter(argv)
+    for word in rest:
+        if not word.startswith("-"):
+            words.append(word)
+        elif word in TOGGLES or "=" in word:
+            options.append(word.replace("with-agents", "with_agents"))
+        else:
+            options += [word, *islice(rest, 1)]
+    return [*words, *options]
+
+
+def command(argv: list[str]) -> None:
+    demo = settings(argv)
+    console = Console(highlight=False)
+    logging.disable_progress_bar()
+    torch.set_num_threads(demo.run.threads)
+    rollouts = Rollouts.open(demo, LocalEngine.load(demo, demo.policy.model), open_task(demo))
+    if demo.temperature is not None:
+        rollouts = replace(rollouts, temperature=demo.temperature)
+    questions = Questions(rollouts, demo.run.seed)
+    screen = Screen(console, ["summary", "policy", *rollouts.agents])
+    with asyncio.Runner() as runner:
+        if demo.question:
+            show_traces(runner, rollouts, screen, demo, questions.read(demo.question))
+            return
+        screen.note(f"Type a question such as {questions.example}, :sample for a held-out problem, :q to leave.")
+        for words in asked(console):
+            try:
+                show_traces(runner, rollouts, screen, demo, questions.sample() if words == ":sample" else questions.read(words))
+            except AipoError as error:
+                screen.note(f"error: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(command))

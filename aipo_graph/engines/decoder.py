@@ -1,0 +1,185 @@
+"""A causal LM over slots of a KV cache: the torch half of the embedded engine.
+
+Column ``c`` of a slot holds position ``c`` of its row, so rows of any length share a forward, nothing is ever shifted, and masks
+follow from positions alone. Notation: B rows, Q new tokens per row, W cache columns, H heads, D head width, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from aipo_graph.errors import EngineError
+
+LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a forward writes: slots [B, 1], the last of them, one column per new token [B, Q]; and the width W it attends to."""
+
+    slots: torch.Tensor
+    last: int
+    columns: torch.Tensor
+    width: int
+    dense: bool
+    """The slots are 0 … B-1, so that the cache can be read in place."""
+
+
+class _Slots(CacheLayerMixin):
+    """KV of one layer, [slots, H, columns, D], written in place and grown on demand."""
+
+    place: _Place
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys = key_states.new_zeros(0, key_states.shape[1], 0, key_states.shape[3])
+        self.values = value_states.new_zeros(0, value_states.shape[1], 0, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self.place
+        self._fit(place.last + 1, place.width)
+        self.keys[place.slots, :, place.columns] = key_states.transpose(1, 2)
+        self.values[place.slots, :, place.columns] = value_states.transpose(1, 2)
+        keys, values = self.keys[:, :, : place.width], self.values[:, :, : place.width]
+        if place.dense:
+            return keys[: place.last + 1], values[: place.last + 1]
+        return keys[place.slots[:, 0]], values[place.slots[:, 0]]
+
+    def move(self, source: torch.Tensor, target: torch.Tensor, width: int) -> None:
+        self._fit(int(target.max()) + 1, width)
+        for kept in (self.keys, self.values):
+            kept[target, :, :width] = kept[source, :, :width]
+
+    def _fit(self, rows: int, width: int) -> None:
+        old = self.keys, self.values
+        if rows <= old[0].shape[0] and width <= old[0].shape[2]:
+            return
+        rows, columns = max(rows, old[0].shape[0]), max(old[0].shape[2], math.ceil(width / 32) * 32)
+        # Zeros, not empty: a masked column is multiplied by 0, which would let a stray NaN through.
+        self.keys, self.values = (kept.new_zeros(rows, kept.shape[1], columns, kept.shape[3]) for kept in old)
+        for new, kept in zip((self.keys, self.values), old, strict=True):
+            new[: kept.shape[0], :, : kept.shape[2]] = kept
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.place.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.place.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Decoder:
+    """Feeds rows of any lengths through a Hugging Face causal LM.
+
+    Raises EngineError for a model whose attention cannot be reproduced (recurrent, chunked, …), found at construction by
+    comparing with a plain forward.
+    """
+
+    def __init__(self, model: Any, max_context: int) -> None:
+        self.model = model.eval()
+        self.device: torch.device = model.device
+        self._last_position = max_context - 1
+        text = model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        kinds = set(getattr(text, "layer_types", None) or ())
+        if kinds - LAYERS:
+            raise EngineError(f"the local engine cannot sample {type(model).__name__}: it has {sorted(kinds - LAYERS)} layers")
+        self._window: int | None = getattr(text, "sliding_window", None)
+        self._mixed = "sliding_attention" in kinds  # such models take one mask per kind
+        self._layers = [_Slots() for _ in range(text.num_hidden_layers)]
+        self._check()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every slot."""
+        self._layers = [_Slots() for _ in self._layers]
+        self._cache = Cache(layers=list(self._layers))
+
+    @torch.inference_mode()
+    def forward(self, slots: Sequence[int], token_ids: list[list[int]], starts: list[int]) -> torch.Tensor:
+        """Logits [B, V] after the last of token_ids [B, Q], which go to distinct slots [B] at positions from starts [B]."""
+        ids = torch.tensor(token_ids, device=self.device)
+        columns = torch.tensor(starts, device=self.device)[:, None] + torch.arange(ids.shape[1], device=self.device)
+        dense = isinstance(slots, range) and slots.start == 0
+        place = _Place(torch.tensor(slots, device=self.device)[:, None], max(slots), columns, max(starts) + ids.shape[1], dense)
+        for layer in self._layers:
+            layer.place = place
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self._masks(columns, place.width),
+            position_ids=columns.clamp(max=self._last_position),  # padding may reach past the context
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    @torch.inference_mode()
+    def move(self, pairs: Sequence[tuple[int, int]], width: int) -> None:
+        """Copies the first ``width`` columns of slots, all at once: (source, target) pairs."""
+        source, target = torch.tensor(pairs, device=self.device).T
+        for layer in self._layers:
+            layer.move(source, target, width)
+
+    def _masks(self, columns: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Additive masks [B, 1, Q, W]: position c sees columns <= c, within the window where the model has one."""
+        dtype = self.model.dtype
+        lowest = torch.finfo(dtype).min
+        age = columns[:, None, :, None] - torch.arange(width, device=self.device)
+        full = torch.zeros(age.shape, dtype=dtype, device=self.device).masked_fill_(age < 0, lowest)
+        if self._window is None:
+            return full
+        sliding = full.masked_fill(age >= self._window, lowest)
+        return {"full_attention": full, "sliding_attention": sliding} if self._mixed else sliding
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """A plain forward against two rows fed step by step: unusual attention must fail here, not bend the logprobs."""
+        name = type(self.model).__name__
+        length = min(12, self._last_position + 1)
+        rows = [[(7 * i + 3 * row) % self.vocab_size for i in range(length)] for row in range(2)]
+        self.reset()
+        try:
+            plain = self.model(input_ids=torch.tensor(rows, device=self.device), use_cache=False).logits[:, -1]
+            stepped = self.forward([1, 0], [row[: length // 2] for row in rows], [0, 0])
+            for column in range(length // 2, length):
+                stepped = self.forward([1, 0], [[row[column]] for row in rows], [column, column])
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            raise EngineError(f"the local engine cannot sample {name}: {first_line(error)}") from error
+        apart = (plain.float().log_softmax(-1) - stepped.float().log_softmax(-1)).abs().max().item()
+        if not apart <= (1e-3 if self.model.dtype == torch.float32 else 0.5):
+            raise EngineError(f"the local engine cannot sample {name}: with a cache its logprobs move by {apart:.2g}")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+@torch.inference_mode()
+def draw(logits: torch.Tensor, temperatures: Sequence[float], uniforms: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Ids [B] from logits [B, V] by inverse CDF in float64, and their logprobs; temperature 0 takes the arg-max, logprobs at 1.
+
+    Raises FloatingPointError if a logprob is not finite.
+    """
+    temperatures_B = torch.tensor(temperatures, device=logits.device)[:, None]
+    greedy_B = temperatures_B == 0
+    logprobs_BV = (logits.float() / temperatures_B.masked_fill(greedy_B, 1.0)).log_softmax(-1)
+    cdf_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
+    target_B = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cdf_BV[:, -1:]
+    drawn_B = torch.searchsorted(cdf_BV, target_B, right=True).clamp_(max=logits.shape[-1] - 1)
+    drawn_B = torch.where(greedy_B, logprobs_BV.argmax(-1, keepdim=True), drawn_B)
+    chosen_B = logprobs_BV.gather(-1, drawn_B)
+    if not torch.isfinite(chosen_B).all():
+        raise FloatingPointError("the logits are not finite, so the weights are broken")
+    return drawn_B[:, 0].tolist(), chosen_B[:, 0].tolist()

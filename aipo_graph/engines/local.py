@@ -1,0 +1,346 @@
+"""The embedded engine: any Hugging Face causal LM, sampled in this process with continuous batching."""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aipo_graph.config import Config
+from aipo_graph.engines.barrier import Barrier, Party
+from aipo_graph.engines.decoder import Decoder, draw, first_line
+from aipo_graph.engines.stops import StopRule, Stops
+from aipo_graph.errors import EngineError
+from aipo_graph.types import Completion, Stop
+
+PREFILL_TOKENS = 16384
+"""Padded tokens of one prefill forward."""
+DENSITY = 0.75
+"""Smallest share of live rows among the decoded slots before they are brought together."""
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    """One request. Its slot caches all its tokens but the last, which is the next step's input."""
+
+    prompt: tuple[int, ...]
+    seed: int
+    limit: int
+    rule: StopRule
+    temperature: float
+    uniforms: list[float]
+    party: Party | None
+    future: "asyncio.Future[Completion]"
+    sampled: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    slot: int = -1
+    cached: int = 0
+    """Leading tokens that its run had left in the slot."""
+    live: bool = False
+    """Being decoded. A row that is done keeps its slot for its run to come back to."""
+    held: bool = True
+    """Still counted as pending by its party."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (*self.prompt, *self.sampled)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.sampled)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Where it stands among those who join together, whenever each arrived."""
+        return (len(self.prompt) - self.cached, self.party.key if self.party else "", self.seed, self.prompt)
+
+
+class LocalEngine:
+    """Samples for many graph runs at once; implements ``types.Engine``.
+
+    Tokens and logprobs of a request depend on its prompt and seed, not on its company, up to floating-point rounding. With
+    ``deterministic`` not even rounding differs when a job is repeated: batches form only when every active ``run`` waits for
+    the engine and no ``busy`` consult is in flight, in an order independent of arrival.
+
+    Args:
+        decode: text of token ids, control tokens included.
+        max_batch: slots: requests decoded at once; a run that consults keeps its own while nobody else needs it.
+        max_context: longest prompt plus completion, in tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        eos_ids: Iterable[int],
+        decode: Callable[[Sequence[int]], str],
+        *,
+        max_batch: int = 256,
+        deterministic: bool = True,
+        max_context: int,
+    ) -> None:
+        self.eos_ids = frozenset(eos_ids)
+        self.max_batch = max_batch
+        self.max_context = max_context
+        self.deterministic = deterministic
+        self.version = 0
+        self.sampled_tokens = 0
+        self.prefill_tokens = 0
+        self.seconds = 0.0
+        """Spent in forwards and sampling, not waiting."""
+        self._decoder = Decoder(model, max_context)
+        self.model = self._decoder.model
+        self.device = self._decoder.device
+        self._stops = Stops(self.eos_ids, decode, self._decoder.vocab_size)
+        self._barrier = Barrier()
+        self._waiting: list[_Row] = []
+        self._slots: list[_Row | None] = [None] * max_batch
+        self._stepping = False  # in another thread
+        self._loop: asyncio.Task[None] | None = None
+
+    @classmethod
+    def load(cls, config: Config, model_path: str) -> "LocalEngine":
+        """The policy at ``model_path`` (directory or hub name) on ``run.device``. Raises EngineError if it does not load."""
+        device = config.run.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_path)
+            model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.policy.dtype))
+            model = model.to(device)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise EngineError(f"cannot load the policy {model_path!r}: {first_line(error)}; it needs weights and a tokenizer") from error
+        eos: set[int] = set()
+        for found in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+            eos.update([found] if isinstance(found, int) else found or ())
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if not context:
+            raise EngineError(f"the policy {model_path!r} names no max_position_embeddings in its config.json; add it")
+        engine = config.engine
+        return cls(model, eos, decode, max_batch=engine.max_batch, deterministic=engine.deterministic, max_context=context)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
+    ) -> Completion:
+        """Samples until an EOS token or a ``stop`` match ("stop"), or ``max_tokens`` or the model's context ("length").
+
+        The i-th token is drawn by inverse CDF with the i-th number of Philox(seed). ``temperature`` 0 is greedy, with logprobs
+        at 1. The ids stay as sampled, also where a stop string ends inside the last one. Raises EngineError.
+        """
+        prompt = tuple(prompt_ids)
+        vocab = self._decoder.vocab_size
+        if not prompt:
+            raise EngineError("the prompt is empty; give at least one token")
+        if len(prompt) >= self.max_context:
+            raise EngineError(f"the prompt has {len(prompt)} tokens, the model's context is {self.max_context}; lower the budgets")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise EngineError(f"the prompt holds token {max(prompt)}, the model has {vocab} tokens; use its own tokenizer")
+        if max_tokens < 1:
+            raise EngineError(f"max_tokens is {max_tokens}; give at least 1")
+        if not 0 <= temperature < math.inf:
+            raise EngineError(f"temperature is {temperature}; give a finite number, 0 for greedy")
+        limit = min(max_tokens, self.max_context - len(prompt))
+        uniforms = np.random.Generator(np.random.Philox(key=seed)).random(limit).tolist()
+        party, future = self._barrier.current, asyncio.get_running_loop().create_future()
+        row = _Row(prompt, seed, limit, self._stops.rule(stop), temperature, uniforms, party, future)
+        self._barrier.hold(party)
+        self._waiting.append(row)
+        if self._loop is None or self._loop.done():
+            self._barrier.bind()
+            self._loop = asyncio.create_task(self._serve())
+            self._loop.add_done_callback(self._ended)
+        try:
+            return await future
+        finally:
+            self._release(row)
+
+    @contextlib.contextmanager
+    def run(self, key: str) -> Iterator[None]:
+        """Entered around one graph run. ``key`` is unique among active runs and orders their requests."""
+        yield from self._enter(Party(key))
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Entered around one consult, whose answer takes real time. It may itself sample from this engine."""
+        parent = self._barrier.current
+        yield from self._enter(Party(parent.key if parent else "", parent))
+
+    def _enter(self, party: Party) -> Iterator[None]:
+        try:
+            with self._barrier.enter(party):
+                yield
+        finally:
+            self._slots = [None if row and row.party is party and not row.live else row for row in self._slots]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Copies the tensors in place, all or none; later completions carry ``version``. Names are those of ``state_dict``.
+
+        Raises EngineError while a request is served, and for unknown, missing or misshapen tensors.
+        """
+        if not self._stepping:
+            self._drop_cancelled()
+        if count := len(self._live) + len(self._waiting):
+            raise EngineError(f"weights {version} cannot be loaded while {count} requests are sampled; wait for them")
+        targets = self.model.state_dict()
+        given = dict(weights)
+        for name, tensor in given.items():
+            if name not in targets:
+                raise EngineError(f"weights {version} hold {name!r}, which the engine's model does not have; send the same model")
+            if tensor.shape != targets[name].shape:
+                shapes = f"{tuple(tensor.shape)}, not {tuple(targets[name].shape)}"
+                raise EngineError(f"weights {version}: {name!r} has shape {shapes}; send the same model")
+        covered = {targets[name].data_ptr() for name in given}  # a tied tensor is covered by its twin
+        missing = [name for name, target in targets.items() if target.data_ptr() not in covered]
+        if missing:
+            raise EngineError(f"weights {version} lack {missing[0]!r} ({len(missing)} missing); send every tensor")
+        with torch.no_grad():
+            for name, tensor in given.items():
+                targets[name].copy_(tensor)
+        self._slots = [None] * self.max_batch
+        self.version = version
+
+    async def _serve(self) -> None:
+        settled = -1
+        while self._waiting or self._live:
+            await asyncio.sleep(0)
+            if self.deterministic and settled != self._barrier.events:
+                await self._barrier.settle()
+                settled = self._barrier.events
+            self._drop_cancelled()
+            joiners = self._admit()
+            if not (rows := self._compact()):
+                continue
+            if self.device.type == "cpu":
+                self._step(joiners, rows)  # a thread would cost more than a tiny model's step
+            else:
+                self._stepping = True
+                await asyncio.to_thread(self._step, joiners, rows)
+                self._stepping = False
+            self._finish(rows)
+
+    def _ended(self, loop: "asyncio.Task[None]") -> None:
+        """Whatever stopped the loop, nobody is left waiting."""
+        error = None if loop.cancelled() else loop.exception()
+        if error is None and not loop.cancelled():
+            return
+        rows, self._waiting = self._waiting + self._live, []
+        self._slots, self._stepping = [None] * self.max_batch, False
+        self._decoder.reset()
+        for row in rows:
+            self._release(row)
+            if error is None:
+                row.future.cancel()
+            elif not row.future.done():
+                row.future.set_exception(EngineError(f"the model failed while sampling: {type(error).__name__}: {first_line(error)}"))
+
+    @property
+    def _live(self) -> list[_Row]:
+        return [row for row in self._slots if row is not None and row.live]
+
+    def _release(self, row: _Row) -> None:
+        if row.held:
+            row.held = False
+            self._barrier.release(row.party)
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = [row for row in self._waiting if not row.future.done()]
+        for row in self._live:
+            if row.future.done():
+                row.live = False
+                self._slots[row.slot] = None
+
+    def _admit(self) -> list[_Row]:
+        """Gives waiting rows a slot: the one where their run left off, else a free one, else one that a run may come back to."""
+        if not self._waiting:
+            return []
+        self._waiting.sort(key=lambda row: row.order)
+        free = self.max_batch - len(self._live)
+        joiners, self._waiting = self._waiting[:free], self._waiting[free:]
+        pasts: dict[Party, list[_Row]] = {}
+        for old in self._slots:
+            if old is not None and old.party is not None and not old.live:
+                pasts.setdefault(old.party, []).append(old)
+        for row in joiners:
+            mine = pasts.get(row.party, []) if row.party else []
+            best = max((old for old in mine if row.prompt[: len(old.tokens)] == old.tokens), key=lambda old: old.length, default=None)
+            if best is not None:
+                mine.remove(best)
+                row.slot, row.cached = best.slot, best.length - 1
+                self._slots[row.slot] = row
+        spare = [slot for slot, old in enumerate(self._slots) if old is None]
+        spare += [old.slot for mine in pasts.values() for old in mine]
+        for row, slot in zip((row for row in joiners if row.slot < 0), spare, strict=False):
+            row.slot = slot
+            self._slots[slot] = row
+        for row in joiners:
+            row.live = True
+        return sorted(joiners, key=lambda row: row.order)
+
+    def _compact(self) -> list[_Row]:
+        """The live rows by slot, brought together where too many slots between them would be decoded for nothing."""
+        rows = self._live
+        if not rows or len(rows) >= DENSITY * (rows[-1].slot + 1):
+            return rows
+        holes = [slot for slot in range(len(rows)) if (old := self._slots[slot]) is None or not old.live]
+        pairs = []
+        for slot, row in zip(holes, rows[-len(holes) :], strict=True):
+            old, self._slots[slot], self._slots[row.slot] = self._slots[slot], row, self._slots[slot]
+            pairs.append((row.slot, slot))
+            if old is not None:
+                pairs.append((slot, row.slot))
+                old.slot = row.slot
+            row.slot = slot
+        self._decoder.move(pairs, max(row.length for row in self._slots if row is not None))
+        return self._live
+
+    def _step(self, joiners: list[_Row], rows: list[_Row]) -> None:
+        """Prefills the joiners, in order of what they need, and samples one token for every live row.
+
+        A joiner's last token is left to the common step, so that all sampling happens there.
+        """
+        start = time.perf_counter()
+        while joiners and (need := len(joiners[-1].prompt) - 1 - joiners[-1].cached):
+            close = sum(2 * (len(row.prompt) - 1 - row.cached) >= need for row in joiners)
+            count = max(1, min(close, PREFILL_TOKENS // need))
+            joiners, group = joiners[:-count], joiners[-count:]
+            new = [list(row.prompt[row.cached : -1]) for row in group]
+            self.prefill_tokens += sum(map(len, new))
+            # The padding's columns are overwritten by the row's own tokens before anything sees them.
+            padded = [ids + [0] * (need - len(ids)) for ids in new]
+            self._decoder.forward([row.slot for row in group], padded, [row.cached for row in group])
+        # A slot between live rows decodes a 0 at the column that whoever comes back to it writes first.
+        slots = range(rows[-1].slot + 1)
+        last, starts = [[0] for _ in slots], [old.length - 1 if (old := self._slots[slot]) else 0 for slot in slots]
+        for row in rows:
+            last[row.slot] = [row.sampled[-1] if row.sampled else row.prompt[-1]]
+        logits = self._decoder.forward(slots, last, starts)
+        if len(rows) < len(slots):
+            logits = logits[[row.slot for row in rows]]
+        ids, logprobs = draw(logits, [row.temperature for row in rows], [row.uniforms[len(row.sampled)] for row in rows])
+        for row, token, logprob in zip(rows, ids, logprobs, strict=True):
+            row.sampled.append(token)
+            row.logprobs.append(logprob)
+        self.sampled_tokens += len(rows)
+        self.seconds += time.perf_counter() - start
+
+    def _finish(self, rows: list[_Row]) -> None:
+        """Resolves the rows that are done; their columns stay until their run comes back or ends."""
+        for row in rows:
+            stopped = row.sampled[-1] in row.rule.watch and self._stops.met(row.rule, row.sampled)
+            if not stopped and len(row.sampled) < row.limit:
+                continue
+            row.live = False
+            if row.party is None:
+                self._slots[row.slot] = None
+            self._release(row)
+            if not row.future.done():
+                row.future.set_result(Completion(tuple(row.sampled), tuple(row.logprobs), "stop" if stopped else "length", self.version))

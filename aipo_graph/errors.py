@@ -1,0 +1,33 @@
+"""Every error that a user can meet. Each message is one line: the value, the place, the remedy."""
+
+
+class AipoError(Exception):
+    """An expected failure. The commands print its one line and exit with code 2."""
+
+
+class ConfigError(AipoError):
+    """The configuration, a path in it, or a run directory cannot be used."""
+
+
+class TaskError(AipoError):
+    """A data set or a grader failed. A grader's own fault gives no score: the trace is dropped and counted."""
+
+
+class EngineError(AipoError):
+    """The engine could not sample: context too long, server gone, weights not loadable."""
+
+
+class AgentError(AipoError):
+    """A helper agent failed after its retries. The trace carries zero gradient and is counted."""
+
+
+class ToolError(AipoError):
+    """A tool refused or failed. Its text is shown to the agent that called it."""
+
+
+class GraphError(AipoError):
+    """A bug in a user's graph: lost, edited or invented tokens. Ends the run; never counted as a failed trace."""
+
+
+class TrainError(AipoError):
+    """Training cannot go on: too many failed traces, nothing to learn from, or several bad steps in a row."""

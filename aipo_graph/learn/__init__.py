@@ -1,0 +1,1 @@
+"""The learner: plain synchronous PyTorch. Knows tokens, each with a source, and nothing of graphs."""

@@ -1,0 +1,46 @@
+"""Advantages of the traces of one problem, from their rewards alone."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+Estimator = Callable[[float, Sequence[float]], float]
+
+
+def _grpo(reward: float, rewards: Sequence[float]) -> float:
+    """(r - mean) / std with the sample standard deviation (DeepSeekMath, arXiv 2402.03300, section 4.1.2)."""
+    return (reward - statistics.fmean(rewards)) / statistics.stdev(rewards)
+
+
+def _dr_grpo(reward: float, rewards: Sequence[float]) -> float:
+    """r - mean: no division, which would favour problems of low variance (arXiv 2503.20783, section 3.2)."""
+    return reward - statistics.fmean(rewards)
+
+
+def _rloo(reward: float, rewards: Sequence[float]) -> float:
+    """r - mean of the others, written as n / (n - 1) * (r - mean) (arXiv 2402.14740, equation 7)."""
+    return len(rewards) / (len(rewards) - 1) * (reward - statistics.fmean(rewards))
+
+
+ESTIMATORS: dict[str, Estimator] = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo}
+
+
+def advantages(
+    rewards: Sequence[float], with_agents: Sequence[bool], trained: Sequence[bool], *, estimator: str, baseline: str
+) -> tuple[float, ...]:
+    """One advantage per trace of a group [G].
+
+    ``group`` compares each trace with all. ``split`` compares traces with agents with the whole group and traces alone with the
+    alone ones only, so that what fails only for want of help is not pushed down. Untrained traces get 0 and count in no statistic;
+    a set of one trace, or of equal rewards, gives 0.
+
+    >>> advantages([1, 1, 0, 0], [True, True, False, False], [True] * 4, estimator="dr_grpo", baseline="split")
+    (0.5, 0.5, 0.0, 0.0)
+    """
+    everyone = [r for r, t in zip(rewards, trained, strict=True) if t]
+    alone = [r for r, t, a in zip(rewards, trained, with_agents, strict=True) if t and not a]
+    result = []
+    for reward, helped, counts in zip(rewards, with_agents, trained, strict=True):
+        peers = everyone if helped or baseline == "group" else alone
+        flat = not counts or len(peers) < 2 or min(peers) == max(peers)
+        result.append(0.0 if flat else ESTIMATORS[estimator](reward, peers))
+    return tuple(result)

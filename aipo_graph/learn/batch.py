@@ -1,0 +1,208 @@
+"""Traces to tensors: one row per thread, padded right, with a source and an author on every token."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Loss
+from ..errors import TrainError
+from ..types import Segment, Trace, TraceGroup
+from .advantage import advantages
+
+SOURCES = {"context": 0, "policy": 1, "agent": 2}
+CONTEXT, POLICY, AGENT = SOURCES.values()
+ROUNDING = 1e-4
+"""A sampler's float error: a logprob above 0 by no more than this is not a fault."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Rows for the learner. _B rows (one per thread of a trace), _T tokens; column t of every array describes token t.
+
+    ``policy_tokens``, ``agent_tokens`` and ``policy_rows`` (rows with a trained policy token) are the loss normalisers. They are counted
+    once, over the whole batch, and kept by ``split``, ``shard`` and ``select``: that makes one batch equal its micro-batches and ranks.
+    """
+
+    token_ids: Tensor
+    """i64 [B, T], zeros right of a row's length."""
+    lengths: Tensor
+    """i64 [B]"""
+    mask: Tensor
+    """bool [B, T]: trained tokens, policy's or agent's; never column 0, which nothing predicts."""
+    source: Tensor
+    """i8 [B, T]: a value of SOURCES."""
+    author: Tensor
+    """i8 [B, T]: index into ``authors``."""
+    behaviour_logprobs: Tensor
+    """f32 [B, T]: the sampler's, nan where it gave none."""
+    advantages: Tensor
+    """f32 [B, T]: the trace's advantage on trained tokens, 0 elsewhere."""
+    versions: Tensor
+    """i32 [B]: the oldest weights that a policy token of the row was sampled under; -1 without one."""
+    authors: tuple[str, ...]
+    policy_tokens: int
+    agent_tokens: int
+    policy_rows: int
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Traces and tokens left out, by reason."""
+    old_logprobs: Tensor | None = None
+    """f32 [B, T]: the learner's before the update, where several updates are made of one batch."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device))
+
+    def select(self, rows: Tensor) -> "Batch":
+        """These rows (index or mask), cut to the longest of them; the counts stay those of the whole batch."""
+        width = int(self.lengths[rows].max()) if len(self.lengths[rows]) else 0
+        return self._map(lambda tensor: tensor[rows] if tensor.dim() == 1 else tensor[rows, :width])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
+
+    def plan(self, max_tokens: int) -> list[Tensor]:
+        """Row indices of micro-batches: longest first, each of at most ``max_tokens`` padded tokens (or of one row)."""
+        order = torch.argsort(self.lengths, descending=True, stable=True)
+        result, start = [], 0
+        while start < len(order):
+            count = max(1, max_tokens // max(1, int(self.lengths[order[start]])))
+            result.append(order[start : start + count])
+            start += count
+        return result
+
+    def split(self, max_tokens: int) -> Iterator["Batch"]:
+        """Micro-batches whose gradients add up to the gradient of this batch."""
+        return (self.select(rows) for rows in self.plan(max_tokens))
+
+    def shard(self, rank: int, world: int) -> "Batch":
+        """The rows of one data parallel rank; the ranks' gradients add up to the gradient of this batch."""
+        return self.select(torch.arange(rank, len(self), world))
+
+    def minibatches(self, count: int, seed: int) -> Iterator["Batch"]:
+        """Random parts for several optimizer steps, each with its own normalisers: an update is the mean over what it sees."""
+        if count == 1:
+            yield self
+            return
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        for rows in order.tensor_split(count):
+            part = self.select(rows)
+            yield replace(part, **count_tokens(part.mask, part.source))
+
+    def trainable(self, loss: Loss) -> Tensor:
+        """bool [B, T]: tokens that can have a gradient. Rows without one need no forward pass; the normalisers still count them."""
+        agent = self.source == AGENT
+        moves = self.advantages != 0
+        if loss.kl_weight > 0:
+            moves = moves | ~agent
+        if loss.agent == "echo":  # cross-entropy without an advantage
+            moves = moves | agent
+        if loss.agent == "mask" or loss.agent_weight == 0:
+            moves = moves & ~agent
+        return self.mask & moves
+
+
+def count_tokens(mask: Tensor, source: Tensor) -> dict[str, Any]:
+    policy = mask & (source == POLICY)
+    return {
+        "policy_tokens": int(policy.sum()),
+        "agent_tokens": int((mask & (source == AGENT)).sum()),
+        "policy_rows": int(policy.any(1).sum()),
+    }
+
+
+def _bad(logprob: float) -> bool:
+    return not -1e30 < logprob <= ROUNDING  # nan fails both comparisons
+
+
+def _fault(trace: Trace) -> str | None:
+    """Why a trace cannot be trained on, if so."""
+    if not trace.trained:
+        return "untrained"
+    if not math.isfinite(trace.reward):
+        return "bad_reward"
+    if any(_bad(p) for s in trace.segments if s.source == "policy" for p in s.logprobs or ()):
+        return "bad_logprob"
+    return None
+
+
+def _behaviour(segment: Segment) -> Sequence[float]:
+    """Its logprobs: nan where absent, inf where an agent's is no logprob."""
+    if segment.logprobs is None:
+        return [math.nan] * len(segment.token_ids)
+    return [math.inf if _bad(p) else p for p in segment.logprobs]
+
+
+def pack(groups: Sequence[TraceGroup], loss: Loss) -> Batch:
+    """One row per thread of each trace that can be trained on, with its advantage.
+
+    Traces that failed, or that have a reward or a policy logprob that is not finite or a logprob above 0, are left out and counted in
+    ``Batch.counts``; so are single agent tokens whose recorded logprob is bad. Masked segments stay as context.
+    """
+    counts = Counter(traces=0, untrained=0, bad_reward=0, bad_logprob=0, bad_agent_tokens=0)
+    rows: list[tuple[tuple[Segment, ...], float]] = []
+    for group in groups:
+        faults = [_fault(trace) for trace in group.traces]
+        values = advantages(
+            [trace.reward for trace in group.traces],
+            [trace.with_agents for trace in group.traces],
+            [fault is None for fault in faults],
+            estimator=loss.advantage,
+            baseline=loss.baseline,
+        )
+        counts.update(fault for fault in faults if fault)
+        counts["traces"] += len(faults)
+        for trace, fault, value in zip(group.traces, faults, values, strict=True):
+            if fault is None:
+                rows += [(row, value) for row in trace.rows()]
+    return _tensors(rows, counts)
+
+
+def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str]) -> Batch:
+    authors = tuple(dict.fromkeys(segment.author for row, _ in rows for segment in row))
+    if len(authors) > 127:
+        raise TrainError(f"a batch has segments of {len(authors)} authors; the most is 127 graph nodes")
+    index = {name: i for i, name in enumerate(authors)}
+    lengths = [sum(len(s.token_ids) for s in row) for row, _ in rows]
+    width = max(lengths, default=0)
+
+    def table(values: Callable[[Segment], Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+        padded = []
+        for (row, _), length in zip(rows, lengths, strict=True):
+            line: list[float] = []
+            for segment in row:
+                line += values(segment)
+            padded.append(line + [fill] * (width - length))
+        return torch.tensor(padded, dtype=dtype).reshape(len(rows), width)
+
+    source = table(lambda s: [SOURCES[s.source]] * len(s.token_ids), CONTEXT, torch.int8)
+    mask = table(lambda s: [s.source != "context" and not s.masked] * len(s.token_ids), False, torch.bool)
+    behaviour = table(_behaviour, math.nan, torch.float32)
+    mask[:, :1] = False
+    bad = torch.isinf(behaviour)
+    counts["bad_agent_tokens"] = int((bad & mask).sum())
+    mask &= ~bad
+    behaviour[bad] = math.nan
+    value = torch.tensor([a for _, a in rows], dtype=torch.float32)
+    versions = [min((s.version for s in row if s.source == "policy"), default=-1) for row, _ in rows]
+    return Batch(
+        token_ids=table(lambda s: s.token_ids, 0, torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        mask=mask,
+        source=source,
+        author=table(lambda s: [index[s.author]] * len(s.token_ids), 0, torch.int8),
+        behaviour_logprobs=behaviour,
+        advantages=torch.where(mask, value[:, None], 0.0),
+        versions=torch.tensor(versions, dtype=torch.int32),
+        authors=authors,
+        counts=dict(counts),
+        **count_tokens(mask, source),
+    )

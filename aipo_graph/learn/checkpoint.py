@@ -1,0 +1,157 @@
+"""Checkpoints that survive kill -9, a full disk and a flipped bit: safetensors and JSON, a manifest of hashes, atomic renames.
+
+``ROOT/step-00000010/`` holds one; ``ROOT/LATEST`` names the newest. Nothing is ever unpickled.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import ConfigError
+
+MANIFEST, STATE, LATEST, FORMAT = "MANIFEST.json", "state.json", "LATEST", 1
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""A full disk, a quota, a file size limit: what a long run must outlive."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    path: Path
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """File stem -> name -> tensor, on the CPU."""
+    state: Mapping[str, Any]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory to fill, which becomes ``target`` when the block ends, durably, or goes when it raises."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = (target.parent / f".{target.name}.{word}" for word in ("partial", "replaced"))
+    try:
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        _sync(temporary)
+        if target.exists():
+            os.rename(target, replaced)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, target)
+            raise
+        _sync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> str | None:
+    """Write ``step-N``, keep it and the ``keep - 1`` steps before it. A full disk costs only this checkpoint: it returns one line to show.
+
+    ``state`` must be JSON. Raises ConfigError where the folder cannot be written for another reason.
+    """
+    name = f"step-{step:08d}"
+    try:
+        with atomic_directory(root / name) as temporary:
+            for stem, named in tensors.items():
+                save_file({key: tensor.contiguous() for key, tensor in named.items()}, temporary / f"{stem}.safetensors")
+            _write(temporary / STATE, _canonical(state))
+            files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            _write(temporary / MANIFEST, _canonical({"format": FORMAT, "files": files}))
+        _write(root / f".{LATEST}.partial", name.encode())
+        os.rename(root / f".{LATEST}.partial", root / LATEST)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise ConfigError(f"checkpoint {root / name}: {error.strerror or error}; make the folder writable") from error
+        warning = f"checkpoint {root / name} not written ({error}); training goes on with the one before, free some disk space"
+        logger.warning(warning)
+        return warning
+    before = [path for path in _steps(root) if path.name < name]
+    for path in {*_steps(root), *root.glob(".step-*")} - {
+        root / name,
+        *before[: keep - 1],
+    }:  # later steps are damaged: a run passed them over
+        shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+def _steps(root: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, if anything. Reads bytes only; no tensor is loaded."""
+    try:
+        raw = (path / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or _canonical(manifest) != raw:
+            return f"{MANIFEST} is damaged"
+        files = manifest["files"]
+        if set(files) | {MANIFEST} != {file.name for file in path.iterdir()}:
+            return f"its files are not those of {MANIFEST}"
+        return next((f"{name} is damaged" for name, digest in files.items() if _digest(path / name) != digest), None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+
+
+def load(root: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, or None where none was ever written. Damaged ones are passed over with a warning each.
+
+    Raises ConfigError where there are checkpoints and none is whole.
+    """
+    candidates = _steps(root)
+    pointer = root / LATEST
+    if pointer.exists() and pointer.read_bytes() not in {path.name.encode() for path in candidates}:
+        logger.warning("checkpoints %s: %s names none of them; using the newest whole one", root, LATEST)
+    for path in candidates:
+        if reason := fault(path):
+            logger.warning("checkpoint %s skipped: %s; using the one before", path, reason)
+            continue
+        state = json.loads((path / STATE).read_bytes())
+        return Checkpoint(path, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state)
+    if candidates:
+        raise ConfigError(f"checkpoints {root}: none of the {len(candidates)} is whole; remove the folder to start again")
+    return None

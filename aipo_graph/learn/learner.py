@@ -1,0 +1,219 @@
+"""The learner: a batch in, better weights out. Bad steps are skipped, checkpoints resume bit for bit."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ..config import Config
+from ..errors import ConfigError, TrainError
+from ..types import derive_seed
+from . import checkpoint
+from .batch import POLICY, ROUNDING, Batch
+from .loss import Sums, aipo_loss, merge, summarise
+from .model import load_model, load_tokenizer, save_model, token_logprobs
+
+BAD_STEPS = 3
+"""Bad steps in a row that end a run."""
+logger = logging.getLogger(__name__)
+
+
+class Learner:
+    """Holds the policy being trained, its optimizer and, if ``loss.kl_weight`` is set, the frozen starting policy.
+
+    ``version`` is the number of steps done, skipped ones included: the cursor into the run. ``updates`` counts optimizer steps.
+    """
+
+    def __init__(self, config: Config, model_path: str | Path, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.model_path = model_path
+        self.device = torch.device(device)
+        self.model = load_model(model_path, dtype=config.policy.dtype, device=device)
+        self.reference = None
+        if config.loss.kl_weight > 0:
+            self.reference = load_model(model_path, dtype=config.policy.dtype, device=device).requires_grad_(False)
+        if config.train.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in self.model.modules():  # it needs training mode, but only of the layers: dropout below them stays off
+                module.training = hasattr(module, "gradient_checkpointing")
+        setting = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=setting.lr, betas=setting.betas, weight_decay=setting.weight_decay, fused=True
+        )
+        self.version = self.updates = self.bad_steps = self.idle_steps = 0
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """All updates of one batch (epochs x minibatches); its metrics, which describe the rows that have a gradient.
+
+        Guards, in order: advantages finite, logprobs finite and at most 0, something to train on, loss finite, gradient norm finite. At the
+        first bad one the step ends with ``skipped`` 1 and ``skipped/REASON`` 1: no parameter, optimizer state or random state is touched
+        by that update. Raises TrainError after three bad steps in a row, or ``train.patience`` steps in a row with nothing to train on.
+        """
+        self.version += 1
+        metrics = {f"batch_{name}": float(count) for name, count in batch.counts.items()}
+        metrics |= {"policy_tokens": float(batch.policy_tokens), "agent_tokens": float(batch.agent_tokens), "skipped": 0.0}
+        if reason := _fault(batch):
+            return metrics | {"trainable_tokens": 0.0} | self._skip(reason)
+        metrics["trainable_tokens"] = float(batch.trainable(self.config.loss).sum())
+        if not metrics["trainable_tokens"]:
+            return metrics | self._idle()
+        self.idle_steps = 0
+        sums: Sums = {}
+        before = self.updates
+        train = self.config.train
+        if train.epochs * train.minibatches > 1:
+            batch = self._with_old_logprobs(batch)
+        for epoch in range(train.epochs):
+            seed = derive_seed(self.config.run.seed, "minibatches", self.version, epoch)
+            for part in batch.minibatches(train.minibatches, seed):
+                sums, extra, reason = self._update(part, sums)
+                metrics |= extra
+                if reason:
+                    return metrics | self._skip(reason)
+        self.bad_steps = 0
+        return metrics | summarise(sums, batch.authors, self.updates - before)
+
+    def _update(self, batch: Batch, sums: Sums) -> tuple[Sums, dict[str, float], str | None]:
+        """One optimizer step. Returns the sums so far, gradient norm and learning rate, and why it was skipped, if it was."""
+        loss, parts = self.config.loss, sums
+        total = torch.zeros((), device=self.device)
+        active = batch.select(batch.trainable(loss).any(1))
+        if not len(active):
+            return sums, {}, None
+        for micro in active.split(self.config.train.micro_batch_tokens):
+            micro = micro.to(self.device)
+            temperature = self.config.rollout.temperature
+            logprobs, entropy = token_logprobs(self.model, micro.token_ids, micro.mask, temperature)
+            reference = None
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference, _ = token_logprobs(self.reference, micro.token_ids, micro.mask, temperature)
+            value, part = aipo_loss(logprobs, entropy, micro, loss, budget=self.config.rollout.max_tokens, reference=reference)
+            value.backward()
+            parts, total = merge(parts, part), total + value.detach()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        reason = None if total.isfinite() else "loss"
+        reason = reason or (None if norm.isfinite() else "gradient")
+        if reason:
+            self.optimizer.zero_grad()
+            return sums, {}, reason
+        clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.grad_clip, norm)
+        rate = learning_rate(self.config, self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        return parts, {"gradient_norm": float(norm), "lr": rate}, None
+
+    @torch.no_grad()
+    def _with_old_logprobs(self, batch: Batch) -> Batch:
+        """Before the first of several updates. With one update, old is the current value, and this pass is spared."""
+        old = torch.zeros_like(batch.behaviour_logprobs)
+        active = batch.trainable(self.config.loss).any(1).nonzero().squeeze(1)
+        chosen = batch.select(active)
+        for rows in chosen.plan(self.config.train.micro_batch_tokens):
+            micro = chosen.select(rows).to(self.device)
+            logprobs, _ = token_logprobs(self.model, micro.token_ids, micro.mask, self.config.rollout.temperature)
+            old[active[rows], : logprobs.shape[1]] = logprobs.cpu()
+        return replace(batch, old_logprobs=old)
+
+    def _skip(self, reason: str) -> dict[str, float]:
+        self.bad_steps += 1
+        logger.warning("step %d skipped: %s not finite or out of range", self.version, reason)
+        if self.bad_steps >= BAD_STEPS:
+            raise TrainError(
+                f"step {self.version}: {BAD_STEPS} bad steps in a row, the last for its {reason}; lower optimizer.lr or look at the data"
+            )
+        return {"skipped": 1.0, f"skipped/{reason}": 1.0}
+
+    def _idle(self) -> dict[str, float]:
+        self.idle_steps += 1
+        if self.idle_steps >= self.config.train.patience:
+            raise TrainError(
+                f"step {self.version}: nothing to train on for {self.idle_steps} steps (train.patience): every trace failed or every "
+                "group's rewards are equal; easier problems, more traces or agents that help"
+            )
+        return {}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every weight, tied ones once, without copying: take them before the next step."""
+        kept = self.model.state_dict().keys()
+        yield from ((name, p.detach()) for name, p in self.model.named_parameters())
+        yield from ((name, b) for name, b in self.model.named_buffers() if name in kept)
+
+    def save(self, directory: str | Path, cursor: Mapping[str, Any]) -> str | None:
+        """A checkpoint under ``directory``, with the caller's JSON ``cursor``. Returns one line to show if the disk is full."""
+        names = [name for name, _ in self.model.named_parameters()]
+        slots = self.optimizer.state_dict()["state"]
+        optimizer = {f"{names[i]}|{slot}": value for i, values in slots.items() for slot, value in values.items()}
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return checkpoint.save(
+            Path(directory),
+            self.version,
+            {"model": dict(self.weights()), "optimizer": optimizer, "rng": rng},
+            {"counters": counters, "cursor": dict(cursor)},
+            keep=self.config.run.keep_checkpoints,
+        )
+
+    def restore(self, directory: str | Path) -> dict[str, Any]:
+        """Continue from the newest whole checkpoint: returns its cursor, {} where there is none.
+
+        Raises ConfigError where no checkpoint is whole or the newest is of another model.
+        """
+        found = checkpoint.load(Path(directory))
+        if found is None:
+            return {}
+        own, saved = dict(self.weights()), found.tensors["model"]
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
+            raise ConfigError(f"checkpoint {found.path} is of another model than {str(self.model_path)!r}; use another run.name")
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+        index = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in found.tensors["optimizer"].items():
+            name, _, slot = key.rpartition("|")
+            state.setdefault(index[name], {})[slot] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(found.tensors["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in found.tensors["rng"]:
+            torch.cuda.set_rng_state(found.tensors["rng"]["cuda"], self.device)
+        for name in COUNTERS:
+            setattr(self, name, int(found.state["counters"][name]))
+        return dict(found.state["cursor"])
+
+    def export(self, directory: str | Path) -> None:
+        """A Hugging Face model directory with the starting policy's tokenizer. Raises ConfigError."""
+        save_model(self.model, load_tokenizer(self.model_path), directory)
+
+
+COUNTERS = ("version", "updates", "bad_steps", "idle_steps")
+
+
+def _fault(batch: Batch) -> str | None:
+    if not batch.advantages.isfinite().all():
+        return "advantage"
+    behaviour = batch.behaviour_logprobs[batch.mask & (batch.source == POLICY)]
+    return None if (behaviour.isfinite() & (behaviour <= ROUNDING)).all() else "logprob"
+
+
+def learning_rate(config: Config, update: int) -> float:
+    """Linear warm-up over ``warmup_steps`` updates, then constant, or half a cosine down to 0 at the run's last update."""
+    setting, train = config.optimizer, config.train
+    if update < setting.warmup_steps:
+        return setting.lr * (update + 1) / setting.warmup_steps
+    if setting.schedule == "constant":
+        return setting.lr
+    whole = train.steps * train.epochs * train.minibatches
+    progress = min(1.0, (update - setting.warmup_steps) / max(1, whole - setting.warmup_steps))
+    return setting.lr * 0.5 * (1 + math.cos(math.pi * progress))

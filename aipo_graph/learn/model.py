@@ -1,0 +1,111 @@
+"""A Hugging Face causal LM: load, log-probabilities of given tokens, save."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from ..errors import ConfigError, EngineError
+from .checkpoint import atomic_directory
+
+CHUNK = 2**26
+"""Most logits in memory at once (256 MiB of float32)."""
+SCALED_HEAD = re.compile(r"logits?_(soft|scal)|soft_?cap|lm_head_mult")
+"""Config keys of models that do more to their logits than apply the head (Gemma 2, Granite, Cohere, Falcon-H1)."""
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_model(path: str | Path, *, dtype: str = "float32", device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A causal LM from a directory or a hub name, in eval mode: no dropout, so that it learns on the probabilities it samples with.
+
+    Raises ConfigError where there is no model, EngineError where its weights cannot be loaded.
+    """
+    disable_progress_bar()
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise ConfigError(f"policy.model: {str(path)!r} has no config.json; give a Hugging Face model directory")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.model: no model at {str(path)!r} ({_line(error)}); give a model directory or a hub name") from error
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype), output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise EngineError(f"policy.model: the weights of {str(path)!r} cannot be loaded ({_line(error)})") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # would be left at random values
+        raise EngineError(f"policy.model: the weights of {str(path)!r} lack {len(missing)} tensors, {missing[0]} among them")
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Raises ConfigError where the directory or hub name has no tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.model: {str(path)!r} has no tokenizer that loads ({_line(error)}); save one beside the model") from error
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: str | Path) -> None:
+    """A Hugging Face model directory that is there whole or not at all. Raises ConfigError where it cannot be written."""
+    directory = Path(directory)
+    if directory.exists() and not (directory / "config.json").exists():
+        raise ConfigError(f"export: {str(directory)!r} exists and is no model directory; give another name")
+    try:
+        with atomic_directory(directory) as temporary:
+            model.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"export: {str(directory)!r} cannot be written ({_line(error)})") from error
+
+
+def _applies_head_only(model: PreTrainedModel) -> bool:
+    settings = model.config.get_text_config().to_dict()
+    return not any(SCALED_HEAD.search(name) and value not in (None, False, 1) for name, value in settings.items())
+
+
+def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float() / temperature
+    entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
+    return -cross_entropy(logits, targets, reduction="none"), entropy
+
+
+def token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p(token t | tokens < t) in column t, and the entropy of that distribution: f32 [B, T] each, 0 where ``mask`` is false.
+
+    The one place where predictions are shifted onto the tokens they predict; nothing predicts column 0, which is 0. Rows are padded right,
+    where a causal model does not see the padding, so no attention mask is needed. The head runs on wanted tokens only, in chunks
+    that are recomputed in the backward pass: logits [tokens, vocabulary] never exist as a whole, except for models that transform theirs.
+    """
+    logprobs = torch.zeros(token_ids.shape, device=token_ids.device)
+    wanted = mask[:, 1:].flatten().nonzero().squeeze(1)
+    if not len(wanted):
+        return logprobs, logprobs
+    inputs, targets = token_ids[:, :-1], token_ids[:, 1:].flatten()[wanted]
+    head: nn.Module = nn.Identity()
+    if _applies_head_only(model):
+        states, head = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
+    else:
+        states = model(input_ids=inputs, use_cache=False).logits
+    states = states.flatten(0, 1).index_select(0, wanted)
+    size = max(1, CHUNK // model.config.get_text_config().vocab_size)
+    if len(wanted) <= size:
+        parts = [_score(head, states, targets, temperature)]
+    else:
+        pairs = zip(states.split(size), targets.split(size), strict=True)
+        parts = [checkpoint(_score, head, state, target, temperature, use_reentrant=False) for state, target in pairs]
+    rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+    index = (rows, columns + 1)
+    entropy = logprobs.index_put(index, torch.cat([e for _, e in parts]))
+    return logprobs.index_put(index, torch.cat([p for p, _ in parts])), entropy

@@ -1,0 +1,145 @@
+"""``load("graphs/aipo.py:build")`` or ``load("pkg.mod:name")``: the only dynamic import of the project."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from aipo_graph.errors import ConfigError
+
+# What running a user's file can raise. An AipoError of its own passes through; anything rarer keeps its traceback.
+IMPORT_FAULTS = (
+    ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError,
+    OSError, RuntimeError, AssertionError, ArithmeticError,
+)  # fmt: skip
+
+
+def shipped() -> Path:
+    """The folder that holds ``graphs/``, ``prompts/`` and ``configs/``: inside an installed wheel, else the checkout."""
+    package = Path(__file__).parent
+    return package / "shipped" if (package / "shipped").is_dir() else package.parent
+
+
+def find(path: str | Path, kind: Literal["file", "dir"] = "file", *, base: Path | None = None) -> Path:
+    """The first of ``path`` below the working directory, ``base`` (the config file's folder), and the shipped files.
+
+    Raises ConfigError naming the nearest file there is.
+    """
+    wanted = Path(path).expanduser()
+    roots = [Path.cwd(), *([base] if base else []), shipped()]
+    for root in roots:
+        found = root / wanted
+        if found.is_file() if kind == "file" else found.is_dir():
+            return found.resolve()
+    there = {str(p.relative_to(root)) for root in roots for p in _listing(root / wanted.parent, kind) if p.is_relative_to(root)}
+    what = "file" if kind == "file" else "folder"
+    looked = "" if wanted.is_absolute() else " here" + (f", in {base}" if base else "") + " or among the files that ship with aipo_graph"
+    raise ConfigError(f"no {what} {str(path)!r}{looked}{nearest(str(wanted), there)}")
+
+
+def data(name: str) -> Path:
+    """A file or folder that ships inside the package (``aipo_graph/data``)."""
+    return Path(__file__).parent / "data" / name
+
+
+def model(name: str) -> str:
+    """Where a model is: a shipped one (``operators``), an existing directory, or a hub name, returned unchanged.
+
+    Raises ConfigError for a path (./x, /x, ~/x) that is no directory.
+    """
+    ours = data(name)
+    if name.isidentifier() and ours.is_dir():
+        return str(ours)
+    if name.startswith((".", "/", "~")) or Path(name).is_dir():
+        return str(find(name, "dir"))
+    return name
+
+
+def load(spec: str, *, base: Path | None = None) -> Any:
+    """The object that ``file.py:name`` (looked up by :func:`find`) or ``package.module:name`` names.
+
+    A file is imported once per process, so that its classes keep their identity. Raises ConfigError in one line: no such file,
+    no such name, or what the import raised and where.
+    """
+    target, colon, name = spec.rpartition(":")
+    if not colon or not target or not name.isidentifier():
+        raise ConfigError(f"{spec!r} names nothing to load: write path/to/file.py:name or package.module:name")
+    if target.endswith(".py"):
+        path = find(target, base=base)
+        # Text outside UTF-8 or a NUL byte in the file arrives as SyntaxError or ValueError: IMPORT_FAULTS has both.
+        module = _guarded(spec, path, lambda: _import_file(path))
+    else:
+        module = _guarded(spec, None, lambda: importlib.import_module(target))
+    if not hasattr(module, name):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        raise ConfigError(f"{target} has no {name!r}{nearest(name, public)}")
+    return getattr(module, name)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or what there is when little is and nothing is near, or nothing.
+
+    >>> nearest("stepz", ["steps", "epochs"])
+    "; did you mean 'steps'?"
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there is {', '.join(known)}" if 0 < len(known) <= 12 else ""
+
+
+def _import_file(path: Path) -> ModuleType:
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    # The module's name is a function of the path, so that a second load finds it, and two files of one name do not meet.
+    name = f"aipo_file_{digest}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ImportError(f"not a Python file: {path}")
+    module = importlib.util.module_from_spec(module_spec)
+    # Registered before it runs: dataclasses and LangGraph look up a class's module to resolve annotations.
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _guarded(spec: str, path: Path | None, run: Any) -> ModuleType:
+    try:
+        module: ModuleType = run()
+        return module
+    except IMPORT_FAULTS as fault:
+        text = " ".join(str(fault).split()) or "no message"
+        if path is None and isinstance(fault, ModuleNotFoundError) and fault.name and spec.startswith(fault.name):
+            raise ConfigError(f"{spec!r}: no module {fault.name!r}; install it, or give the file as path/to/file.py:name") from fault
+        raise ConfigError(f"{spec!r} does not load: {type(fault).__name__} in {_place(fault, path)}: {text}") from fault
+
+
+def _place(fault: BaseException, path: Path | None) -> str:
+    """The deepest line of the user's own file; for a module, the deepest line there is."""
+    if isinstance(fault, SyntaxError) and fault.filename:
+        return f"{fault.filename}:{fault.lineno}"
+    frames = traceback.extract_tb(fault.__traceback__)
+    own = [frame for frame in frames if path is not None and frame.filename == str(path)]
+    if path and not own:
+        return str(path)
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def _listing(folder: Path, kind: str) -> list[Path]:
+    try:
+        return [p for p in folder.iterdir() if (p.is_file() if kind == "file" else p.is_dir())]
+    except OSError:
+        return []

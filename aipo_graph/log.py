@@ -1,0 +1,371 @@
+"""RunLog: one folder per run, held by one process, and what a person sees while it runs."""
+
+import fcntl
+import json
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from aipo_graph.cli import printable, read_yaml, write_yaml
+from aipo_graph.config import Config
+from aipo_graph.curves import draw
+from aipo_graph.errors import ConfigError
+from aipo_graph.types import TraceGroup
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedGroup:
+    """One line of traces.jsonl."""
+
+    step: int
+    group: TraceGroup
+
+
+LOGGED_GROUP = TypeAdapter(LoggedGroup)
+
+
+class RunLog:
+    """``runs/NAME/``: config.yaml, metrics.jsonl, traces.jsonl, tensorboard/, curves.png, summary.json.
+
+    Entering it takes the folder's lock and starts the display; leaving it gives both back. Log a step before its checkpoint is
+    saved, so that a run killed in between logs it once more instead of never.
+    """
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir) / config.run.name
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self._lock = -1
+        self._live: _LiveView | None = None
+        self._trackers: dict[str, Any] = {}
+        self._starters: dict[str, Callable[[int], Any]] = {}
+        self._broken: set[str] = set()
+
+    def __enter__(self) -> Self:
+        """Raises ConfigError where another process has the folder, its config differs, or a tracker is not installed."""
+        self._starters = _trackers(self.config, self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(self.folder)
+            # A forked worker that outlives a killed run would keep the lock with its copy of the file descriptor.
+            os.register_at_fork(after_in_child=self._unlock)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ConfigError(f"run folder {self.folder}: {error.strerror}; choose another --run.dir or --run.name") from error
+        try:
+            _settle_config(self.folder, self.config)
+        except BaseException:
+            self._unlock()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+        for name, tracker in self._trackers.items():
+            self._attempt(name, tracker.finish)
+        self._unlock()
+
+    def resume_at(self, step: int) -> None:
+        """The run goes on after ``step`` (0: from the start): what was logged past it, and a half-written line, are cut off."""
+        for name in ("metrics.jsonl", "traces.jsonl"):
+            _cut(self.folder / name, step)
+        if self._interactive:
+            self._live = _LiveView(self.console, self.config.train.steps, step)
+
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[TraceGroup] = ()) -> None:
+        """Log step number ``step`` (1, 2, …). A disk that is full is said once, and the run goes on."""
+        finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
+        line = json.dumps({"step": step, **{key: finite.get(key) for key in metrics}})
+        self._attempt("metrics.jsonl", lambda: _append(self.folder / "metrics.jsonl", line.encode()))
+        for group in groups[: self.config.run.trace_groups]:
+            record = to_json(LoggedGroup(step, group), inf_nan_mode="strings")
+            self._attempt("traces.jsonl", lambda record=record: _append(self.folder / "traces.jsonl", record))  # type: ignore[misc]
+        for name, start in self._starters.items():
+            self._attempt(name, lambda name=name, start=start: self._track(name, start, step, finite))  # type: ignore[misc]
+        self._show(step, finite)
+
+    def note(self, text: str) -> None:
+        """A warning line, above the live display where there is one."""
+        self.console.print(Text.assemble(("note: ", "yellow"), printable(text)), soft_wrap=True)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        self._attempt("summary.json", lambda: _replace(self.folder / "summary.json", json.dumps(values, indent=2) + "\n"))
+
+    def curves(self) -> None:
+        """Draw curves.png from metrics.jsonl."""
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        self._attempt("curves.png", lambda: draw(rows, self.folder / "curves.png", title=self.config.run.name))
+
+    def pause(self) -> None:
+        """End the live display, to print tables below it. The next step starts a new one."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _track(self, name: str, start: Callable[[int], Any], step: int, metrics: Mapping[str, float]) -> None:
+        if name not in self._trackers:
+            self._trackers[name] = start(step)
+        self._trackers[name].log(metrics, step=step)
+
+    def _attempt(self, what: str, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if what not in self._broken:
+                self._broken.add(what)
+                self.note(f"cannot write {what} in {self.folder}: {error.strerror or error}; the run goes on without it")
+
+    @property
+    def _interactive(self) -> bool:
+        return self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.no_color
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._interactive:
+            line = plain_line(step, self.config.train.steps, metrics)
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            return
+        self._live = self._live or _LiveView(self.console, self.config.train.steps, step)
+        self._live.update(step, metrics)
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+# --- files
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, damaged ones left out; no file, no lines."""
+    return [record for _, record in _records(path) if record is not None]
+
+
+def read_traces(path: Path) -> tuple[list[LoggedGroup], int]:
+    """The groups of a traces.jsonl, and how many lines could not be read. Raises ConfigError where there is no file."""
+    groups, bad = [], 0
+    try:
+        with path.open("rb") as lines:
+            for line in lines:
+                try:
+                    groups.append(LOGGED_GROUP.validate_json(line))
+                except ValidationError:
+                    bad += 1
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    return groups, bad
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(offset of its first byte, record) of each line; None for a line that is damaged or has no end."""
+    if not path.exists():
+        return
+    offset = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError):
+                record = None
+            yield offset, record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+            offset += len(line)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Truncate before the first line that is damaged or later than ``step``."""
+    for offset, record in _records(path):
+        if record is None or record["step"] > step:
+            os.truncate(path, offset)
+            return
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add one line, whole or not at all."""
+    with path.open("ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            rest = line + b"\n"
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(start)
+            raise
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _take_lock(folder: Path) -> int:
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise ConfigError(f"run folder {folder} is in use by {holder}; wait for it, or choose another --run.name") from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
+
+
+def _settle_config(folder: Path, config: Config) -> None:
+    """Write config.yaml, or check that the folder's own one says the same. Name and place of the folder may change."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        _replace(path, write_yaml(config))
+        return
+    before, now = _flat(read_yaml(path)[0]), _flat(config.model_dump(mode="json"))
+    for key in dict.fromkeys([*now, *before]):
+        if key not in ("run.name", "run.dir") and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"run folder {folder} was started with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
+                "choose another --run.name, or delete the folder"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- trackers: each has log(metrics, step=…) and finish()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # three seconds that `--help` and readers of logs are spared
+
+        # Points from this step on, left by a run that was killed, are hidden.
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def _trackers(config: Config, folder: Path) -> dict[str, Callable[[int], Any]]:
+    """What starts each tracker at its first step. Raises ConfigError for one that is not installed."""
+    start: dict[str, Callable[[int], Any]] = {}
+    settings = config.model_dump(mode="json")
+    for name in config.run.trackers:
+        try:
+            if name == "wandb":
+                import wandb
+
+                start[name] = lambda step: wandb.init(project="aipo_graph", name=config.run.name, dir=str(folder), config=settings)
+            elif name == "trackio":
+                import trackio
+
+                start[name] = lambda step: trackio.init(project="aipo_graph", name=config.run.name, config=settings)
+            else:
+                start[name] = lambda step: _TensorBoard(folder, step)
+        except ImportError as error:
+            raise ConfigError(f"run.trackers names {name}, which is not installed; pip install 'aipo-graph[trackers]'") from error
+    return start
+
+
+# --- what a person sees
+
+
+def plain_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
+    """One line per step, for files and pipes."""
+    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+    parts += [f"{label} {metrics[key]:{form}}" for label, key, form in HEADLINE if key in metrics]
+    for agent in agents_in(metrics):
+        values = [f"{label} {metrics[f'{key}/{agent}']:{form}}" for label, key, form in PER_AGENT if f"{key}/{agent}" in metrics]
+        parts.append(f"{agent}: {' '.join(values)}")
+    return " | ".join(parts)
+
+
+HEADLINE = (
+    ("reward", "reward", ".3f"),
+    ("with agents", "reward/with_agents", ".3f"),
+    ("alone", "reward/alone", ".3f"),
+    ("entropy", "entropy", ".3f"),
+    ("failed", "failed", ".1%"),
+    ("tokens/s", "tokens_per_second", ",.0f"),
+)
+PER_AGENT = (
+    ("consults", "consults", ".2f"),
+    ("mean ratio", "agent_ratio_mean", ".3f"),
+    ("at floor", "floor_hit", ".0%"),
+    ("at ceiling", "ceiling_hit", ".0%"),
+    ("effective sample", "agent_ess", ".0%"),
+)
+
+
+def agents_in(metrics: Mapping[str, float]) -> list[str]:
+    """The agents that the metrics speak of, in order of appearance."""
+    prefixes = tuple(f"{key}/" for _, key, _ in PER_AGENT)
+    return list(dict.fromkeys(key.partition("/")[2] for key in metrics if key.startswith(prefixes)))
+
+
+class _LiveView:
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+            speed_estimate_period=3600,  # a step may take minutes
+        )
+        self.task = self.progress.add_task("", total=steps, completed=done)
+        self.live = Live(self.progress, console=console, refresh_per_second=2)
+        self.live.start()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.progress.update(self.task, completed=step)
+        self.live.update(Group(self.progress, _headline(metrics), _agents(metrics)))
+
+    def stop(self) -> None:
+        self.live.stop()
+
+
+def _headline(metrics: Mapping[str, float]) -> Table:
+    table = Table(box=None, expand=True)
+    shown = [entry for entry in HEADLINE if entry[1] in metrics]
+    for label, _, _ in shown:
+        table.add_column(label, justify="right", header_style="dim")
+    table.add_row(*[f"{metrics[key]:{form}}" for _, key, form in shown])
+    return table
+
+
+def _agents(metrics: Mapping[str, float]) -> Table:
+    table = Table(box=None, expand=True)
+    table.add_column("agent", header_style="dim", style="cyan")
+    for label, _, _ in PER_AGENT:
+        table.add_column(label, justify="right", header_style="dim")
+    for agent in agents_in(metrics):
+        cells = [f"{metrics[f'{key}/{agent}']:{form}}" if f"{key}/{agent}" in metrics else "" for _, key, form in PER_AGENT]
+        table.add_row(agent, *cells)
+    return table

@@ -1,0 +1,232 @@
+"""Makes the operator task's base policy: a tiny Llama that can use rules and ask for them, but does not have them all.
+
+Three kinds of text, all of them solutions in the format of `tasks/operators.py`:
+
+- easy (40 %): known operators with their true rules. Some are used without asking.
+- protocol (40 %): a random rule for every operator and, under ``%`` and ``&``, a random order. Only what the helpers say decides, so
+  the policy learns to go by it; for novel operators it learns that it cannot know. For the other operators the helper's words carry no
+  loss: what is believed about them stays as it is.
+- misbelief (20 %): misbelieved operators with their wrong rules.
+
+In all of them some steps slip in a digit; a checked slip is answered with "no" and redone. No operator set of the held-out problems occurs.
+"""
+
+import argparse
+import math
+import random
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as RawTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from aipo_graph import cli
+from aipo_graph.errors import ConfigError
+from aipo_graph.tasks.operators import (
+    BELIEFS,
+    MARKERS,
+    MISBELIEVED,
+    NOVEL,
+    OPERATORS,
+    RULES,
+    TRAIN_TRIPLES,
+    Habits,
+    Piece,
+    solution,
+)
+from aipo_graph.types import Problem, derive_seed
+
+DIGITS = "0123456789"
+TAGS = tuple(f"<{slash}{name}>" for name in ("verify", "knowledge", "reasoning", "feedback") for slash in ("", "/"))
+WORDS = ("<pad>", "<eos>", "<unk>", *DIGITS, *OPERATORS, *MARKERS, *"+-=;?}", "\\boxed{", "yes", "no", *TAGS)
+IDS = {word: index for index, word in enumerate(WORDS)}
+_SPLIT = r"yes|no|\\boxed\{|" + "|".join(TAGS) + r"|<eos>|[\s\S]"
+
+EARLY_HABITS = Habits(verify=0.5, slip=0.05)
+HABITS = Habits(verify=0.75, slip=0.12)
+IGNORE = -100
+EARLY = 0.3
+"""Share of the steps spent on single steps."""
+STEPS = 1600
+PEAK_RATE = 4e-3
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of WORDS; decoding joins them without blanks."""
+    raw = RawTokenizer(models.WordLevel(dict(IDS), unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
+    raw.decoder = decoders.Fuse()
+    raw.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def policy_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=IDS["<eos>"],
+        pad_token_id=IDS["<pad>"],
+    )
+
+
+def fresh_policy(seed: int) -> LlamaForCausalLM:
+    """An untrained policy. Digits start as Fourier features, in which addition mod 10 is a rotation."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(policy_config())
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight.normal_(0, 0.3)
+        for digit in range(10):
+            angles = [2 * math.pi * k * digit / 10 for k in range(1, 6)]
+            features = torch.tensor([f(a) for a in angles for f in (math.cos, math.sin)])
+            weight[IDS[str(digit)], : len(features)] = features
+    return model
+
+
+def sample(rng: random.Random, early: bool) -> list[Piece]:
+    """One solution, prompt first.
+
+    Early on: single steps with random rules whose keys are full of zeros. Without them, addition mod 10 stays at chance.
+    """
+    draw = 0.5 if early else rng.random()
+    habits, marker = HABITS, "@"
+    if draw < 0.4:
+        operators, rules = rng.choice(TRAIN_TRIPLES["easy"]), RULES
+        habits = replace(HABITS, direct=rng.random() < 0.5)
+    elif draw < 0.8:
+        operators, marker = rng.choice(TRAIN_TRIPLES["hard"]), rng.choice(MARKERS)
+        rules = {letter: _key(rng, zeros=0.4 if early else 0.1) + rng.choice("+-") for letter in operators}
+    else:
+        operators, rules = "".join(rng.sample(MISBELIEVED, 3)), BELIEFS
+    operators = "".join(rng.sample(operators, 1 if early else 3))
+    steps = operators if marker == "@" else "".join(rng.sample(operators, len(operators)))
+    problem = Problem("", f"{marker}{rng.randrange(10000):04}{operators}?", "")
+    pieces = solution(problem, rules, steps, replace(EARLY_HABITS, direct=rng.random() < 0.7) if early else habits, rng)
+    return [Piece(problem.question, "prompt"), *(_unheard(piece) if 0.4 <= draw < 0.8 else piece for piece in pieces), Piece("<eos>")]
+
+
+def _key(rng: random.Random, zeros: float) -> str:
+    return "".join("0" if rng.random() < zeros else rng.choice("123456789") for _ in range(4))
+
+
+def _unheard(piece: Piece) -> Piece:
+    return Piece(piece.text, "prompt") if piece.helper == "knowledge" and piece.about not in NOVEL else piece
+
+
+def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:
+    """Token ids and labels; prompts and words without loss get IGNORE."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in pieces:
+        tokens = [IDS[word] for word in re.findall(_SPLIT, piece.text)]
+        ids += tokens
+        labels += [IGNORE] * len(tokens) if piece.helper == "prompt" else tokens
+    return ids, labels
+
+
+def batch(seed: int, step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both int64 [rows, longest]."""
+    rng = random.Random(derive_seed(seed, "pretrain", step))
+    early = step < EARLY * steps
+    rows = [encode(sample(rng, early)) for _ in range(96 if early else 48)]
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([row + [IDS["<pad>"]] * (longest - len(row)) for row, _ in rows])
+    labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in rows])
+    return ids, labels
+
+
+def rate(progress: float) -> float:
+    """Learning rate over its peak: 5 % of warm-up, then a cosine to 2 %."""
+    return min(1.0, progress / 0.05) * (0.51 + 0.49 * math.cos(math.pi * progress))
+
+
+def losses(model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[float]:
+    """Trains the model in place, one optimizer step per loss (nats per token that carries loss)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(steps):
+        ids, labels = batch(seed, step, steps)
+        hidden, targets = model.model(ids).last_hidden_state[:, :-1], labels[:, 1:]
+        heard = targets != IGNORE
+        loss = F.cross_entropy(model.lm_head(hidden[heard]), targets[heard])
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * rate((step + 1) / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield loss.item()
+
+
+def pretrain(out: Path, seed: int, steps: int, force: bool = False) -> None:
+    """Writes the trained policy and its tokenizer to the folder ``out``, which appears whole or not at all.
+
+    Raises ConfigError if it exists and ``force`` is not set, or cannot be written.
+    """
+    if out.exists() and not force:
+        raise ConfigError(f"{out} exists: give another --out, or --force to replace it")
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
+    model = fresh_policy(seed)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
+    with Progress(TextColumn("pretraining"), *columns) as progress:
+        task = progress.add_task("", total=steps, loss=math.nan)
+        for loss in losses(model, seed, steps):
+            progress.update(task, advance=1, loss=loss)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+            new, old = Path(folder, "new"), Path(folder, "old")
+            model.save_pretrained(new)
+            tokenizer().save_pretrained(new)
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+
+
+def command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m aipo_graph.pretrain",
+        description="Makes the operator task's base policy: a tiny language model in Hugging Face format, about four minutes on one core.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("operators"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="root of every random draw (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, default=STEPS, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    given = parser.parse_args(argv)
+    pretrain(given.out, given.seed, given.steps, given.force)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(command))

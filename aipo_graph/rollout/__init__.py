@@ -1,0 +1,21 @@
+"""What a graph is written with: `from aipo_graph.rollout import State, Context, policy_node, agent_node, append, by_request`."""
+
+from aipo_graph.rollout.agents import Agent
+from aipo_graph.rollout.graph import Budget, Context, Graph, State, Update, agent_node, append, policy_node
+from aipo_graph.rollout.protocol import parse_request
+from aipo_graph.rollout.router import by_confidence, by_request
+
+__all__ = [
+    "Agent",
+    "Budget",
+    "Context",
+    "Graph",
+    "State",
+    "Update",
+    "agent_node",
+    "append",
+    "by_confidence",
+    "by_request",
+    "parse_request",
+    "policy_node",
+]

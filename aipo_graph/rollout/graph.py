@@ -1,0 +1,173 @@
+"""What a rollout graph is made of: its state, its run context, and the nodes that sample and consult."""
+
+import operator
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.runtime import Runtime
+from pydantic_core import CoreSchema, core_schema
+from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
+
+from aipo_graph.errors import ConfigError, GraphError
+from aipo_graph.rollout.agents import Agent
+from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.protocol import parse_request, tags
+from aipo_graph.rollout.tokens import Tokenizer
+from aipo_graph.types import Generate, Problem, Reply, Request, Segment, derive_seed
+
+Graph = CompiledStateGraph[Any, Any, Any, Any]
+"""What a graph's `build()` returns."""
+
+
+class State(TypedDict):
+    """The state of a rollout graph. Segments are only ever appended to; a graph may add keys of its own by subclassing."""
+
+    problem: Problem
+    segments: Annotated[tuple[Segment, ...], operator.add]
+
+
+class Update(TypedDict):
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one trace may use: policy tokens, consults, tokens of one reply."""
+
+    tokens: int
+    consults: int
+    reply_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the nodes of one graph run share: LangGraph's run context, one per trace."""
+
+    generate: Generate
+    tokenizer: Tokenizer
+    agents: Mapping[str, Agent]
+    consult: Callable[[Agent, Request], Awaitable[Reply]]
+    prompts: Prompts
+    budget: Budget
+    seed: int
+    temperature: float = 1.0
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        """LangGraph's server asks every graph for the JSON schema of its context, and these are live objects: anything."""
+        return core_schema.any_schema()
+
+    def opening(self, prompt: str, *, thread: str = "main", author: str = "", **fields: str) -> Segment:
+        """A thread's first segment: a prompt file with its fields filled in, control tokens in the fields neutralised."""
+        clean = {name: self.tokenizer.neutralise(text) for name, text in fields.items()}
+        return self.tokenizer.render(self.prompts.render(prompt, **clean), author=author or prompt, thread=thread)
+
+    def tokens_left(self, state: State) -> int:
+        """Policy tokens that the trace may still sample, over all threads."""
+        return self.budget.tokens - sum(len(s.token_ids) for s in state["segments"] if s.source == "policy")
+
+    def consults_left(self, state: State) -> int:
+        return self.budget.consults - sum(s.source == "agent" for s in state["segments"])
+
+
+class Node(Protocol):
+    """A node that samples or consults: the state and LangGraph's runtime in, an update out."""
+
+    def __call__(self, state: State, runtime: Runtime[Context]) -> Awaitable[Update]: ...
+
+
+def append(*segments: Segment) -> Update:
+    """The update that a node returns: these segments, after all that stand already.
+
+    >>> append(Segment("context", "notes", (1, 2), text="ab"))["segments"][0].author
+    'notes'
+    """
+    return {"segments": segments}
+
+
+def last_policy_segment(state: State, thread: str | None = None) -> Segment:
+    """The newest policy segment, of one thread or of any. Raises GraphError if there is none."""
+    for segment in reversed(state["segments"]):
+        if segment.source == "policy" and thread in (None, segment.thread):
+            return segment
+    raise GraphError(f"a route or an agent node ran before any policy node (thread {thread or 'any'}): put a policy node before it")
+
+
+def last_words(state: State, thread: str | None = None) -> str:
+    """The text of the newest run of policy segments, of one thread or of the newest one's: a request may span several segments."""
+    thread = last_policy_segment(state, thread).thread
+    row = [s for s in state["segments"] if s.thread == thread]
+    end = max(i + 1 for i, s in enumerate(row) if s.source == "policy")
+    start = max((i + 1 for i, s in enumerate(row[:end]) if s.source != "policy"), default=0)
+    return "".join(s.text for s in row[start:end])
+
+
+def policy_node(thread: str = "main", *, prompt: str = "policy", consults: bool = True, segment_tokens: int | None = None) -> Node:
+    """A node that lets the policy write on its thread until it asks, ends, or runs out of budget.
+
+    Args:
+        thread: the policy context it continues; each thread is one training row.
+        prompt: prompt file that opens the thread.
+        consults: stop at the closing tag of a request. Without, the policy writes its own feedback.
+        segment_tokens: hand control back to the graph at least every so many tokens.
+    """
+
+    async def policy(state: State, runtime: Runtime[Context]) -> Update:
+        context = runtime.context
+        left = context.tokens_left(state)
+        if left <= 0:
+            return append()
+        written = [s for s in state["segments"] if s.thread == thread]
+        opening: tuple[Segment, ...] = ()
+        if not written:
+            opening = (context.opening(prompt, thread=thread, question=state["problem"].question),)
+        stop = tuple(tags(name)[1] for name in context.agents) if consults else ()
+        completion = await context.generate(
+            [token for s in (*opening, *written) for token in s.token_ids],
+            seed=derive_seed(context.seed, thread, sum(s.source == "policy" for s in written)),
+            max_tokens=min(left, segment_tokens or left),
+            stop=stop,
+            temperature=context.temperature,
+        )
+        sampled = Segment(
+            "policy",
+            author="policy" if thread == "main" else thread,
+            token_ids=completion.token_ids,
+            text=context.tokenizer.decode(completion.token_ids),
+            logprobs=completion.logprobs,
+            version=completion.version,
+            thread=thread,
+        )
+        return append(*opening, sampled)
+
+    return policy
+
+
+def agent_node(name: str, thread: str = "main") -> Node:
+    """A node that passes the policy's request to an agent and splices the reply in as feedback.
+
+    Where the route offered the consult unasked, the query is the policy's last segment. Raises AgentError if the agent fails.
+    """
+
+    async def consult(state: State, runtime: Runtime[Context]) -> Update:
+        context = runtime.context
+        if name not in context.agents:
+            raise ConfigError(f"the graph has a node for agent {name!r}, but agents.use names only {', '.join(context.agents) or 'none'}")
+        last = last_policy_segment(state, thread)
+        request = parse_request(last_words(state, thread), context.agents)
+        neutralise = context.tokenizer.neutralise
+        reply = await context.consult(
+            context.agents[name],
+            Request(
+                name,
+                query=neutralise(request[1] if request else last.text).strip(),
+                question=neutralise(state["problem"].question),
+                transcript=neutralise("".join(s.text for s in state["segments"] if s.thread == thread and s.source != "context")),
+                seed=derive_seed(context.seed, thread, name, context.consults_left(state)),
+            ),
+        )
+        return append(*context.tokenizer.wrap(reply, author=name, thread=thread, limit=context.budget.reply_tokens))
+
+    return consult

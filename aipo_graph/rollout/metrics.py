@@ -1,0 +1,55 @@
+"""What one step's traces say, as flat numbers for the log."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from aipo_graph.types import Trace, TraceGroup
+
+
+def rollout_metrics(groups: Sequence[TraceGroup], agents: Iterable[str], version: int) -> dict[str, float]:
+    """Reward, solve rate, calls and tokens per agent, failures by reason, and lag, over one step's groups.
+
+    Means are over trained traces; `failed` is the share of the others. `consults/<agent>` is per trace with agents. `lag` is the mean
+    number of updates by which policy tokens were sampled behind ``version``.
+    """
+    traces = [trace for group in groups for trace in group.traces]
+    kept = [trace for trace in traces if trace.trained]
+    alone = [trace for trace in kept if not trace.with_agents]
+    helped = [trace for trace in kept if trace.with_agents]
+    metrics = {
+        "reward": _mean(t.reward for t in kept),
+        "reward/alone": _mean(t.reward for t in alone),
+        "reward/with_agents": _mean(t.reward for t in helped),
+        "solved": _mean(float(any(t.trained and t.reward > 0 for t in group.traces)) for group in groups),
+        "violations": _mean(t.scores.get("violation", 0.0) for t in helped),
+        "leaks": _mean(t.scores.get("leaks", 0.0) for t in helped),
+        "failed": 1 - len(kept) / len(traces),
+        "length/alone": _mean(_tokens(t, "policy") for t in alone),
+        "length/with_agents": _mean(_tokens(t, "policy") for t in helped),
+        "tokens/policy": float(sum(_tokens(t, "policy") for t in traces)),
+        "tokens/agent": float(sum(_tokens(t, "agent") for t in traces)),
+        "lag": _mean(version - s.version for t in kept for s in t.segments if s.source == "policy"),
+    }
+    for agent in agents:
+        metrics[f"consults/{agent}"] = _mean(sum(s.source == "agent" and s.author == agent for s in t.segments) for t in helped)
+    for kind in {group.problem.kind for group in groups if group.problem.kind}:
+        metrics[f"reward/alone/{kind}"] = _mean(
+            t.reward for g in groups if g.problem.kind == kind for t in g.traces if t.trained and not t.with_agents
+        )
+    for reason, count in Counter(_reason(t) for t in traces if t.status != "done").items():
+        metrics[f"ended/{reason}"] = count / len(traces)
+    return metrics
+
+
+def _reason(trace: Trace) -> str:
+    """How a trace ended, a failed one with the class of its error: `failed/AgentError`."""
+    return f"failed/{(trace.error or '').partition(':')[0]}" if trace.status == "failed" else trace.status
+
+
+def _tokens(trace: Trace, source: str) -> int:
+    return sum(len(s.token_ids) for s in trace.segments if s.source == source)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else float("nan")

@@ -1,0 +1,105 @@
+"""Between text and token ids: prompts in, helpers' replies in, sampled ids never re-tokenized."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from aipo_graph.errors import ConfigError
+from aipo_graph.rollout.protocol import FEEDBACK, tags
+from aipo_graph.types import Reply, Segment
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer that keeps untrusted text from becoming control tokens.
+
+    Args:
+        tokenizer: the policy's own.
+        agents: names of the agents, whose tags become control text together with `<feedback>` and every special token.
+        eos_ids: the ids at which the engine ends a text; default: the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, agents: Iterable[str] = (), eos_ids: Iterable[int] = ()):
+        self._tokenizer = tokenizer
+        names = (FEEDBACK, *agents)
+        self.eos_ids = frozenset(eos_ids) or frozenset({tokenizer.eos_token_id} - {None})
+        # Not all_special_ids: header and end-of-turn tokens of many models are special without being named in their config.
+        added = tokenizer.added_tokens_decoder
+        self.special_ids = frozenset({*tokenizer.all_special_ids, *self.eos_ids, *(i for i, token in added.items() if token.special)})
+        specials = {*tokenizer.all_special_tokens, *(self.decode([i]) for i in self.special_ids)} - {""}
+        controls = {tag for name in names for tag in tags(name)} | specials
+        self._controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+        self.control_ids = self.special_ids | frozenset(i for i, token in added.items() if token.content in controls)
+        self.plain = lru_cache(maxsize=65536)(self._plain)
+        self._open, self._close = (
+            Segment("context", FEEDBACK, tuple(tokenizer.encode(tag, add_special_tokens=False)), text=tag) for tag in tags(FEEDBACK)
+        )
+
+    @classmethod
+    def load(cls, model: str | Path, agents: Iterable[str] = (), eos_ids: Iterable[int] = ()) -> "Tokenizer":
+        """The tokenizer of a model directory or hub name. Raises ConfigError if there is none."""
+        try:
+            return cls(AutoTokenizer.from_pretrained(model), agents, eos_ids)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"{model}: no usable tokenizer ({reason}); policy.model must hold tokenizer.json beside the weights"
+            ) from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def neutralise(self, text: str) -> str:
+        """Replaces tags and special tokens in untrusted text by a blank, full-width and other NFKC look-alikes included."""
+        folded = unicodedata.normalize("NFKC", text)
+        return self._controls.sub(" ", folded if self._controls.search(folded) else text)
+
+    def _plain(self, text: str, limit: int | None = None) -> tuple[tuple[int, ...], str]:
+        """Token ids of untrusted text, at most ``limit`` of them, with no control token among them, and their text.
+
+        A normaliser inside the tokenizer can make a tag out of look-alikes, hence the second look at the decoded text.
+        """
+        for _ in range(3):
+            encoded = self._tokenizer.encode(self.neutralise(text), add_special_tokens=False, split_special_tokens=True)
+            ids = tuple(token for token in encoded if token not in self.control_ids)[:limit]
+            text = self.decode(ids)
+            if not self._controls.search(text):
+                return ids, text
+        return (), ""
+
+    def render(self, text: str, author: str, thread: str = "main") -> Segment:
+        """A prompt as a context segment: through the model's chat template as one user message if it has one, else as it is.
+
+        A prompt file explains the tags, so the text is taken as it is: what it quotes from others is neutralised before.
+        """
+        if self._tokenizer.chat_template is None:
+            ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+            bos = self._tokenizer.bos_token_id
+            return Segment("context", author, ids if bos is None else (bos, *ids), text=text, thread=thread)
+        messages = [{"role": "user", "content": text}]
+        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
+        return Segment("context", author, ids, text=str(rendered), thread=thread)
+
+    def wrap(self, reply: Reply, author: str, thread: str = "main", limit: int | None = None) -> tuple[Segment, ...]:
+        """A helper's reply as three segments: the opening tag, the words (source `agent`), the closing tag.
+
+        The helper's own ids and logprobs are kept, up to the limit, only if they match and hold no control token.
+        """
+        ids, text = (reply.token_ids or ())[:limit], ""
+        logprobs = (reply.logprobs or ())[:limit]
+        if ids and len(ids) == len(logprobs) and self.control_ids.isdisjoint(ids):
+            text = self.decode(ids)
+        if text and not self._controls.search(text):
+            words = Segment("agent", author, ids, text, logprobs=logprobs, thread=thread)
+        else:
+            ids, text = self.plain(reply.text, limit)
+            words = Segment("agent", author, ids, text, thread=thread)
+        return (self._tag(self._open, thread), words, self._tag(self._close, thread))
+
+    @staticmethod
+    def _tag(segment: Segment, thread: str) -> Segment:
+        return segment if thread == "main" else Segment("context", segment.author, segment.token_ids, segment.text, thread=thread)

@@ -1,0 +1,25 @@
+"""Which task `task.name` stands for."""
+
+from aipo_graph.config import Config
+from aipo_graph.errors import ConfigError
+from aipo_graph.load import load, nearest
+from aipo_graph.types import Task
+
+TASKS = {
+    "operators": "aipo_graph.tasks.operators:build",
+    "word_problems": "aipo_graph.tasks.word_problems:build",
+}
+"""Short name -> factory; anything with a colon is a path of its own."""
+
+
+def open_task(config: Config) -> Task:
+    """The task that ``config.task.name`` names, built by its factory from the config. Raises ConfigError, TaskError."""
+    name = config.task.name
+    if name not in TASKS and ":" not in name:
+        raise ConfigError(f"task.name = {name!r}: no such task{nearest(name, TASKS)}; write path/to/my_task.py:build for one of your own")
+    factory = load(TASKS.get(name, name))
+    task: Task = factory(config) if callable(factory) else factory
+    lacking = [needed for needed in ("train", "heldout", "score", "kinds") if not hasattr(task, needed)]
+    if lacking:
+        raise ConfigError(f"task.name = {name!r}: the {type(task).__name__} it names has no {lacking[0]!r}; see aipo_graph.types.Task")
+    return task

@@ -1,0 +1,202 @@
+"""The operator task: a small world whose rules the base policy lacks, so that what consulting teaches it can be counted exactly.
+
+A problem is a marker, a state of four digits and three operators: ``%6475IEB?``. The marker gives the order of evaluation:
+``@`` left to right, ``%`` right to left, ``&`` rotated left by one. An operator's rule is a 4-digit key and a sign: ``8813+`` turns
+the state x into 8813 + x, ``8813-`` turns it into 8813 - x, digit by digit mod 10 without carry. Sums and reflections do not
+commute, so the order matters. The answer is the final state, a string of four digits.
+
+The world is one constant: 12 operators, 4 whose rule the base policy knows, 4 novel ones, 4 about which it was taught a wrong rule.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+from aipo_graph.config import Config
+from aipo_graph.errors import TaskError
+from aipo_graph.tasks.grading import last_box
+from aipo_graph.types import Problem, derive_seed
+
+KNOWN, NOVEL, MISBELIEVED = "ABCD", "EFGH", "IJKL"
+OPERATORS = KNOWN + NOVEL + MISBELIEVED
+MARKERS = "@%&"
+UNKNOWN = "?"
+"""What a helper replies to a request that it cannot read."""
+
+_WORLD = "operators-1"
+
+
+def _key(name: str, letter: str, avoid: str = "0000") -> str:
+    """A key without zeros that differs from ``avoid`` in every digit."""
+    rng = random.Random(derive_seed(_WORLD, name, letter))
+    return "".join(rng.choice([d for d in "123456789" if d != old]) for old in avoid)
+
+
+RULES: Mapping[str, str] = {letter: _key("true", letter) + sign for letter, sign in zip(OPERATORS, "+-" * 6, strict=True)}
+"""The true rule of each operator."""
+BELIEFS: Mapping[str, str] = {x: _key("believed", x, RULES[x][:4]) + "-+"["+-".index(RULES[x][4])] for x in MISBELIEVED}
+"""The wrong rules of pretraining: they differ from the true ones in the sign and in every digit."""
+
+
+def rule_book() -> list[dict[str, str]]:
+    """The documents of ``data/operators_rules.jsonl``: found by ``text``, answered with ``reply``."""
+    return [{"id": letter, "text": f"operator {letter} {rule}", "reply": rule} for letter, rule in RULES.items()]
+
+
+def _split(kind: str, operators: Iterable[tuple[str, ...]]) -> tuple[list[str], list[str]]:
+    """Sets of three operators in the order of their hash; the first fifth, rounded up, is held out."""
+    triples = sorted(("".join(triple) for triple in operators), key=lambda triple: derive_seed(_WORLD, kind, triple))
+    cut = -(-len(triples) // 5)
+    return triples[cut:], triples[:cut]
+
+
+_SETS = {
+    "easy": _split("easy", combinations(KNOWN, 3)),
+    "hard": _split("hard", (t for t in combinations(OPERATORS, 3) if sum(letter in KNOWN for letter in t) <= 1)),
+}
+TRAIN_TRIPLES: Mapping[str, tuple[str, ...]] = {kind: tuple(sets[0]) for kind, sets in _SETS.items()}
+HELDOUT_TRIPLES: Mapping[str, tuple[str, ...]] = {kind: tuple(sets[1]) for kind, sets in _SETS.items()}
+
+
+def order(marker: str, operators: str) -> str:
+    """The operators in their order of evaluation."""
+    return {"@": operators, "%": operators[::-1], "&": operators[1:] + operators[:1]}[marker]
+
+
+def apply(rule: str, state: str) -> str:
+    """The state after one rule: key plus state or key minus state, digit by digit mod 10."""
+    sign = 1 if rule[4] == "+" else -1
+    return "".join(str((int(k) + sign * int(s)) % 10) for k, s in zip(rule[:4], state, strict=True))
+
+
+def plan(query: str) -> str:
+    """The Reasoning helper: marker and operators to the operators in order of evaluation.
+
+    >>> plan("%IEB"), plan("&IEB"), plan("what?")
+    ('BEI', 'EBI', '?')
+    """
+    if not re.fullmatch(f"[{MARKERS}][{OPERATORS}]{{1,12}}", query):
+        return UNKNOWN
+    return order(query[0], query[1:])
+
+
+def check(claim: str) -> str:
+    """The Verify helper: exact digit-wise arithmetic on one step. What is not a step is "no".
+
+    >>> check("8813-6475=2448"), check("8813-6475=2338"), check("1=1")
+    ('yes', 'no', 'no')
+    """
+    step = re.fullmatch("([0-9]{4}[+-])([0-9]{4})=([0-9]{4})", claim)
+    return "yes" if step and apply(step[1], step[2]) == step[3] else "no"
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a solution is written. ``direct``: neither plan nor rules are asked for. The rest are chances per step: that it is checked,
+    and that one digit of its result is wrong, which is what a check is there for.
+    """
+
+    direct: bool = False
+    verify: float = 1.0
+    slip: float = 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a solution; ``helper`` names who said it, with the operator that it is about where it is a rule."""
+
+    text: str
+    helper: str = ""
+    about: str = ""
+
+
+def solution(
+    problem: Problem, rules: Mapping[str, str] = RULES, steps: str = "", habits: Habits = Habits(), rng: random.Random | None = None
+) -> list[Piece]:
+    """A worked solution, the way the policy writes it: plan, then for each operator its rule and a step, checked and redone if wrong.
+
+    Args:
+        rules: the rule of each operator; ``steps``: the order of evaluation. Default: the world's.
+        habits: default: everything asked for, every step checked, no slip.
+    """
+    rng = rng or random.Random(0)
+    marker, state, operators = problem.question[0], problem.question[1:5], problem.question[5:-1]
+    steps = steps or order(marker, operators)
+    pieces = []
+    if not habits.direct:
+        pieces += [Piece(f"<reasoning>{marker}{operators}</reasoning><feedback>"), Piece(steps, "reasoning"), Piece("</feedback>")]
+    for letter in steps:
+        rule = rules[letter]
+        if habits.direct:
+            pieces.append(Piece(letter))
+        else:
+            pieces += [Piece(f"<knowledge>{letter}</knowledge><feedback>"), Piece(rule, "knowledge", letter), Piece("</feedback>")]
+        verified = rng.random() < habits.verify
+        while True:
+            result = apply(rule, state)
+            if rng.random() < habits.slip:
+                at = rng.randrange(4)
+                result = result[:at] + rng.choice([d for d in "0123456789" if d != result[at]]) + result[at + 1 :]
+            claim = f"{rule}{state}={result}"
+            if not verified:
+                pieces.append(Piece(f"{claim};"))
+                break
+            verdict = check(claim)
+            pieces += [Piece(f"<verify>{claim}</verify><feedback>"), Piece(verdict, "verify"), Piece("</feedback>")]
+            if verdict == "yes":
+                break
+        state = result
+    return [*pieces, Piece(f"\\boxed{{{state}}}")]
+
+
+class Operators:
+    """Problems of two kinds. ``hard``: at least two operators that the base policy does not know, any marker, and the order matters.
+    ``easy``: known operators, left to right. A fifth of the operator sets of either kind stands in held-out problems only.
+    """
+
+    kinds = ("hard", "easy")
+
+    def __init__(self, seed: int, easy_share: float):
+        self._seed = seed
+        self._easy_share = easy_share
+
+    def train(self, index: int) -> Problem:
+        rng = random.Random(derive_seed(self._seed, "operators", "train", index))
+        kind = "easy" if rng.random() < self._easy_share else "hard"
+        return _draw(f"train-{index}", kind, TRAIN_TRIPLES[kind], rng)
+
+    def heldout(self, count: int, kind: str = "") -> list[Problem]:
+        """The same problems whatever the run's seed. Raises TaskError for a kind that the task does not have."""
+        kind = kind or "hard"
+        if kind not in HELDOUT_TRIPLES:
+            raise TaskError(f"problem kind {kind!r}: the operator task has {' and '.join(HELDOUT_TRIPLES)}")
+        rngs = (random.Random(derive_seed("operators", "heldout", kind, index)) for index in range(count))
+        return [_draw(f"heldout-{kind}-{index}", kind, HELDOUT_TRIPLES[kind], rng) for index, rng in enumerate(rngs)]
+
+    async def score(self, problem: Problem, text: str) -> dict[str, float]:
+        """1 if the last box holds exactly the answer's four digits; leading zeros count."""
+        return {"reward": float(last_box(text) == problem.answer)}
+
+
+def _draw(name: str, kind: str, triples: tuple[str, ...], rng: random.Random) -> Problem:
+    while True:
+        operators = "".join(rng.sample(rng.choice(triples), 3))
+        marker = "@" if kind == "easy" else rng.choice(MARKERS)
+        state = f"{rng.randrange(10000):04}"
+        answer = evaluate(state, order(marker, operators))
+        if marker == "@" or answer != evaluate(state, operators):
+            return Problem(name, f"{marker}{state}{operators}?", answer, kind)
+
+
+def evaluate(state: str, steps: str) -> str:
+    """The state after the operators' true rules, in the order given."""
+    for letter in steps:
+        state = apply(RULES[letter], state)
+    return state
+
+
+def build(config: Config) -> Operators:
+    """The factory that ``task.name = operators`` stands for."""
+    return Operators(config.run.seed, config.task.easy_share)

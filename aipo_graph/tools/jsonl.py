@@ -1,0 +1,56 @@
+"""Records of a JSONL file, every fault named by file and line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from aipo_graph.errors import TaskError
+
+LONGEST_LINE = 1_000_000
+
+
+def records(path: str | Path, *fields: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(``file:line``, record) for each line that is not blank; ``fields`` must be there, as text that is not blank.
+
+    Raises TaskError on a missing or empty file, and on a line that is not such a record.
+    """
+    found = False
+    try:
+        with open(path, "rb") as file:
+            for count, line in enumerate(file, 1):
+                if line.strip():
+                    found = True
+                    yield f"{path}:{count}", _record(line, f"{path}:{count}", fields)
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read ({error.strerror}); name a JSONL file with the fields {', '.join(fields)}") from error
+    if not found:
+        raise TaskError(f"{path}: no records; each line is to be a JSON object with the fields {', '.join(fields)}")
+
+
+def _record(line: bytes, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    if len(line) > LONGEST_LINE:
+        raise TaskError(f"{where}: a line of {len(line)} bytes; at most {LONGEST_LINE} are read")
+    try:
+        record = json.loads(line.decode(), parse_constant=_refuse, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{where}: not a JSON record ({str(error) or type(error).__name__})") from error
+    if not isinstance(record, dict):
+        raise TaskError(f"{where}: a JSON object is expected, not {type(record).__name__}")
+    for name in fields:
+        value = record.get(name)
+        if not isinstance(value, str) or not value.strip():
+            problem = "is missing" if name not in record else f"is {value!r:.40}, not text"
+            raise TaskError(f"{where}: field {name!r} {problem}; the fields there: {', '.join(record)[:200] or 'none'}")
+    return record
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key stands twice")
+    return record

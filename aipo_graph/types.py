@@ -1,0 +1,221 @@
+"""The types in which rollout and learner meet: frozen, slotted, tuples only, standard library only.
+
+Column ``t`` of every array describes token ``t``: ``logprobs[t] = log p(token t | tokens < t)``.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Source = Literal["context", "policy", "agent"]
+Stop = str | tuple[int, ...]
+"""Where sampling stops: a string in the decoded text, or a sequence of token ids."""
+Status = Literal["done", "length", "budget", "failed", "timeout", "leaked"]
+"""How a trace ended. ``done``, ``length`` and ``budget`` are the policy's own doing and are trained on; the rest carry no gradient."""
+TRAINED: frozenset[Status] = frozenset({"done", "length", "budget"})
+
+
+def derive_seed(*parts: int | str) -> int:
+    """The seed of one random draw: 63 bits, a pure function of its address (run seed, step, problem, sample, call).
+
+    >>> derive_seed(0, 3, "hard-17", 2) == derive_seed(0, 3, "hard-17", 2) != derive_seed(0, 3, "hard-17", 3)
+    True
+    """
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question with a checkable answer.
+
+    >>> Problem("add-1", question="What is 1+1?", answer="2").answer
+    '2'
+    """
+
+    id: str
+    question: str
+    answer: str
+    kind: str = ""
+    """The subset it belongs to, reported on its own (``easy``, ``hard``, a subject)."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one request: exactly the tokens it sampled.
+
+    ``logprobs`` are those of the distribution sampled from (temperature included), under weights ``version``.
+
+    >>> Completion((5, 7), (-0.1, -2.0), stop="stop", version=3).token_ids
+    (5, 7)
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop: Literal["stop", "length"]
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens with one source. A trace is a tuple of segments, only ever appended to.
+
+    ``context``: prompt, templates, tool text; never trained. ``policy``: sampled by the policy, logprobs mandatory.
+    ``agent``: a helper's words spliced in; logprobs only if the helper's own sampler gave them for exactly these tokens.
+
+    >>> Segment("policy", "policy", (5, 7), text="ab", logprobs=(-0.1, -2.0), version=3).source
+    'policy'
+    """
+
+    source: Source
+    author: str
+    """The graph node that appended it."""
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...] | None = None
+    version: int = -1
+    """The weights a policy segment was sampled under; -1 elsewhere."""
+    thread: str = "main"
+    masked: bool = False
+    """Kept out of the loss (a reply that gave the answer away)."""
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
+            raise ValueError(f"segment of {self.author!r}: {len(self.token_ids)} tokens but {len(self.logprobs)} logprobs")
+        if self.source == "policy" and self.logprobs is None:
+            raise ValueError(f"policy segment of {self.author!r} without behaviour logprobs")
+        if self.source == "context" and self.logprobs is not None:
+            raise ValueError(f"context segment of {self.author!r} with logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A consult: which agent, and what the policy asked it.
+
+    >>> Request("knowledge", "B", seed=7).agent
+    'knowledge'
+    """
+
+    agent: str
+    query: str
+    question: str = ""
+    """The problem's question. The answer never travels to an agent."""
+    transcript: str = ""
+    """The thread's text so far, control tokens neutralised."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A helper's words; ids and logprobs only if its own sampler used the policy's tokenizer.
+
+    >>> Reply("-8813").logprobs is None
+    True
+    """
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One finished graph run.
+
+    >>> prompt = Segment("context", "policy", (1, 2), text="1+1?")
+    >>> answer = Segment("policy", "policy", (3,), text="2", logprobs=(-0.5,), version=0)
+    >>> trace = Trace("add-1", seed=0, with_agents=False, segments=(prompt, answer), path=("policy",), scores={"reward": 1.0})
+    >>> trace.reward, [[segment.text for segment in row] for row in trace.rows()]
+    (1.0, [['1+1?', '2']])
+    """
+
+    problem_id: str
+    seed: int
+    with_agents: bool
+    segments: tuple[Segment, ...]
+    path: tuple[str, ...]
+    """The graph's nodes in the order they ran."""
+    status: Status = "done"
+    scores: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def reward(self) -> float:
+        return self.scores.get("reward", 0.0)
+
+    @property
+    def trained(self) -> bool:
+        return self.status in TRAINED
+
+    @property
+    def threads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(segment.thread for segment in self.segments))
+
+    def rows(self) -> list[tuple[Segment, ...]]:
+        """One token row per thread, in order of first appearance."""
+        return [tuple(s for s in self.segments if s.thread == thread) for thread in self.threads]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceGroup:
+    """The G traces of one problem: the unit over which advantages are computed."""
+
+    problem: Problem
+    traces: tuple[Trace, ...]
+
+
+class Generate(Protocol):
+    """Samples from the policy: token ids in, a completion out. Raises EngineError."""
+
+    async def __call__(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        seed: int,
+        max_tokens: int,
+        stop: tuple[Stop, ...] = (),
+        temperature: float = 1.0,
+    ) -> Completion: ...
+
+
+class Engine(Protocol):
+    """Where the policy is sampled. ``eos_ids`` end a text; ``version`` is that of the weights in use."""
+
+    eos_ids: frozenset[int]
+    version: int
+
+    generate: Generate
+
+    def run(self, key: str) -> AbstractContextManager[None]:
+        """Entered around each graph run, so that an engine can wait for all runs before it forms a batch."""
+        ...
+
+    def busy(self) -> AbstractContextManager[None]:
+        """Entered around each consult: the run will ask again."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """Takes new weights by name. Raises EngineError if they do not fit, or while a request is being served."""
+        ...
+
+
+class Task(Protocol):
+    """Where problems come from and how an answer is scored."""
+
+    kinds: tuple[str, ...]
+    """The kinds of held-out problems, the main one first; the others are evaluated alone, to see what is forgotten."""
+
+    def train(self, index: int) -> Problem:
+        """The index-th training problem, index = 0, 1, 2, …: deterministic, never ending, so that one integer is the data cursor."""
+        ...
+
+    def heldout(self, count: int, kind: str = "") -> list[Problem]:
+        """Up to ``count`` evaluation problems of one kind (default: the task's main one); never overlapping training."""
+        ...
+
+    async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
+        """Scores of the policy's own final text, ``reward`` among them. Raises TaskError if the grader itself failed."""
+        ...

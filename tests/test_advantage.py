@@ -1,0 +1,50 @@
+import math
+
+import pytest
+
+from aipo_graph.learn.advantage import ESTIMATORS, advantages
+
+ALONE_4 = [False] * 4
+ALL_4 = [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("grpo", (1.5, -0.5, -0.5, -0.5)),  # mean 1/4, sample std 1/2
+        ("dr_grpo", (0.75, -0.25, -0.25, -0.25)),
+        ("rloo", (1.0, -1 / 3, -1 / 3, -1 / 3)),
+    ],
+)
+def test_estimators_by_hand(estimator: str, expected: tuple[float, ...]) -> None:
+    result = advantages([1, 0, 0, 0], ALONE_4, ALL_4, estimator=estimator, baseline="group")
+    assert result == pytest.approx(expected)
+
+
+def test_split_compares_alone_traces_with_alone_ones_only() -> None:
+    rewards, helped = [1, 1, 0, 1, 0, 0], [True, True, True, False, False, False]
+    split = advantages(rewards, helped, [True] * 6, estimator="dr_grpo", baseline="split")
+    whole = advantages(rewards, helped, [True] * 6, estimator="dr_grpo", baseline="group")
+    assert whole == pytest.approx((0.5, 0.5, -0.5, 0.5, -0.5, -0.5))
+    assert split == pytest.approx((0.5, 0.5, -0.5, 2 / 3, -1 / 3, -1 / 3))
+
+
+def test_split_gives_failing_alone_traces_no_push_where_all_alone_fail() -> None:
+    result = advantages([1, 1, 0, 0], [True, True, False, False], ALL_4, estimator="grpo", baseline="split")
+    assert result[0] == result[1] == pytest.approx(0.5 / math.sqrt(1 / 3))
+    assert result[2:] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_untrained_traces_get_zero_and_count_in_no_statistic(estimator: str) -> None:
+    with_nan = advantages([1, 0, math.nan, 0], ALONE_4, [True, True, False, True], estimator=estimator, baseline="split")
+    without = advantages([1, 0, 0], [False] * 3, [True] * 3, estimator=estimator, baseline="split")
+    assert with_nan == (*without[:2], 0.0, without[2])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_sets_of_one_and_sets_of_equals_give_zero(estimator: str) -> None:
+    assert advantages([1.0], [False], [True], estimator=estimator, baseline="group") == (0.0,)
+    assert advantages([0.1] * 7, [True] * 7, [True] * 7, estimator=estimator, baseline="group") == (0.0,) * 7
+    assert advantages([1.0, 0.0], [False] * 2, [True, False], estimator=estimator, baseline="group") == (0.0, 0.0)
+    assert advantages([], [], [], estimator=estimator, baseline="group") == ()

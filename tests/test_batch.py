@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+from tiny_learner import group, random_groups, segment, trace
+
+from aipo_graph.config import Loss
+from aipo_graph.errors import TrainError
+from aipo_graph.learn.batch import AGENT, POLICY, pack
+
+DR = Loss(advantage="dr_grpo", baseline="group")
+
+
+def test_columns_describe_their_token() -> None:
+    helped = trace(
+        segment("context", 1, 2, author="prompt"),
+        segment("policy", 3, 4, logprobs=(-0.25, -0.5), version=7),
+        segment("agent", 5, 6, author="verify", logprobs=(-2.0, -3.0)),
+        segment("agent", 7, author="knowledge"),
+        segment("policy", 8, logprobs=(-0.75,), version=6),
+    )
+    batch = pack([group(helped, trace(segment("context", 1), segment("policy", 9), reward=0.0))], DR)
+    assert batch.token_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [1, 9, 0, 0, 0, 0, 0, 0]]
+    assert batch.lengths.tolist() == [8, 2]
+    assert batch.mask.int().tolist() == [[0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0, 0, 0]]
+    assert batch.source[0].tolist() == [0, 0, POLICY, POLICY, AGENT, AGENT, AGENT, POLICY]
+    assert [batch.authors[i] for i in batch.author[0]] == ["prompt"] * 2 + ["policy"] * 2 + ["verify"] * 2 + ["knowledge", "policy"]
+    assert batch.behaviour_logprobs[0, 2:6].tolist() == [-0.25, -0.5, -2.0, -3.0]
+    assert batch.behaviour_logprobs.isnan().int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 0], [1, 0, 1, 1, 1, 1, 1, 1]]
+    assert batch.advantages.tolist() == [[0, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [0, -0.5, 0, 0, 0, 0, 0, 0]]
+    assert batch.versions.tolist() == [6, 0]
+    assert (batch.policy_tokens, batch.agent_tokens, batch.policy_rows) == (4, 3, 2)
+
+
+def test_one_row_per_thread() -> None:
+    planner = (segment("context", 1, thread="planner"), segment("policy", 2, thread="planner"))
+    critic = (segment("context", 3, thread="critic"), segment("policy", 4, 5, thread="critic"))
+    both = trace(planner[0], critic[0], planner[1], critic[1])
+    batch = pack([group(both, trace(segment("context", 1), segment("policy", 2), reward=0.0))], DR)
+    assert batch.token_ids.tolist() == [[1, 2, 0], [3, 4, 5], [1, 2, 0]]
+    assert (batch.policy_rows, batch.policy_tokens) == (3, 4)
+
+
+def test_masked_segments_are_context_and_a_first_token_is_never_trained() -> None:
+    leaked = trace(segment("policy", 1, 2), segment("agent", 3, 4, masked=True), segment("policy", 5))
+    batch = pack([group(leaked)], DR)
+    assert batch.mask.int().tolist() == [[0, 1, 0, 0, 1]]
+    assert (batch.policy_tokens, batch.agent_tokens) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (trace(segment("context", 1), segment("policy", 2), reward=math.nan), "bad_reward"),
+        (trace(segment("context", 1), segment("policy", 2), reward=math.inf), "bad_reward"),
+        (trace(segment("context", 1), segment("policy", 2, logprobs=(math.nan,))), "bad_logprob"),
+        (trace(segment("context", 1), segment("policy", 2, logprobs=(-math.inf,))), "bad_logprob"),
+        (trace(segment("context", 1), segment("policy", 2, logprobs=(0.5,))), "bad_logprob"),
+        (trace(segment("context", 1), segment("policy", 2), status="failed"), "untrained"),
+        (trace(segment("context", 1), segment("policy", 2), status="timeout"), "untrained"),
+    ],
+)
+def test_bad_traces_are_left_out_counted_and_change_nothing(bad, reason: str) -> None:
+    good = [trace(segment("context", 1), segment("policy", 2, 3), reward=r) for r in (1.0, 0.0)]
+    with_bad, without = pack([group(*good, bad)], DR), pack([group(*good)], DR)
+    assert with_bad.counts == without.counts | {reason: 1, "traces": 3}
+    assert torch.equal(with_bad.token_ids, without.token_ids)
+    assert torch.equal(with_bad.advantages, without.advantages)
+    assert with_bad.policy_tokens == without.policy_tokens
+
+
+def test_bad_agent_logprobs_drop_single_tokens() -> None:
+    helped = trace(
+        segment("context", 1),
+        segment("policy", 2),
+        segment("agent", 3, 4, 5, 6, logprobs=(-1.0, math.nan, 0.5, -math.inf)),
+        with_agents=True,
+    )
+    batch = pack([group(helped, trace(segment("context", 1), segment("policy", 2), reward=0.0))], DR)
+    assert batch.mask[0].int().tolist() == [0, 1, 1, 0, 0, 0]
+    assert (batch.agent_tokens, batch.counts["bad_agent_tokens"]) == (1, 3)
+
+
+def test_split_covers_all_rows_once_within_the_budget_and_is_deterministic() -> None:
+    batch = pack(random_groups(0, problems=5), Loss())
+    parts = list(batch.split(60))
+    assert all(part.token_ids.numel() <= 60 and part.token_ids.shape[1] == int(part.lengths.max()) for part in parts)
+    assert len(parts) > 3
+    assert sum(int(part.mask.sum()) for part in parts) == int(batch.mask.sum())
+    assert torch.equal(torch.cat(batch.plan(60)).sort().values, torch.arange(len(batch)))
+    assert all(torch.equal(a, b) for a, b in zip(batch.plan(60), batch.plan(60), strict=True))
+    assert all(part.policy_tokens == batch.policy_tokens and part.agent_tokens == batch.agent_tokens for part in parts)
+    assert [len(part) for part in batch.split(1)] == [1] * len(batch)  # a row longer than the budget still trains
+
+
+def test_shards_partition_and_keep_the_counts_minibatches_recount() -> None:
+    batch = pack(random_groups(0), Loss())
+    shards = [batch.shard(rank, 5) for rank in range(5)]
+    assert sum(len(shard) for shard in shards) == len(batch)
+    assert all(shard.policy_tokens == batch.policy_tokens for shard in shards)
+    parts = list(batch.minibatches(3, seed=1))
+    assert sum(part.policy_tokens for part in parts) == batch.policy_tokens
+    assert all(part.policy_rows == len(part) for part in parts)
+
+
+def test_nothing_to_pack() -> None:
+    batch = pack([group(trace(segment("context", 1), status="failed"))], Loss())
+    assert (len(batch), batch.policy_tokens, batch.token_ids.shape) == (0, 0, (0, 0))
+    assert list(batch.split(100)) == []
+
+
+def test_rows_without_a_gradient_are_known_for_each_loss() -> None:
+    flat = trace(segment("context", 1), segment("policy", 2), segment("agent", 3), with_agents=True)
+    batch = pack([group(flat, flat)], Loss())
+    assert batch.trainable(Loss()).sum() == 0
+    assert batch.trainable(Loss(kl_weight=0.1)).sum() == 2
+    assert batch.trainable(Loss(agent="echo")).sum() == 2
+    assert batch.trainable(Loss(agent="echo", agent_weight=0)).sum() == 0
+
+
+def test_too_many_authors_is_one_clear_line() -> None:
+    many = trace(*(segment("agent", 1, author=f"a{i}") for i in range(128)))
+    with pytest.raises(TrainError, match="128 authors"):
+        pack([group(many)], Loss())

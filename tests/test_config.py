@@ -1,0 +1,226 @@
+"""Settings: small, documented, and every mistake answered in one line that names it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic_settings import CliPositionalArg, CliVariadicArg
+from rich.console import Console
+
+from aipo_graph.cli import main, parse, write_yaml
+from aipo_graph.config import PATHS, Config
+from aipo_graph.errors import ConfigError
+
+
+class Evaluation(Config):
+    """A command with words of its own."""
+
+    model: CliPositionalArg[str]
+    """The model."""
+    k: CliVariadicArg[tuple[int, ...]] = (1, 4)
+    """Sizes of k."""
+
+
+def settings(*argv: str, cls: type[Config] = Config) -> Config:
+    return parse(argv, cls, prog="train")[0]
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        settings(*argv)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def leaves(cls: type, prefix: str = "") -> dict[str, str | None]:
+    found = {}
+    for name, field in cls.model_fields.items():
+        section = hasattr(field.annotation, "model_fields")
+        found |= leaves(field.annotation, f"{prefix}{name}.") if section else {prefix + name: field.description}
+    return found
+
+
+def test_small_and_documented() -> None:
+    fields = leaves(Config)
+    assert 40 < len(fields) <= 80
+    assert [key for key, text in fields.items() if not text or not text.strip()] == []
+    assert [key for key in PATHS if key not in fields] == []
+
+
+def test_defaults_then_file_then_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {steps: 7, epochs: 2}\nloss:\n# nothing here\n")
+    config, options = parse([str(file), "--train.steps", "9", "--dry-run"], Config, prog="train")
+    assert (config.train.steps, config.train.epochs, config.train.minibatches) == (9, 2, 1)
+    assert (options.file, options.dry_run) == (file, True)
+    assert parse([], Config, prog="train")[1].dry_run is False
+
+
+def test_default_file_is_found_among_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, options = parse([], Config, prog="train", default="configs/quickstart.yaml")
+    assert options.file == root / "configs/quickstart.yaml"
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_valid(file: Path) -> None:
+    settings(str(file))
+
+
+def test_every_kind_of_value_from_the_command_line() -> None:
+    config = settings(
+        *["--run.trackers", "tensorboard,trackio", "--optimizer.betas", "0.8,0.9", "--task.data", "null"],
+        *["--agents.use", "verify=my.py:build", "--train.gradient_checkpointing", "true", "--optimizer.lr=1e-3"],
+    )
+    assert config.run.trackers == ("tensorboard", "trackio")
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.optimizer.lr == 1e-3
+    assert config.task.data is None
+    assert config.agents.use == {"verify": "my.py:build"}
+    assert config.train.gradient_checkpointing is True
+
+
+def test_command_with_words_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("evaluate: {samples: 16}\n")
+    config = settings("some/model", "--k", "1", "4", "16", "--config", str(file), cls=Evaluation)
+    assert isinstance(config, Evaluation)
+    assert (config.model, config.k, config.evaluate.samples) == ("some/model", (1, 4, 16), 16)
+
+
+def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = settings(
+        "--optimizer.lr", "1e-7", "--run.seed", "3", "--rollout.with_agents", "0.3333333333333333", "--task.data", "x: y.jsonl"
+    )
+    (tmp_path / "a.yaml").write_text(write_yaml(config))
+    assert settings(str(tmp_path / "a.yaml")) == config
+    assert yaml.safe_load(write_yaml(config))["run"]["seed"] == 3
+
+
+def test_paths_beside_the_file_hold_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "g.py").touch()
+    (tmp_path / "mine" / "operators").mkdir()
+    (tmp_path / "mine" / "a.yaml").write_text(
+        "rollout: {graph: 'g.py:build', solo: 'graphs/solo.py:build'}\nagents: {use: {verify: 'g.py:v'}}\npolicy: {model: operators}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = settings("mine/a.yaml")
+    assert config.rollout.graph == f"{tmp_path}/mine/g.py:build"
+    assert config.agents.use == {"verify": f"{tmp_path}/mine/g.py:v"}
+    assert (config.rollout.solo, config.policy.model) == ("graphs/solo.py:build", "operators")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {stepz: 7}", "no setting 'train.stepz'; did you mean train.steps? (FILE:1)"),
+        ("trian: {}", "no setting 'trian'; did you mean train? (FILE:1)"),
+        ("train:\n  steps: 7\n  steps: 8", "FILE:3: train.steps is given twice"),
+        ("a: &x [1]\nb: *x", "FILE:2: aliases (*name) are not supported; write the value out"),
+        ("train:\n  steps: [7", "FILE:2: expected ',' or ']'"),
+        ("train:\n\n  steps: -7", "train.steps = -7: must be greater than 0 (FILE:3)"),
+        ("loss: {agent: foo}", "loss.agent = 'foo': must be 'aipo', 'mask', 'ppo', 'luffy', 'gated', 'sft' or 'echo' (FILE:1)"),
+        ("- 1", "FILE:1: a mapping of sections is wanted"),
+        ("run: {name: no}", "run.name = False: must be a valid string; put quotes around it (FILE:1)"),
+        ("[1]: 2", "FILE:1: a key must be a word"),
+        ("!!python/object/apply:os.system [ls]", "FILE:1: could not determine a constructor"),
+        ("[" * 100_000, "FILE: nested too deeply"),
+        ("x" * 1_000_001, "FILE: larger than 1,000,000 bytes"),
+        ("train: 3", "train = 3: must be a mapping of settings (FILE:1)"),
+        ("rollout:\n  problems: 4\n  top_p: 0.9", "rollout.top_p = 0.9: the learner cannot know the probability"),
+        ("agents: {use: {'Bad Name': x}}", "agents.use.Bad Name = 'Bad Name': must match"),
+    ],
+)
+def test_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    said = refusal(str(file)).replace(str(file), "FILE")
+    assert message in said
+    assert "FILE" in said
+
+
+def test_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe")
+    assert "a.yaml: 'utf-8' codec" in refusal(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--train.stepz 3", "no setting --train.stepz; did you mean --train.steps?"),
+        ("--train.micro-batch-tokens 3", "did you mean --train.micro_batch_tokens?"),
+        ("--steps 3", "did you mean --train.steps?"),
+        ("--rollout.seed 3", "did you mean --run.seed?"),
+        ("--train.steps", "--train.steps: expected one argument"),
+        ("--train.steps x", "train.steps = 'x': must be a valid integer, unable to parse string as an integer (on the command line)"),
+        ("configs/nope.yaml", "no file 'configs/nope.yaml'"),
+        ("configs/quickstart.yaml more", "unrecognized arguments: more"),
+        ("--optimizer.lr nan", "optimizer.lr = 'nan': must be a finite number"),
+        ("--run.name ../x", "run.name = '../x': must match"),
+        ("--run.device gpu", "run.device = 'gpu': must match"),
+        ("--rollout.top_k 5", "rollout.top_k = 5: the learner cannot know"),
+        ("--rollout.traces 1", "rollout.traces = 1: a trace is rewarded against the others"),
+        ("--rollout.traces 4 --rollout.with_agents 0.1", "rollout.with_agents = 0.1: that is 0 of rollout.traces = 4"),
+        ("--loss.floor 3", "loss.floor = 3.0: above loss.ceiling = 2.0"),
+        ("--loss.clip_low 1", "loss.clip_low = 1.0"),
+        ("--optimizer.betas 0.9,1", "optimizer.betas = (0.9, 1.0): both must be below 1"),
+        ("--train.minibatches 99", "train.minibatches = 99: more than rollout.problems = 32"),
+        ("--train.micro_batch_tokens 9", "train.micro_batch_tokens = 9: below rollout.max_tokens = 160"),
+    ],
+)
+def test_bad_command_line_is_one_line(argv: str, message: str) -> None:
+    assert message in refusal(*argv.split())
+
+
+def test_share_of_agents_in_whole_traces() -> None:
+    assert settings("--rollout.traces", "8", "--rollout.with_agents", "0.3").rollout.traces_with_agents == 2
+    assert settings("--rollout.with_agents", "0").rollout.traces_with_agents == 0
+
+
+def test_help_shows_docstrings_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        settings("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for key, doc in leaves(Config).items():
+        assert f"--{key}" in text
+        assert " ".join((doc or "").split()).partition(" -> ")[0] in text
+    assert "Training steps. (default: 100)" in text
+
+
+RUN = "import sys; from aipo_graph.cli import main\ndef command(argv):\n    {}\nsys.exit(main(command))"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("pass", 0, ""),
+        (r"from aipo_graph.errors import TaskError; raise TaskError('bad\n\x1b[2Jline')", 2, "error: bad [2Jline"),
+        ("import errno; raise OSError(errno.ENOSPC, 'No space', 'f.bin')", 2, "error: no space left on the disk while writing f.bin"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_failures_are_one_line_and_an_exit_code(body: str, code: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", RUN.format(body)], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == (1 if said else 0)
+    assert "\x1b" not in done.stderr
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        main(lambda argv: print(1 / 0), [])
+    with pytest.raises(FileNotFoundError):
+        main(lambda argv: print(Path("/nowhere/x").read_text()), [])
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert Console(stderr=True).no_color
+    assert main(lambda argv: settings("--nope"), []) == 2
+    assert "\x1b" not in capsys.readouterr().err

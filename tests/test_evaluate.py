@@ -1,0 +1,283 @@
+"""Evaluation on the shipped base policy: figures, sharding, kills, and one line for what cannot be used."""
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aipo_graph import cli
+from aipo_graph.config import Config
+from aipo_graph.errors import AipoError, ConfigError, TaskError
+from aipo_graph.evaluate import evaluate, main, plan, start
+from aipo_graph.passk import bootstrap, pass_at_k, summarise
+from aipo_graph.sampling import Part, Sample, units
+from aipo_graph.tasks.open import open_task
+from aipo_graph.types import Problem
+
+PROBLEMS, SAMPLES = 6, 6
+SETTINGS: dict[str, Any] = {
+    "rollout": {"prompts": "prompts/operators"},
+    "engine": {"max_batch": 6},  # units of 12 traces: several of them for each worker
+    "evaluate": {"problems": PROBLEMS, "problems_with_agents": 4, "samples": SAMPLES, "workers": 2},
+}
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    return Config.model_validate({name: SETTINGS.get(name, {}) | sections.get(name, {}) for name in {*SETTINGS, *sections}})
+
+
+# --- pass@k
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 1, 6), (6, 0, 4), (7, 7, 2), (8, 3, 5)])
+def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_right_one(n: int, c: int, k: int) -> None:
+    draws = [any(index < c for index in draw) for draw in itertools.combinations(range(n), k)]
+    assert pass_at_k(n, c, k) == pytest.approx(sum(draws) / len(draws), abs=1e-15)
+
+
+def test_pass_at_k_stays_exact_where_factorials_overflow() -> None:
+    by_product = 1 - math.prod(1 - 64 / i for i in range(4096 - 3 + 1, 4096 + 1))  # the form of Chen et al., for c = 3
+    assert pass_at_k(4096, 3, 64) == pytest.approx(by_product, rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 2, 5), (4, 5, 1), (4, 1, 0), (0, 0, 1)])
+def test_pass_at_k_refuses_what_is_not_defined(n: int, c: int, k: int) -> None:
+    with pytest.raises(ValueError, match="not defined"):
+        pass_at_k(n, c, k)
+
+
+def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(7)
+    covered = 0
+    for trial in range(400):
+        low, high = bootstrap(list(rng.beta(1, 2, size=64)), seed=trial)
+        covered += low <= 1 / 3 <= high
+    assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_bootstrap_is_a_function_of_its_seed() -> None:
+    values = [index**2 / 900 for index in range(31)]
+    assert bootstrap(values, seed=1) == bootstrap(values, seed=1) != bootstrap(values, seed=2)
+
+
+# --- what samples add up to
+
+
+def line(part: str, problem: str, sample: int, solved: bool = False, status: str = "done", **more: Any) -> Sample:
+    return Sample(part, problem, sample, status, solved, tokens=10, consults=more.get("consults", {}), error=more.get("error"))
+
+
+def summary(samples: list[Sample], *parts: Part, k: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+    return summarise(parts, {(s.part, s.problem, s.sample): s for s in samples}, k, seed=0)
+
+
+A, B = Problem("a", "1+1?", "2"), Problem("b", "1+2?", "3")
+
+
+def test_the_difference_is_paired_on_the_problems_that_both_modes_have() -> None:
+    alone, helped = Part("hard", "alone", 2, (A, B)), Part("hard", "with_agents", 2, (A,))
+    samples = [line("hard/alone", "a", 0, True), line("hard/alone", "a", 1), line("hard/alone", "b", 0), line("hard/alone", "b", 1)]
+    samples += [line("hard/with_agents", "a", n, True, consults={"verify": (2, 6)}) for n in range(2)]
+    values = summary(samples, helped, alone)
+    assert (values["alone"]["pass@1"], values["alone"]["pass@2"], values["with_agents"]["pass@1"]) == (0.25, 0.5, 1.0)
+    assert values["difference"]["pass@1"] == 0.5
+    assert values["difference"]["problems"]["pass@1"] == 1
+    assert values["with_agents"]["consults_per_trace"] == {"verify": {"calls": 2.0, "tokens": 6.0}}
+    assert (values["alone"]["tokens"], values["alone"]["tokens_per_trace"]) == (40, 10.0)
+
+
+def test_failed_traces_have_no_score_and_are_counted_by_reason() -> None:
+    samples = [line("hard/alone", "a", 0, True), line("hard/alone", "a", 1, status="failed", error="EngineError: gone")]
+    samples += [line("hard/alone", "b", 0), line("hard/alone", "b", 1, status="timeout")]
+    values = summary(samples, Part("hard", "alone", 2, (A, B)))["alone"]
+    assert values["pass@1"] == 0.5
+    assert values["pass@2"] is None
+    assert values["incomplete"] == 2
+    assert values["failed"] == {"failed: EngineError": 1, "timeout": 1}
+
+
+def test_a_part_without_any_score_is_an_error_that_gives_the_reason() -> None:
+    samples = [line("hard/alone", "a", n, status="failed", error="AgentError: agent 'verify': down") for n in range(2)]
+    with pytest.raises(TaskError, match="all 2 failed, most with AgentError: agent 'verify': down"):
+        summary(samples, Part("hard", "alone", 2, (A,)))
+
+
+def test_units_are_cut_the_same_whatever_is_done_and_failed_traces_come_again() -> None:
+    part = Part("hard", "alone", 2, (A, B))
+    done = {(part.name, p, n): line(part.name, p, n) for p, n in [("a", 0), ("a", 1), ("b", 0)]}
+    assert units([part], {}, 2) == [(0, [(0, 0), (0, 1)]), (0, [(1, 0), (1, 1)])]
+    assert units([part], done, 2) == [(0, [(1, 1)])]
+    done[part.name, "a", 1] = line(part.name, "a", 1, status="timeout")
+    assert units([part], done, 2) == [(0, [(0, 1)]), (0, [(1, 1)])]
+
+
+# --- the real thing
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(text) for text in (folder / "samples.jsonl").read_text().splitlines()[1:]]
+    return sorted(found, key=lambda sample: (sample["part"], sample["problem"], sample["sample"]))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation by two workers."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    evaluate(config(), "operators", folder, kinds=("hard", "easy"))
+    return folder
+
+
+def test_an_evaluation_holds_each_sample_once_and_its_figures(undisturbed: Path) -> None:
+    values = json.loads((undisturbed / "evaluation.json").read_text())
+    sampled, easy = (PROBLEMS + 4) * SAMPLES, PROBLEMS * 4
+    assert len({(s["part"], s["problem"], s["sample"]) for s in lines(undisturbed)}) == len(lines(undisturbed))
+    assert len(lines(undisturbed)) == sampled + easy + 4 + 2 * PROBLEMS
+    assert values["kind"] == "hard"
+    assert values["k"] == [1, 4]
+    assert (values["alone"]["problems"], values["with_agents"]["problems"]) == (PROBLEMS, 4)
+    assert values["difference"]["problems"] == {"pass@1": 4, "pass@4": 4, "greedy": 4}
+    assert values["alone"]["pass@4"] <= values["with_agents"]["pass@4"]  # it lacks the rules, not the skill
+    assert values["kinds"]["easy"]["alone"]["pass@1"] > 0.3
+    assert values["with_agents"]["consults_per_trace"]["knowledge"]["calls"] > 1
+    assert values["alone"]["consults_per_trace"] == {}
+    assert values["alone"]["tokens"] == sum(s["tokens"] for s in lines(undisturbed) if s["part"].startswith("hard/alone"))
+
+
+def test_samples_do_not_depend_on_the_number_of_workers(undisturbed: Path, tmp_path: Path) -> None:
+    evaluate(config(evaluate=SETTINGS["evaluate"] | {"workers": 1}), "operators", tmp_path, kinds=("hard", "easy"))
+    assert lines(tmp_path) == lines(undisturbed)
+    assert (tmp_path / "evaluation.json").read_text() == (undisturbed / "evaluation.json").read_text()
+
+
+WORDS = [
+    *("operators", "--problems", str(PROBLEMS), "--evaluate.problems_with_agents", "4", "--samples", str(SAMPLES)),
+    *("--engine.max_batch", "6", "--rollout.prompts", "prompts/operators"),
+]
+
+
+def test_an_evaluation_killed_half_way_goes_on_to_the_same_samples(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-m", "aipo_graph.evaluate", *WORDS, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert command.stdout is not None
+    command.stdout.readline()  # the first line of progress: a tenth is done
+    command.kill()
+    command.wait()
+    # The workers hold the other end of the pipe: it closes when the last of them has ended.
+    command.stdout.read()
+    before = (tmp_path / "samples.jsonl").read_text()
+    assert 1 < before.count("\n") < len([s for s in lines(undisturbed) if s["part"].startswith("hard")])
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"part":"hard/alone","problem":"heldout-ha')
+    assert cli.main(main, [*WORDS, "--k", "1", "4", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "samples.jsonl").read_text().startswith(before)
+    assert lines(tmp_path) == [s for s in lines(undisturbed) if s["part"].startswith("hard")]
+    shown = capsys.readouterr().out
+    assert "pass@4" in shown
+    assert "knowledge: calls per trace" in shown
+
+
+def test_leaving_an_evaluation_early_ends_its_workers_and_frees_its_folder(tmp_path: Path) -> None:
+    with start(config(), "operators", tmp_path):
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        with pytest.raises(ConfigError, match="another process is evaluating there"):
+            start(config(), "operators", tmp_path)
+    assert not any(process.is_alive() for process in workers)
+    start(config(), "operators", tmp_path).close()
+
+
+def test_what_a_worker_raises_is_raised_here(tmp_path: Path) -> None:
+    lost = config(rollout=SETTINGS["rollout"] | {"graph": "nowhere.py:build"}, evaluate=SETTINGS["evaluate"] | {"workers": 1})
+    with pytest.raises(ConfigError, match=r"no file 'nowhere\.py'"):
+        evaluate(lost, "operators", tmp_path)
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_is_one_clear_error(tmp_path: Path) -> None:
+    with start(config(), "operators", tmp_path) as evaluation:
+        victim = multiprocessing.active_children()[0]
+        assert victim.pid is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(AipoError, match=r"an evaluation worker ended with exit code -9 .* run the same command to go on"):
+            evaluation.result()
+    assert not multiprocessing.active_children()
+
+
+# --- what cannot be used
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["operators", "--k", "1", "128"], "--k 128: larger than evaluate.samples = 64"),
+        (["operators", "--kind", "odd"], "problem kind 'odd'"),
+        (["no/such/model"], "no model 'no/such/model'"),
+        (["operators", "--task.name", "operator"], "no such task; did you mean 'operators'?"),
+        (["operators", "--task.name", "builtins:repr"], "the str it names has no 'train'"),
+        (["operators", "--k"], "expected one argument"),
+        (["operators", "none.yaml"], "no file 'none.yaml'"),
+        (["operators", "--modes", "together"], "together"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(main, words) == 2
+    error = capsys.readouterr().err
+    assert re.search(text, error), error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_settings_is_refused_naming_the_first_difference(undisturbed: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds an evaluation with rollout.temperature = 1.0, not 0.5; choose another --out"):
+        evaluate(config(rollout=SETTINGS["rollout"] | {"temperature": 0.5}), "operators", undisturbed)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(ConfigError, match="not the first line of an evaluation"):
+        evaluate(config(), "operators", tmp_path)
+    assert (tmp_path / "samples.jsonl").read_text() == '{"mine": 1}\n'
+
+
+class NoProblems:
+    kinds = ("",)
+
+    def train(self, index: int) -> Problem:
+        return A
+
+    def heldout(self, count: int, kind: str = "") -> list[Problem]:
+        return []
+
+    async def score(self, problem: Problem, text: str) -> dict[str, float]:
+        return {"reward": 0.0}
+
+
+def no_problems(config: Config) -> NoProblems:
+    return NoProblems()
+
+
+def test_a_task_without_heldout_problems_is_refused() -> None:
+    empty = config(task={"name": f"{__file__}:no_problems"})
+    assert open_task(empty).heldout(4) == []
+    with pytest.raises(TaskError, match="has no held-out problems: nothing to evaluate"):
+        plan(empty, ("",), ("alone",), greedy_only=False)

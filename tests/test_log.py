@@ -1,0 +1,237 @@
+"""The run folder: one owner, files that survive a kill and a full disk, and what is shown."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from aipo_graph.config import Config, Run
+from aipo_graph.errors import ConfigError
+from aipo_graph.log import RunLog, read_metrics, read_traces
+from aipo_graph.types import Problem, Segment, Trace, TraceGroup
+
+METRICS = {
+    "reward": 0.5,
+    "reward/alone": 0.25,
+    "reward/with_agents": 0.75,
+    "consults/verify": 1.5,
+    "consults/knowledge": 2.0,
+    "agent_ratio_mean/verify": 0.4,
+    "floor_hit/verify": 0.125,
+    "ceiling_hit/verify": 0.0,
+    "entropy": 1.1,
+    "tokens_per_second": 9812.3,
+}
+
+
+def config(folder: Path, **run: object) -> Config:
+    return Config(run=Run.model_validate({"name": "r", "dir": str(folder), "trackers": (), **run}))
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=400)
+
+
+def group(problem: str = "p-1") -> TraceGroup:
+    prompt = Segment("context", "policy", (1, 2), text="1+1? \u2028 \u00e9\n")
+    asked = Segment("policy", "policy", (3, 4), text="<verify>", logprobs=(-0.1, -1 / 3), version=7)
+    reply = Segment("agent", "verify", (5,), text="yes", logprobs=(-math.inf,), thread="side", masked=True)
+    done = Trace(problem, 5, True, (prompt, asked, reply), ("policy", "verify"), scores={"reward": 1e-17 / 3})
+    failed = Trace(problem, 6, False, (prompt,), (), status="failed", error="EngineError: gone")
+    return TraceGroup(Problem(problem, "1+1?", "2", kind="easy", meta={"level": 3}), (done, failed))
+
+
+def write(log: RunLog, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        log.step(step, METRICS | {"loss": step / 3}, [group(f"p-{step}")])
+
+
+def test_metrics_and_traces_come_back_exact(tmp_path: Path) -> None:
+    with RunLog(config(tmp_path), quiet()) as log:
+        log.resume_at(0)
+        log.step(1, {"reward": 0.1 + 0.2, "bad": math.nan}, [group(), group(), group()])
+    assert read_metrics(log.folder / "metrics.jsonl") == [{"step": 1, "reward": 0.1 + 0.2, "bad": None}]
+    logged, bad = read_traces(log.folder / "traces.jsonl")
+    assert [(entry.step, entry.group) for entry in logged] == [(1, group()), (1, group())]  # run.trace_groups = 2
+    assert bad == 0
+
+
+def test_damaged_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    with RunLog(config(tmp_path), quiet()) as log:
+        write(log, 1, 3)
+    path = log.folder / "traces.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    wrong = json.loads(lines[1])
+    wrong["group"]["traces"][0]["segments"][1]["logprobs"] = [0.0]  # fewer than tokens
+    path.write_bytes(b"".join([lines[0], b"not json\n", json.dumps(wrong).encode() + b"\n", b"[" * 100_000 + b"\n", lines[2][:-40]]))
+    logged, bad = read_traces(path)
+    assert ([entry.step for entry in logged], bad) == ([1], 4)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_traces(tmp_path / "nowhere.jsonl")
+
+
+def test_a_resumed_run_leaves_the_files_of_an_undisturbed_one(tmp_path: Path) -> None:
+    with RunLog(config(tmp_path / "a"), quiet()) as undisturbed:
+        write(undisturbed, 1, 6)
+    with RunLog(config(tmp_path / "b"), quiet()) as log:
+        write(log, 1, 5)
+    for name in ("metrics.jsonl", "traces.jsonl"):
+        with (log.folder / name).open("ab") as file:
+            file.write(b'{"step": 6, "half')
+    with RunLog(config(tmp_path / "b"), quiet()) as log:
+        log.resume_at(3)
+        write(log, 4, 6)
+    for name in ("metrics.jsonl", "traces.jsonl"):
+        assert (log.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
+
+
+def test_resolved_config_is_kept_and_compared(tmp_path: Path) -> None:
+    with RunLog(config(tmp_path, seed=3), quiet()) as log:
+        assert "seed: 3" in (log.folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"started with run.seed = 3, not 4; choose another --run.name, or delete"):
+        RunLog(config(tmp_path, seed=4), quiet()).__enter__()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (tmp_path / "r").rename(moved / "r2")
+    with RunLog(config(moved, name="r2", seed=3), quiet()):
+        pass
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text("run: [")
+    with pytest.raises(ConfigError, match=r"config.yaml:\d"):
+        RunLog(config(tmp_path), quiet()).__enter__()
+    (tmp_path / "r" / "config.yaml").unlink()
+    with RunLog(config(tmp_path), quiet()):  # the refusal gave the lock back
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "r").touch()
+    with pytest.raises(ConfigError, match="File exists; choose another --run.dir"):
+        RunLog(config(tmp_path), quiet()).__enter__()
+
+
+HOLDER = """
+import os, sys, time
+from aipo_graph.config import Config, Run
+from aipo_graph.log import RunLog
+with RunLog(Config(run=Run(name="r", dir=sys.argv[1], trackers=()))):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_owner_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(ConfigError, match=rf"in use by process {holder.pid} on .*; wait for it, or choose another --run.name"):
+            RunLog(config(tmp_path), quiet()).__enter__()
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # the worker it had forked still lives
+        with RunLog(config(tmp_path), quiet()):
+            pass
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+FULL = """
+import resource, signal, sys
+from aipo_graph.config import Config, Run
+from aipo_graph.log import RunLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with RunLog(Config(run=Run(name="r", dir=sys.argv[1], trackers=("tensorboard",)))) as log:
+    log.resume_at(0)
+    log.step(1, {"reward": 0.5})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    for step in range(2, 40):
+        log.step(step, {"reward": 0.5})
+    log.curves()
+    log.summary({"text": "x" * 200})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    log.step(40, {"reward": 0.5})
+    log.summary({"done": 1})
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    # A file-size limit fails writes half-way, just as a full disk does.
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("note: cannot write metrics.jsonl") == 1
+    assert done.stdout.count("note: cannot write curves.png") == 1
+    steps = [row["step"] for row in read_metrics(tmp_path / "r" / "metrics.jsonl")]
+    assert steps[0] == 1
+    assert steps[-1] == 40
+    assert (tmp_path / "r" / "metrics.jsonl").read_text().count("\n") == len(steps)  # no half lines in between
+    assert json.loads((tmp_path / "r" / "summary.json").read_text()) == {"done": 1}
+
+
+@pytest.mark.slow
+def test_tensorboard_and_curves(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(config(tmp_path, trackers=("tensorboard",)), quiet()) as log:
+        log.resume_at(0)
+        write(log, 1, 4)
+        log.curves()
+    with RunLog(config(tmp_path, trackers=("tensorboard",)), quiet()) as log:
+        log.resume_at(2)
+        log.step(3, {"loss": -1.0})
+    events = EventAccumulator(str(log.folder / "tensorboard"))
+    events.Reload()
+    assert [(event.step, round(event.value, 3)) for event in events.Scalars("loss")] == [(1, 0.333), (2, 0.667), (3, -1.0)]
+    assert (log.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (log.folder / "curves.png").stat().st_size > 20_000
+
+
+def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ConfigError, match=r"run.trackers names trackio, which is not installed; pip install 'aipo-graph\[trackers\]'"):
+        RunLog(config(tmp_path, trackers=("trackio",)), quiet()).__enter__()
+    assert not (tmp_path / "r").exists()
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
+    console = quiet()
+    with RunLog(config(tmp_path), console) as log:
+        write(log, 1, 2)
+        log.note("line\x1b[2J")
+    assert isinstance(console.file, io.StringIO)
+    first, second, note = console.file.getvalue().splitlines()
+    assert first.startswith("step   1/100 | reward 0.500 | with agents 0.750 | alone 0.250 | entropy 1.100 | tokens/s 9,812")
+    assert "verify: consults 1.50 mean ratio 0.400 at floor 12% at ceiling 0% | knowledge: consults 2.00" in first
+    assert second.startswith("step   2/100")
+    assert note == "note: line [2J"
+
+
+@pytest.mark.parametrize(("no_color", "live"), [(False, True), (True, False)])
+def test_live_display_on_a_terminal(tmp_path: Path, no_color: bool, live: bool) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, no_color=no_color, _environ={"TERM": "xterm"})
+    with RunLog(config(tmp_path), console) as log:
+        log.resume_at(40)
+        write(log, 41, 42)
+        log.note("watch out")
+        log.pause()
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert ("42/100" in shown and "watch out" in shown) is True
+    assert ("\x1b[?25l" in shown) is live  # the cursor is hidden by a live display
+    assert ("step  42/100 |" in shown) is not live

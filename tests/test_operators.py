@@ -1,0 +1,138 @@
+"""The operator task: problems, helpers' functions, rule book, worked solutions."""
+
+import random
+from itertools import islice, permutations
+
+import pytest
+
+from aipo_graph.config import Config
+from aipo_graph.errors import TaskError
+from aipo_graph.load import data
+from aipo_graph.tasks import operators
+from aipo_graph.tasks.operators import BELIEFS, HELDOUT_TRIPLES, KNOWN, MISBELIEVED, NOVEL, RULES, Habits, Operators
+from aipo_graph.tools.retrieval import Corpus
+
+TASK = Operators(seed=0, easy_share=0.25)
+
+
+def triple(question: str) -> str:
+    return "".join(sorted(question[5:8]))
+
+
+def text(pieces: list[operators.Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def test_training_never_meets_a_heldout_triple() -> None:
+    heldout = {triple(p.question) for kind in ("hard", "easy") for p in TASK.heldout(256, kind)}
+    train = {triple(p.question) for p in map(TASK.train, range(3000))}
+    assert len(train) > 100 and not train & heldout
+    assert heldout <= {"".join(sorted(t)) for triples in HELDOUT_TRIPLES.values() for t in triples}
+
+
+def test_problems_depend_on_seed_and_index_only() -> None:
+    again = operators.build(Config())
+    assert [again.train(i) for i in (5, 0, 7)] == [TASK.train(i) for i in (5, 0, 7)]
+    assert Operators(seed=1, easy_share=0.25).train(0) != TASK.train(0)
+    assert Operators(seed=1, easy_share=0.0).heldout(20) == TASK.heldout(300)[:20]
+    assert [p.id for p in TASK.heldout(2)] == ["heldout-hard-0", "heldout-hard-1"]
+
+
+def test_kinds() -> None:
+    problems = [TASK.train(i) for i in range(2000)]
+    for problem in problems + TASK.heldout(256) + TASK.heldout(256, "easy"):
+        known = sum(letter in KNOWN for letter in problem.question[5:8])
+        assert (problem.question[0], known) == ("@", 3) if problem.kind == "easy" else known <= 1
+    assert 0.2 < sum(p.kind == "easy" for p in problems) / len(problems) < 0.3
+    with pytest.raises(TaskError, match="'medium'.*easy and hard"):
+        TASK.heldout(3, "medium")
+
+
+def test_the_order_matters_where_the_marker_changes_it() -> None:
+    for problem in TASK.heldout(256):
+        marker, state, letters = problem.question[0], problem.question[1:5], problem.question[5:8]
+        assert problem.answer == operators.evaluate(state, operators.plan(marker + letters))
+        assert marker == "@" or problem.answer != operators.evaluate(state, letters)
+    assert len({operators.evaluate("1234", "".join(p)) for p in permutations("EFJ")}) > 3
+
+
+def test_beliefs_are_wrong_in_every_character() -> None:
+    assert sorted(RULES) == sorted(KNOWN + NOVEL + MISBELIEVED) and sorted(BELIEFS) == sorted(MISBELIEVED)
+    assert all(a != b for letter in MISBELIEVED for a, b in zip(RULES[letter], BELIEFS[letter], strict=True))
+
+
+async def test_score_wants_exactly_the_four_digits_of_the_last_box() -> None:
+    problem = next(p for p in TASK.heldout(256) if p.answer.startswith("0"))
+    box = "\\boxed{%s}"
+    for answer, reward in ((problem.answer, 1.0), (problem.answer.lstrip("0"), 0.0), ("", 0.0), (problem.answer + ".0", 0.0)):
+        assert await TASK.score(problem, "x" + box % answer) == {"reward": reward}
+    assert (await TASK.score(problem, box % problem.answer + box % "1111"))["reward"] == 0.0
+    assert (await TASK.score(problem, problem.answer))["reward"] == 0.0
+
+
+@pytest.mark.parametrize("habits", [Habits(), Habits(direct=True), Habits(verify=0.5), Habits(slip=0.4)])
+async def test_a_worked_solution_is_right(habits: Habits) -> None:
+    for problem in [*TASK.heldout(20), *TASK.heldout(20, "easy")]:
+        written = text(operators.solution(problem, habits=habits, rng=random.Random(problem.id)))
+        assert (await TASK.score(problem, written))["reward"] == 1.0, written
+        assert "no</feedback>" not in written or habits.slip
+
+
+async def test_an_unchecked_slip_makes_a_solution_wrong() -> None:
+    habits = Habits(verify=0.0, slip=1.0)
+    rewards = [(await TASK.score(p, text(operators.solution(p, habits=habits))))["reward"] for p in TASK.heldout(20)]
+    assert sum(rewards) == 0
+
+
+def test_what_helpers_said_in_a_solution_is_what_they_say() -> None:
+    problem = TASK.heldout(1)[0]
+    pieces = operators.solution(problem, habits=Habits(slip=0.5), rng=random.Random(1))
+    helpers = {"reasoning": operators.plan, "verify": operators.check, "knowledge": RULES.__getitem__}
+    for asked, said in zip(pieces, pieces[1:], strict=False):
+        if said.helper:
+            query = asked.text.split(f"<{said.helper}>")[1].split("</")[0]
+            assert helpers[said.helper](query) == said.text
+    assert {p.helper for p in pieces} == {"", "reasoning", "verify", "knowledge"}
+
+
+def test_rule_book_is_found_by_letter() -> None:
+    corpus = Corpus.read(data("operators_rules.jsonl"))
+    assert [{"id": d.id, "text": d.text, **d.fields} for d in corpus.documents] == operators.rule_book()
+    assert {letter: corpus.search(letter)[0].fields["reply"] for letter in RULES} == dict(RULES)
+
+
+@pytest.mark.parametrize(("query", "reply"), [("@IEB", "IEB"), ("%IEB", "BEI"), ("&IEB", "EBI"), ("&I", "I"), ("@" + "A" * 12, "A" * 12)])
+def test_plan(query: str, reply: str) -> None:
+    assert operators.plan(query) == reply
+
+
+HOSTILE = ["", "IEB", "%", "%ieb", "% IEB", "%IEB\n", "@" + "A" * 13, "@Z", "%6475IEB?", "__import__('os')", "9" * 100_000, "٣٤٥٦+1111=4567", "\x00"]
+
+
+@pytest.mark.parametrize("query", HOSTILE)
+def test_what_is_no_request_gets_no_plan_and_no_yes(query: str) -> None:
+    assert operators.plan(query) == operators.UNKNOWN
+    assert operators.check(query) == "no"
+
+
+@pytest.mark.parametrize(
+    ("claim", "verdict"),
+    [
+        ("8813+6475=4288", "yes"),
+        ("8813-6475=2448", "yes"),
+        ("8813-6475=2338", "no"),
+        ("0000-0001=0009", "yes"),
+        ("8813+6475=14288", "no"),
+        ("8813+6475=4288;", "no"),
+        ("8813*6475=4288", "no"),
+        ("8813+6475=", "no"),
+        ("٨813+6475=4288", "no"),
+    ],
+)
+def test_check(claim: str, verdict: str) -> None:
+    assert operators.check(claim) == verdict
+
+
+def test_problems_vary() -> None:
+    questions = [p.question for p in islice(map(TASK.train, range(10_000)), 500)]
+    assert len(set(questions)) > 495 and {q[0] for q in questions} == set(operators.MARKERS)

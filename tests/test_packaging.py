@@ -1,0 +1,110 @@
+"""The wheel carries all that a run needs, and works in an empty folder."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from aipo_graph import __version__
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel in it, beside the dependencies that are installed here: no network is needed."""
+    folder = tmp_path_factory.mktemp("env")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # A path added by a .pth file comes after the site-packages themselves, and its own .pth files (this checkout's) are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def run(python: Path, folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run([str(python), *argv], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_wheel_carries_graphs_prompts_configs_and_data(wheel: Path, root: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("graphs", "prompts", "configs"):
+        files = [p for p in (root / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        assert files
+        missing = {f"aipo_graph/shipped/{p.relative_to(root).as_posix()}" for p in files} - names
+        assert missing == set()
+    files = [p for p in (root / "aipo_graph").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert {p.relative_to(root).as_posix() for p in files} - names == set()
+    assert {"aipo_graph/py.typed", "aipo_graph/data/operators/model.safetensors", "aipo_graph/data/operators/tokenizer.json"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_carries_nothing_else(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    tops = {name.partition("/")[0] for name in archive.namelist()}
+    assert tops == {"aipo_graph", f"aipo_graph-{__version__}.dist-info"}
+    assert [name for name in archive.namelist() if "__pycache__" in name or name.endswith((".pyc", ".tmp"))] == []
+    assert sum(info.compress_size for info in archive.infolist()) < 5_000_000
+
+
+def test_the_tree_that_is_imported_is_the_wheels(python: Path, tmp_path: Path) -> None:
+    done = run(
+        python,
+        tmp_path,
+        "-c",
+        "import aipo_graph.load as l; print(l.__file__); print(l.find('graphs/aipo.py')); l.load('graphs/aipo.py:build')",
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith(str(python.parents[1])) for line in done.stdout.splitlines())
+
+
+def test_dry_run_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
+    done = run(python, tmp_path, "-m", "aipo_graph.train", "--dry-run", "--train.steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^train:\n  steps: 3$", done.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(python: Path, tmp_path: Path) -> None:
+    done = run(python, tmp_path, "-m", "aipo_graph.train", "--train.stepz", "3")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "did you mean --train.steps?" in done.stderr
+
+
+def test_constraints_pin_every_direct_dependency_within_its_range(root: Path) -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    lines = [line for line in (root / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    for requirement in wanted:
+        name = canonicalize_name(requirement.name)
+        if name != "aipo-graph":
+            assert name in pins
+            assert requirement.specifier.contains(pins[name]), f"{name} {pins[name]} is outside {requirement.specifier}"
+
+
+@pytest.mark.parametrize("target", ["train", "test", "lint", "types", "demo", "evaluate", "bench", "help"])
+def test_make_targets_have_a_help_line(root: Path, target: str) -> None:
+    done = subprocess.run(["make", "--no-print-directory"], cwd=root, capture_output=True, text=True, check=True)
+    assert re.search(rf"^  make {target} +\S", done.stdout, re.MULTILINE)

@@ -1,0 +1,384 @@
+"""Graph runs from end to end: real models in the real engine, real compiled graphs, and everything that can go wrong in one."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langgraph.graph import END, START, StateGraph
+from rollout_world import NAMES, Exact, bpe, echo, sampling, settings, with_graph, world
+
+from aipo_graph import pretrain
+from aipo_graph.engines.local import LocalEngine
+from aipo_graph.errors import ConfigError, GraphError, TaskError, ToolError
+from aipo_graph.learn.batch import pack
+from aipo_graph.rollout import Agent, Context, State, agent_node, by_confidence, by_request, policy_node
+from aipo_graph.rollout.collect import LocalRollouts, Rollouts, gather, open_agents, open_graph
+from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.tasks import operators
+from aipo_graph.types import Problem, Segment, Trace, TraceGroup, derive_seed
+
+PROBLEM = Problem("p", "what is p?", "1000")
+ASK = "<verify>1=1</verify>"
+SMALL = {"rollout": {"problems": 3, "traces": 4, "max_tokens": 60, "max_lag": 0}}
+
+
+def helpers(jitter: random.Random | None = None) -> list[Agent]:
+    """The operator task's three helpers, slow by a random time if so asked."""
+
+    def late(name: str, reply: Callable[[str], str]) -> Agent:
+        async def tool(query: str) -> str:
+            await asyncio.sleep(jitter.random() / 100 if jitter else 0)
+            return reply(query)
+
+        return Agent(name, tools=(tool,))
+
+    rules = operators.RULES
+    return [
+        late("verify", operators.check),
+        late("knowledge", lambda query: rules.get(query, "?")),
+        late("reasoning", operators.plan),
+    ]
+
+
+def on_operators(folder: Path, jitter: random.Random | None = None, **sections: Any) -> Rollouts:
+    config = settings(**(SMALL | sections))
+    return replace(sampling(folder, pretrain.tokenizer(), helpers(jitter), **(SMALL | sections)), task=operators.build(config))
+
+
+async def test_a_step_of_the_operator_task(tmp_path: Path) -> None:
+    """A random model asks by chance: every token keeps its source, and groups are first helped, then alone."""
+    rollouts = on_operators(tmp_path)
+    groups = [group for step in range(4) for group in await rollouts.run_step(step)]
+    assert [group.problem for group in groups] == [rollouts.task.train(index) for index in range(12)]
+    assert all([trace.with_agents for trace in group.traces] == [True, True, False, False] for group in groups)
+    consults = 0
+    for trace in (trace for group in groups for trace in group.traces):
+        assert trace.trained
+        opening, *rest = trace.segments
+        assert (opening.source, opening.author, opening.text) == (
+            "context",
+            trace.path and ("policy" if trace.with_agents else "solo"),
+            opening.text,
+        )
+        asked = [s.author for s in rest if s.source == "agent"]
+        assert asked == [node for node in trace.path if node in NAMES]
+        assert {s.version for s in rest if s.source == "policy"} == {0}
+        assert sum(len(s.token_ids) for s in rest if s.source == "policy") <= 60
+        consults += len(asked)
+        if not trace.with_agents:
+            assert trace.path == ("policy",)
+    assert consults >= 5
+    metrics = rollout_metrics(groups, rollouts.agents, version=2)
+    assert metrics["lag"] == 2
+    assert metrics["failed"] == 0
+    assert sum(metrics[f"consults/{name}"] for name in NAMES) == pytest.approx(consults / 24)
+
+
+async def test_alone_the_policy_writes_its_own_feedback(root: Path) -> None:
+    rollouts = world(root, lambda text: f"{ASK}<feedback>yes</feedback>\\boxed{{1000}}", helpers())
+    trace = await rollouts.run_trace(PROBLEM, seed=0, with_agents=False)
+    assert [s.source for s in trace.segments] == ["context", "policy"]
+    assert (trace.reward, trace.status, trace.path) == (1.0, "done", ("policy",))
+
+
+async def test_two_runs_are_identical_whatever_the_agents_delay(tmp_path: Path) -> None:
+    first = await on_operators(tmp_path / "a").run_step(1)
+    second = await on_operators(tmp_path / "b", random.Random(1)).run_step(1)
+    third = await on_operators(tmp_path / "c", random.Random(2)).run_step(1)
+    assert first == second == third
+    assert any(s.source == "agent" for group in first for trace in group.traces for s in trace.segments)
+    traces = [trace for group in first for trace in group.traces]
+    assert len({trace.seed for trace in traces}) == len({trace.segments for trace in traces}) == len(traces)
+
+
+async def test_another_seed_or_step_gives_other_traces(tmp_path: Path) -> None:
+    rollouts = on_operators(tmp_path)
+    other = replace(rollouts, config=settings(**(SMALL | {"run": {"seed": 1, "device": "cpu"}})))
+    problem = rollouts.task.train(0)
+    groups = [await rollouts.run_group(problem, 0), await rollouts.run_group(problem, 1), await other.run_group(problem, 0)]
+    assert len({trace.segments for group in groups for trace in group.traces}) == 12
+
+
+async def test_greedy_traces_of_one_problem_agree(tmp_path: Path) -> None:
+    greedy = replace(on_operators(tmp_path), temperature=0.0)
+    traces = await gather([greedy.run_trace(greedy.task.train(0), seed=seed, with_agents=False) for seed in range(3)])
+    assert len({trace.segments for trace in traces}) == 1
+
+
+async def consume(rollouts: Rollouts, steps: int) -> list[tuple[TraceGroup, ...]]:
+    """A learner that scales every weight, in a thread beside the sampling, and publishes without copying."""
+    engine = rollouts.engine
+    assert isinstance(engine, LocalEngine)
+    learned = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    local, seen = LocalRollouts(rollouts), []
+
+    def learn() -> None:
+        for tensor in learned.values():
+            tensor.mul_(1.25)
+
+    stream: AsyncIterator[tuple[TraceGroup, ...]] = local.stream(0, steps)
+    async for groups in stream:
+        seen.append(groups)
+        await asyncio.to_thread(learn)
+        local.load_weights(learned.items(), len(seen))
+    return seen
+
+
+def versions(groups: tuple[TraceGroup, ...]) -> set[int]:
+    return {s.version for group in groups for trace in group.traces for s in trace.segments if s.source == "policy"}
+
+
+@pytest.mark.parametrize(("lag", "expected"), [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 3, 3])])
+async def test_streams_repeat_and_lag_as_told(tmp_path: Path, lag: int, expected: list[int]) -> None:
+    """One step ahead of the learner, but never across a checkpoint (here after 3 steps)."""
+    sections = {"rollout": SMALL["rollout"] | {"max_lag": lag}, "run": {"device": "cpu", "checkpoint_every": 3}}
+    first = await consume(on_operators(tmp_path / "a", random.Random(1), **sections), 5)
+    second = await consume(on_operators(tmp_path / "b", random.Random(2), **sections), 5)
+    assert [versions(groups) for groups in first] == [{version} for version in expected]
+    assert first == second
+
+
+async def test_leaving_a_stream_early_stops_the_step_ahead(tmp_path: Path) -> None:
+    rollouts = on_operators(tmp_path, rollout=SMALL["rollout"] | {"max_lag": 1})
+    stream = LocalRollouts(rollouts).stream(0, 9)
+    await anext(stream)
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert len(asyncio.all_tasks()) <= 2  # this test and at most the engine's loop, which has nothing left to do
+
+
+def test_more_lag_than_one_engine_can_have(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.max_lag = 2: the local engine samples at most 1 step ahead"):
+        LocalRollouts(on_operators(tmp_path, rollout={"max_lag": 2}))
+
+
+# --- how a trace ends ------------------------------------------------------------------------------------------------------------
+
+
+class Faulty(Exact):
+    async def score(self, problem: Problem, text: str) -> dict[str, float]:
+        raise TaskError("the grader's workers are gone")
+
+
+def asks(text: str) -> str:
+    """A policy that asks twice and then answers."""
+    return ASK if text.count("<feedback>") < 2 else "\\boxed{1000}"
+
+
+def failing(error: Exception) -> list[Agent]:
+    def reply(query: str) -> str:
+        raise error
+
+    return [echo("verify", reply), *helpers()[1:]]
+
+
+def hanging(timeout: float) -> list[Agent]:
+    async def tool(query: str) -> str:
+        await asyncio.sleep(3600)
+        return ""
+
+    return [Agent("verify", tools=(tool,), timeout=timeout, backoff=0.001), *helpers()[1:]]
+
+
+async def ended(rollouts: Rollouts, with_agents: bool = True) -> tuple[Trace, dict[str, float]]:
+    trace = await rollouts.run_trace(PROBLEM, seed=0, with_agents=with_agents)
+    alone = await world(Path(), lambda text: "\\boxed{1000}", helpers()).run_trace(PROBLEM, seed=1, with_agents=False)
+    group = TraceGroup(PROBLEM, (trace, alone))
+    batch = pack([group], rollouts.config.loss)
+    assert len(batch) == 1 + trace.trained  # an untrained trace has no row, so no gradient
+    return trace, rollout_metrics([group], rollouts.agents, 0)
+
+
+async def test_an_agents_fault(root: Path) -> None:
+    trace, metrics = await ended(world(root, asks, failing(RuntimeError("no disk"))))
+    assert (trace.status, trace.trained, dict(trace.scores)) == ("failed", False, {})
+    assert trace.error == "AgentError: agent 'verify': RuntimeError: no disk"
+    assert [s.text for s in trace.segments] == ["what is p?", ASK]
+    assert (metrics["failed"], metrics["ended/failed/AgentError"]) == (0.5, 0.5)
+
+
+async def test_a_tools_refusal_is_an_answer(root: Path) -> None:
+    trace, metrics = await ended(world(root, asks, failing(ToolError("yes"))))
+    assert (trace.status, trace.reward, metrics["consults/verify"]) == ("done", 1.0, 2.0)
+
+
+async def test_an_agents_time_out(root: Path) -> None:
+    trace, metrics = await ended(world(root, asks, hanging(timeout=0.05)))
+    assert (trace.status, len(trace.segments)) == ("failed", 2)
+    assert trace.error == "AgentError: agent 'verify': no answer in time (agents.timeout = 0.05 s for all tries)"
+    assert metrics["ended/failed/AgentError"] == 0.5
+
+
+async def test_the_traces_time_out(root: Path) -> None:
+    trace, metrics = await ended(world(root, asks, hanging(timeout=600), rollout={"timeout": 0.3}))
+    assert (trace.status, trace.trained, trace.error) == ("timeout", False, "more than 0.3 s (rollout.timeout)")
+    assert [s.text for s in trace.segments] == ["what is p?", ASK]
+    assert (metrics["failed"], metrics["ended/timeout"]) == (0.5, 0.5)
+
+
+async def test_a_context_that_overflows_in_mid_trace(tmp_path: Path) -> None:
+    """A reply fills the model's context: the engine refuses, what was sampled stays."""
+    agents = [echo(name, lambda query: "1234" * 30) for name in NAMES]
+    rollouts = sampling(tmp_path, pretrain.tokenizer(), agents, context=64, rollout={"max_tokens": 500})
+    traces = await gather([rollouts.run_trace(PROBLEM, seed=seed, with_agents=True) for seed in range(12)])
+    over = [trace for trace in traces if trace.status == "failed"]
+    assert over
+    for trace in over:
+        assert trace.error is not None
+        assert trace.error.startswith("EngineError: the prompt has ")
+        assert not trace.trained
+        assert any(s.source == "policy" for s in trace.segments)
+    assert rollout_metrics([TraceGroup(PROBLEM, tuple(traces))], NAMES, 0)["ended/failed/EngineError"] == len(over) / 12
+
+
+async def test_a_graders_fault_gives_no_score(root: Path) -> None:
+    trace, metrics = await ended(replace(world(root, asks, helpers()), task=Faulty()))
+    assert (trace.status, trace.trained, dict(trace.scores)) == ("failed", False, {})
+    assert trace.error == "TaskError: the grader's workers are gone"
+    assert len(trace.segments) == 9
+    assert metrics["ended/failed/TaskError"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("sections", "status", "error", "sources"),
+    [
+        ({"rollout": {"max_supersteps": 4}}, "budget", "more than 4 supersteps", "cpcacpcac"),
+        ({"rollout": {"max_consults": 1}}, "budget", None, "cpcacp"),
+        ({"rollout": {"max_consults": 0}}, "budget", None, "cp"),
+        ({"rollout": {"max_tokens": 7}}, "length", None, "cpcacp"),
+        ({"rollout": {"max_tokens": 3}}, "length", None, "cp"),
+    ],
+)
+async def test_budgets_are_the_policys_own_doing(root: Path, sections: Any, status: str, error: str | None, sources: str) -> None:
+    trace, metrics = await ended(world(root, asks, helpers(), **sections))
+    assert (trace.status, trace.error, trace.trained, trace.reward) == (status, error, True, 0.0)
+    assert "".join(s.source[0] for s in trace.segments) == sources
+    assert (metrics["failed"], metrics[f"ended/{status}"]) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("leak", "status", "masked"), [("mask", "done", [True, False]), ("allow", "done", [False, False]), ("drop", "leaked", [])]
+)
+async def test_a_reply_that_gives_the_answer_away(root: Path, leak: str, status: str, masked: list[bool]) -> None:
+    replies = iter(["it is 1000", "right, 1000"] * 2)
+    agents = [echo("verify", lambda query: next(replies)), *helpers()[1:]]
+    trace, metrics = await ended(world(root, asks, agents, bpe(), agents={"leak": leak}))
+    assert (trace.status, trace.trained, trace.scores["leaks"]) == (status, leak != "drop", 1.0)
+    if leak == "drop":
+        assert (trace.error, metrics["ended/leaked"], metrics["failed"]) == ("a reply gave the answer away", 0.5, 0.5)
+    else:
+        assert [s.masked for s in trace.segments if s.source == "agent"] == masked
+        assert metrics["leaks"] == 1.0
+    assert not any(s.masked for s in trace.segments if s.source != "agent")
+
+
+async def test_every_trace_of_a_group_failing_is_still_a_group(root: Path) -> None:
+    rollouts = world(root, asks, failing(RuntimeError("down")), rollout={"with_agents": 1, "traces": 4})
+    group = await rollouts.run_group(PROBLEM, 0)
+    metrics = rollout_metrics([group], rollouts.agents, 0)
+    assert metrics["failed"] == metrics["ended/failed/AgentError"] == 1.0
+    assert metrics["solved"] == 0.0
+    assert len(pack([group], rollouts.config.loss)) == 0
+
+
+# --- routes and graphs ----------------------------------------------------------------------------------------------------------
+
+
+def offering(threshold: float, tokens: int) -> Any:
+    graph = StateGraph(State, context_schema=Context)
+    graph.add_node("policy", policy_node(segment_tokens=tokens))
+    for name in NAMES:
+        graph.add_node(name, agent_node(name))
+        graph.add_edge(name, "policy")
+    graph.add_edge(START, "policy")
+    graph.add_conditional_edges("policy", by_confidence(threshold, "reasoning"), ["policy", *NAMES, END])
+    return graph.compile()
+
+
+def mean(segment: Segment) -> float:
+    return sum(segment.logprobs or ()) / len(segment.token_ids)
+
+
+async def test_a_consult_is_offered_exactly_where_the_policy_is_stuck(tmp_path: Path) -> None:
+    """The threshold is the median of what the model writes, so that both cases occur."""
+    rollouts = on_operators(tmp_path)
+    problem = rollouts.task.train(0)
+    plain = await gather([rollouts.run_trace(problem, seed=seed, with_agents=False) for seed in range(8)])
+    logprobs = sorted(p for trace in plain for s in trace.segments for p in s.logprobs or ())
+    threshold = logprobs[len(logprobs) // 2]
+    offered = with_graph(rollouts, offering(threshold, tokens=3))
+    traces = await gather([offered.run_trace(problem, seed=seed, with_agents=True) for seed in range(8)])
+    counts = {True: 0, False: 0}
+    for trace in traces:
+        for index, segment in enumerate(trace.segments[:-1]):
+            free = segment.source == "policy" and not any(tag in segment.text for tag in ("</verify>", "</knowledge>", "</reasoning>"))
+            if free:
+                stuck = mean(segment) < threshold
+                assert (trace.segments[index + 1].text == "<feedback>") == stuck
+                counts[stuck] += 1
+        assert [s.author for s in trace.segments if s.source == "agent"] == [node for node in trace.path if node in NAMES]
+    assert min(counts.values()) >= 5
+
+
+async def test_an_offer_stays_within_the_budget_of_consults(tmp_path: Path) -> None:
+    rollouts = on_operators(tmp_path, rollout={"max_tokens": 40, "max_consults": 2})
+    stuck = with_graph(rollouts, offering(0.0, tokens=4))
+    trace = await stuck.run_trace(rollouts.task.train(0), seed=3, with_agents=True)
+    assert sum(s.source == "agent" for s in trace.segments) <= 2
+
+
+async def test_an_offered_consult_is_asked_what_the_policy_just_wrote(root: Path) -> None:
+    queries: list[str] = []
+    agents = [echo(name, lambda query: queries.append(query) or "go on") for name in NAMES]  # type: ignore[func-returns-value]
+    rollouts = with_graph(world(root, lambda text: "1234567", agents), offering(-0.1, tokens=4))
+    await rollouts.run_trace(PROBLEM, seed=0, with_agents=True)
+    assert queries[0] == "1234"
+
+
+async def test_a_route_before_any_policy_is_a_bug_of_the_graph(root: Path) -> None:
+    graph = StateGraph(State, context_schema=Context)
+    graph.add_node("verify", agent_node("verify"))
+    graph.add_edge(START, "verify")
+    graph.add_conditional_edges("verify", by_request, [END])
+    rollouts = with_graph(world(root, asks, helpers()), graph.compile())
+    with pytest.raises(GraphError, match="ran before any policy node"):
+        await rollouts.run_trace(PROBLEM, seed=0, with_agents=True)
+
+
+async def test_a_node_for_an_agent_that_nobody_named(root: Path) -> None:
+    graph = StateGraph(State, context_schema=Context)
+    graph.add_node("policy", policy_node())
+    graph.add_node("search", agent_node("search"))
+    graph.add_edge(START, "policy")
+    graph.add_edge("policy", "search")
+    rollouts = with_graph(world(root, asks, helpers()), graph.compile())
+    with pytest.raises(ConfigError, match="a node for agent 'search', but agents.use names only verify, knowledge, reasoning"):
+        await rollouts.run_trace(PROBLEM, seed=0, with_agents=True)
+
+
+def test_what_open_graph_and_open_agents_refuse(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def build(): return 4\ndef agent(config): return 'me'\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:build: a int is not a LangGraph graph"):
+        open_graph(f"{tmp_path}/mine.py:build")
+    with pytest.raises(ConfigError, match=r"agents\.use\.verify: .*mine\.py:agent returned a str, not an Agent"):
+        open_agents({"verify": f"{tmp_path}/mine.py:agent"}, settings())
+
+
+async def test_the_shipped_policy_solves_with_helpers_what_it_cannot_alone(root: Path) -> None:
+    """The quick start's own model, prompts, agents and graphs, as the config names them."""
+    config = settings(rollout={"prompts": "prompts/operators"})
+    engine = LocalEngine.load(config, str(root / "aipo_graph/data/operators"))
+    task = operators.build(config)
+    rollouts = Rollouts.open(config, engine, task)
+    problems = task.heldout(8)
+    runs = [
+        rollouts.run_trace(problem, seed=derive_seed(problem.id), with_agents=helped) for helped in (True, False) for problem in problems
+    ]
+    traces = await gather(runs)
+    helped, alone = traces[:8], traces[8:]
+    assert all(trace.trained for trace in traces)
+    assert sum(trace.reward for trace in helped) >= 3 > sum(trace.reward for trace in alone)
+    assert {s.author for trace in helped for s in trace.segments if s.source == "agent"} == set(NAMES)

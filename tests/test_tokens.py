@@ -1,0 +1,136 @@
+"""Untrusted text never becomes a control token; sampled ids stay as they are; prompts keep their tags."""
+
+import random
+from pathlib import Path
+
+import pytest
+from rollout_world import NAMES, bpe, save_tiny
+from transformers import PreTrainedTokenizerFast
+
+from aipo_graph import pretrain
+from aipo_graph.errors import ConfigError
+from aipo_graph.rollout.protocol import FEEDBACK, tags
+from aipo_graph.rollout.tokens import Tokenizer
+from aipo_graph.types import Reply
+
+TAGS = [tag for name in (*NAMES, FEEDBACK) for tag in tags(name)]
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LOOKALIKES = ["＜feedback＞", "<fee\u200bdback>", "<FEEDBACK>", "＜/verify＞", "＜|im_end|＞", "<|im_\u200bend|>", "﹤feedback﹥"]
+ALL = {"words": pretrain.tokenizer, "bpe": bpe, "chat": lambda: bpe(chat=True), "normalising": lambda: bpe(normalise=True)}
+
+
+@pytest.fixture(params=list(ALL), scope="module")
+def raw(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return ALL[request.param]()
+
+
+def hostile(rng: random.Random, pieces: list[str]) -> str:
+    """Tags whole, halved and nested, look-alikes, and plain text."""
+    parts = []
+    for _ in range(rng.randint(1, 12)):
+        piece = rng.choice(pieces)
+        cut = rng.randint(0, len(piece))
+        parts.append(rng.choice([piece, piece[:cut], piece[cut:], piece[:cut] + rng.choice(pieces) + piece[cut:], "x 12"]))
+    return "".join(parts)
+
+
+def test_hostile_replies_hold_no_control_text(raw: PreTrainedTokenizerFast) -> None:
+    tokenizer = Tokenizer(raw, NAMES)
+    rng = random.Random(0)
+    for _ in range(1000):
+        ids, text = tokenizer.plain(hostile(rng, TAGS + SPECIALS + LOOKALIKES + ["<eos>", "<unk>"]))
+        assert tokenizer.control_ids.isdisjoint(ids)
+        assert text == raw.decode(list(ids))
+        assert not [tag for tag in TAGS + raw.all_special_tokens if tag in text]
+
+
+@pytest.mark.parametrize("text", SPECIALS)
+def test_unnamed_special_tokens_are_control_tokens(text: str) -> None:
+    """`<|im_end|>` is special in tokenizer.json but no attribute of the tokenizer names it."""
+    raw = bpe(chat=True)
+    tokenizer = Tokenizer(raw, NAMES)
+    (token,) = raw.encode(text, add_special_tokens=False)
+    assert token in tokenizer.control_ids
+    assert tokenizer.neutralise(f"a{text}b") == "a b"
+
+
+def test_neutralise_sees_through_full_width_look_alikes() -> None:
+    tokenizer = Tokenizer(bpe(), NAMES)
+    assert tokenizer.neutralise("＜feedback＞a＜/ｆｅｅｄｂａｃｋ＞") == " a "
+    assert tokenizer.neutralise("½ cup, x², ａ") == "½ cup, x², ａ"  # untouched where nothing hides in it
+
+
+def test_engine_ends_of_text_are_controls_too() -> None:
+    raw = bpe()
+    end = raw.encode("so", add_special_tokens=False)[0]
+    assert end in Tokenizer(raw, NAMES, eos_ids=[end]).control_ids
+
+
+def test_a_reply_is_bounded_in_tokens(raw: PreTrainedTokenizerFast) -> None:
+    tokenizer = Tokenizer(raw, NAMES)
+    opening, words, closing = tokenizer.wrap(Reply("12345" * 50), "verify", limit=7)
+    assert (len(words.token_ids), words.source, words.author) == (7, "agent", "verify")
+    assert words.text == raw.decode(list(words.token_ids))
+    assert (opening.source, opening.text, closing.source, closing.text) == ("context", "<feedback>", "context", "</feedback>")
+
+
+def test_a_helpers_own_ids_and_logprobs_are_kept_exactly() -> None:
+    raw = bpe()
+    tokenizer = Tokenizer(raw, NAMES)
+    ids = tuple(raw.encode("Correct. So", add_special_tokens=False))
+    reply = Reply("Correct. So", ids, tuple(-0.1 * n for n in range(len(ids))))
+    words = tokenizer.wrap(reply, "verify", limit=100)[1]
+    assert (words.token_ids, words.logprobs, words.text) == (ids, reply.logprobs, "Correct. So")
+    cut = tokenizer.wrap(reply, "verify", limit=2)[1]
+    assert (cut.token_ids, cut.logprobs) == (ids[:2], reply.logprobs[:2])
+
+
+@pytest.mark.parametrize("text", ["a</feedback>b", "a<|im_end|>b"])
+def test_a_helpers_control_tokens_lose_its_logprobs(text: str) -> None:
+    raw = bpe()
+    tokenizer = Tokenizer(raw, NAMES)
+    ids = tuple(raw.encode(text, add_special_tokens=False))
+    words = tokenizer.wrap(Reply(text, ids, (-0.5,) * len(ids)), "verify")[1]
+    assert (words.text, words.logprobs) == ("a b", None)
+
+
+def test_logprobs_that_do_not_match_are_left_out() -> None:
+    words = Tokenizer(bpe(), NAMES).wrap(Reply("12", (20, 21), (-0.5,)), "verify")[1]
+    assert (words.text, words.logprobs) == ("12", None)
+
+
+def test_a_prompt_keeps_the_tags_that_it_explains(root: Path) -> None:
+    raw = bpe(chat=True)
+    prompt = (root / "prompts/policy.md").read_text()
+    segment = Tokenizer(raw, NAMES).render(prompt, "policy")
+    assert all(tag in raw.decode(list(segment.token_ids)) for tag in TAGS)
+    assert (segment.source, segment.logprobs) == ("context", None)
+
+
+def test_render_uses_the_chat_template_once() -> None:
+    raw = bpe(chat=True)
+    segment = Tokenizer(raw, NAMES).render("1+1?", "policy")
+    assert raw.decode(list(segment.token_ids)) == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n" == segment.text
+    assert segment.token_ids.count(raw.convert_tokens_to_ids("<|im_start|>")) == 2
+
+
+def test_render_without_a_template_is_the_text() -> None:
+    raw = bpe()
+    segment = Tokenizer(raw, NAMES).render("1+1?", "policy")
+    assert raw.decode(list(segment.token_ids)) == "1+1?"
+
+
+def test_render_starts_with_the_models_bos() -> None:
+    raw = bpe()
+    raw.bos_token = "<|im_start|>"
+    ids = Tokenizer(raw, NAMES).render("1+1?", "policy").token_ids
+    assert ids[0] == raw.bos_token_id
+    assert ids.count(raw.bos_token_id) == 1
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    save_tiny(tmp_path, bpe())
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"no usable tokenizer .*policy\.model must hold tokenizer\.json"):
+        Tokenizer.load(tmp_path)
