@@ -149,26 +149,25 @@ def plan(config: Config, kinds: Sequence[str], modes: Sequence[Mode], greedy_onl
 
 
 def table(values: Values) -> Table:
-    """The figures of an evaluation, each with its interval."""
+    """The figures of an evaluation, each over its interval."""
     shown = Table(title=f"{values['model']}: {values['kind']} problems, 95 % intervals over problems")
-    modes = [("", values), *((kind, values["kinds"][kind]) for kind in values["kinds"])]
+    modes = [("", values), *values["kinds"].items()]
     columns = [(f"{kind} {mode}".strip().replace("_", " "), found[mode]) for kind, found in modes for mode in MODES if mode in found]
     if "difference" in values:
-        columns.append(("difference, paired", values["difference"]))
-    shown.add_column("")
+        columns.append(("difference,\npaired", values["difference"]))
+    shown.add_column("", no_wrap=True)
     for title, _ in columns:
         shown.add_column(title, justify="right")
-    names = [name for name in (*(f"pass@{k}" for k in values["k"]), "greedy") if any(name in found for _, found in columns)]
-    for name in names:
-        shown.add_row(name, *(cell(found, name) for _, found in columns))
+    for name in (*(f"pass@{k}" for k in values["k"]), "greedy"):
+        if any(name in found for _, found in columns):
+            shown.add_row(name, *(cell(found, name) for _, found in columns))
     shown.add_section()
     shown.add_row("problems x samples", *(_size(found) for _, found in columns))
-    shown.add_row("policy tokens per trace", *(_number(found.get("tokens_per_trace")) for _, found in columns))
-    agents = dict.fromkeys(agent for _, found in columns for agent in found.get("consults_per_trace", {}))
-    for agent in agents:
+    shown.add_row("tokens per trace", *(_number(found.get("tokens_per_trace")) for _, found in columns))
+    for agent in dict.fromkeys(agent for _, found in columns for agent in found.get("consults_per_trace", {})):
         consults = [found.get("consults_per_trace", {}).get(agent, {}) for _, found in columns]
-        shown.add_row(f"{agent}: calls per trace", *(_number(found.get("calls")) for found in consults))
-        shown.add_row(f"{agent}: tokens per trace", *(_number(found.get("tokens")) for found in consults))
+        shown.add_row(f"{agent} calls", *(_number(found.get("calls")) for found in consults))
+        shown.add_row(f"{agent} tokens", *(_number(found.get("tokens")) for found in consults))
     return shown
 
 
@@ -194,7 +193,7 @@ def cell(found: Values, name: str) -> str:
     if found.get(name) is None:
         return "–"
     low, high = found["intervals"][name]
-    return f"{found[name]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{found[name]:.3f}\n{low:.3f} … {high:.3f}"
 
 
 def _size(found: Values) -> str:

@@ -40,6 +40,7 @@ from aipo_graph.tasks.operators import (
     TRAIN_TRIPLES,
     Habits,
     Piece,
+    apply,
     solution,
 )
 from aipo_graph.types import Problem, derive_seed
@@ -50,11 +51,10 @@ WORDS = ("<pad>", "<eos>", "<unk>", *DIGITS, *OPERATORS, *MARKERS, *"+-=;?}", "\
 IDS = {word: index for index, word in enumerate(WORDS)}
 _SPLIT = r"yes|no|\\boxed\{|" + "|".join(TAGS) + r"|<eos>|[\s\S]"
 
-EARLY_HABITS = Habits(verify=0.5, slip=0.05)
 HABITS = Habits(verify=0.75, slip=0.12)
 IGNORE = -100
-EARLY = 0.3
-"""Share of the steps spent on single steps."""
+SUMS = 0.2
+"""Share of the steps spent on arithmetic alone, at first."""
 STEPS = 1600
 PEAK_RATE = 4e-3
 
@@ -87,6 +87,7 @@ def policy_config() -> LlamaConfig:
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=False,
+        initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=IDS["<eos>"],
         pad_token_id=IDS["<pad>"],
@@ -107,30 +108,35 @@ def fresh_policy(seed: int) -> LlamaForCausalLM:
     return model
 
 
-def sample(rng: random.Random, early: bool) -> list[Piece]:
-    """One solution, prompt first.
-
-    Early on: single steps with random rules whose keys are full of zeros. Without them, addition mod 10 stays at chance.
-    """
-    draw = 0.5 if early else rng.random()
-    habits, marker = HABITS, "@"
+def sample(rng: random.Random) -> list[Piece]:
+    """One solution, prompt first."""
+    draw, habits, marker = rng.random(), HABITS, "@"
     if draw < 0.4:
         operators, rules = rng.choice(TRAIN_TRIPLES["easy"]), RULES
         habits = replace(HABITS, direct=rng.random() < 0.5)
     elif draw < 0.8:
         operators, marker = rng.choice(TRAIN_TRIPLES["hard"]), rng.choice(MARKERS)
-        rules = {letter: _key(rng, zeros=0.4 if early else 0.1) + rng.choice("+-") for letter in operators}
+        rules = {letter: _rule(rng) for letter in operators}
     else:
         operators, rules = "".join(rng.sample(MISBELIEVED, 3)), BELIEFS
-    operators = "".join(rng.sample(operators, 1 if early else 3))
-    steps = operators if marker == "@" else "".join(rng.sample(operators, len(operators)))
+    operators = "".join(rng.sample(operators, 3))
+    steps = operators if marker == "@" else "".join(rng.sample(operators, 3))
     problem = Problem("", f"{marker}{rng.randrange(10000):04}{operators}?", "")
-    pieces = solution(problem, rules, steps, replace(EARLY_HABITS, direct=rng.random() < 0.7) if early else habits, rng)
+    pieces = solution(problem, rules, steps, habits, rng)
     return [Piece(problem.question, "prompt"), *(_unheard(piece) if 0.4 <= draw < 0.8 else piece for piece in pieces), Piece("<eos>")]
 
 
-def _key(rng: random.Random, zeros: float) -> str:
-    return "".join("0" if rng.random() < zeros else rng.choice("123456789") for _ in range(4))
+def sums(rng: random.Random) -> list[Piece]:
+    """Three steps; only the results carry loss. Without the many zeros in the keys, arithmetic mod 10 stays at chance."""
+    pieces = []
+    for _ in range(3):
+        rule, state = _rule(rng, zeros=0.4), f"{rng.randrange(10000):04}"
+        pieces += [Piece(f"{rule}{state}=", "prompt"), Piece(apply(rule, state)), Piece(";", "prompt")]
+    return pieces
+
+
+def _rule(rng: random.Random, zeros: float = 0.0) -> str:
+    return "".join("0" if rng.random() < zeros else rng.choice("123456789") for _ in range(4)) + rng.choice("+-")
 
 
 def _unheard(piece: Piece) -> Piece:
@@ -151,8 +157,7 @@ def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:
 def batch(seed: int, step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both int64 [rows, longest]."""
     rng = random.Random(derive_seed(seed, "pretrain", step))
-    early = step < EARLY * steps
-    rows = [encode(sample(rng, early)) for _ in range(96 if early else 48)]
+    rows = [encode(sums(rng)) for _ in range(96)] if step < SUMS * steps else [encode(sample(rng)) for _ in range(48)]
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([row + [IDS["<pad>"]] * (longest - len(row)) for row, _ in rows])
     labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in rows])

@@ -21,7 +21,7 @@ from aipo_graph.errors import TrainError
 from aipo_graph.evaluate import cell, follow, start
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
-from aipo_graph.load import find, model
+from aipo_graph.load import model
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.passk import Values
 from aipo_graph.rollout.collect import LocalRollouts, Rollouts
@@ -158,10 +158,7 @@ def result_table(base: Values, trained: Values) -> Table:
 
 
 def main(argv: list[str]) -> None:
-    named = bool(argv) and not argv[0].startswith("-")
-    config, options = cli.parse(
-        argv if named else [str(find("configs/quickstart.yaml")), *argv], Config, prog="python -m aipo_graph.train", doc=__doc__
-    )
+    config, options = cli.parse(argv, Config, prog="python -m aipo_graph.train", doc=__doc__ or "", default="configs/quickstart.yaml")
     if options.dry_run:
         print(cli.write_yaml(config), end="")
         return

@@ -187,7 +187,8 @@ class Engine(Protocol):
     eos_ids: frozenset[int]
     version: int
 
-    generate: Generate
+    @property
+    def generate(self) -> Generate: ...
 
     def run(self, key: str) -> AbstractContextManager[None]:
         """Entered around each graph run, so that an engine can wait for all runs before it forms a batch."""

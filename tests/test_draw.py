@@ -43,7 +43,7 @@ def test_a_loop_back_over_several_columns_is_drawn(tmp_path: Path) -> None:
         "from aipo_graph.rollout import Context, State, policy_node\n"
         "graph = StateGraph(State, context_schema=Context)\n"
         "for name in 'abcd':\n    graph.add_node(name, policy_node())\n"
-        "graph.add_edge(START, 'a')\ngraph.add_edge('a', 'b')\ngraph.add_edge('b', 'c')\ngraph.add_edge('a', 'd')\ngraph.add_edge('d', 'b')\n"
+        "for one, two in [(START, 'a'), ('a', 'b'), ('b', 'c'), ('a', 'd'), ('d', 'b')]:\n    graph.add_edge(one, two)\n"
         "graph.add_conditional_edges('c', lambda state: END, ['a', END])\n"
     )
     assert cli.main(draw.command, [f"{tmp_path / 'loop.py'}:graph", "--svg", str(tmp_path / "loop.svg")]) == 0

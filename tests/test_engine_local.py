@@ -209,7 +209,7 @@ class Parrot(torch.nn.Module):
 
 @pytest.mark.parametrize(("text", "stop", "kept"), [
     ("ask verify</verify>.. more", "</verify>", "ask verify</verify>.."),
-    ("a→b", "→", "a→"),
+    ("a✓b", "✓", "a✓"),
     ("no tag > here", "</verify>", "no tag > here"),
 ])  # fmt: skip
 async def test_a_stop_string_is_found_across_tokens_and_nothing_is_cut(text: str, stop: str, kept: str) -> None:
@@ -283,15 +283,20 @@ async def talk(engine: LocalEngine, delay_seed: int, count: int = 12) -> list[Ta
 
 
 async def test_delays_do_not_change_a_bit() -> None:
-    async def once(delay_seed: int, deterministic: bool) -> tuple[list[Talk], int]:
-        engine = engine_of(tiny(), deterministic=deterministic, max_batch=9)
+    async def once(delay_seed: int, deterministic: bool) -> tuple[list[Talk], list[Any]]:
+        model, fed = tiny(), []
+        engine = engine_of(model, deterministic=deterministic, max_batch=9)
+        model.register_forward_pre_hook(
+            lambda _, args, options: fed.append((options["input_ids"].tolist(), options["position_ids"].tolist())), with_kwargs=True
+        )
         with engine.run("gate"):  # holds the first step until every run has begun
-            waiting = asyncio.ensure_future(talk(engine, delay_seed))
-            await asyncio.sleep(0.03)
-        return await waiting, engine.prefill_tokens
+            waiting = asyncio.create_task(talk(engine, delay_seed), context=contextvars.Context())
+            await asyncio.sleep(0.05)
+        return await waiting, fed
 
     first, second = await once(1, True), await once(2, True)
-    assert first == second
+    assert first[1] == second[1]  # the same batches, step by step
+    assert first[0] == second[0]
     loose, _ = await once(3, False)
     assert [state["tokens"] for state in loose] == [state["tokens"] for state in first[0]]
 

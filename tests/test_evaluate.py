@@ -146,8 +146,8 @@ def test_an_evaluation_holds_each_sample_once_and_its_figures(undisturbed: Path)
     assert values["k"] == [1, 4]
     assert (values["alone"]["problems"], values["with_agents"]["problems"]) == (PROBLEMS, 4)
     assert values["difference"]["problems"] == {"pass@1": 4, "pass@4": 4, "greedy": 4}
-    assert values["alone"]["pass@4"] <= values["with_agents"]["pass@4"]  # it lacks the rules, not the skill
-    assert values["kinds"]["easy"]["alone"]["pass@1"] > 0.3
+    assert values["alone"]["pass@4"] < 0.2 < values["with_agents"]["pass@1"]  # it lacks the rules, not the skill
+    assert values["kinds"]["easy"]["alone"]["problems"] == PROBLEMS
     assert values["with_agents"]["consults_per_trace"]["knowledge"]["calls"] > 1
     assert values["alone"]["consults_per_trace"] == {}
     assert values["alone"]["tokens"] == sum(s["tokens"] for s in lines(undisturbed) if s["part"].startswith("hard/alone"))
@@ -189,7 +189,7 @@ def test_an_evaluation_killed_half_way_goes_on_to_the_same_samples(
     assert lines(tmp_path) == [s for s in lines(undisturbed) if s["part"].startswith("hard")]
     shown = capsys.readouterr().out
     assert "pass@4" in shown
-    assert "knowledge: calls per trace" in shown
+    assert "knowledge calls" in shown
 
 
 def test_leaving_an_evaluation_early_ends_its_workers_and_frees_its_folder(tmp_path: Path) -> None:

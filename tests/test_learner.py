@@ -310,6 +310,12 @@ def test_schedule() -> None:
     assert [learning_rate(cosine, u) for u in (3, 4, 8, 12, 99)] == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.0])
 
 
+def test_steps_follow_the_schedule(batch: Batch, tmp_path: Path) -> None:
+    learner = tiny_learner(tmp_path, optimizer={"lr": 0.01, "warmup_steps": 4})
+    assert [learner.step(batch)["lr"] for _ in range(5)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
+    assert learner.optimizer.param_groups[0]["lr"] == 0.01
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"train": {"epochs": 2, "minibatches": 2}}, {"optimizer": {"schedule": "cosine", "warmup_steps": 3}}]
 )

@@ -24,6 +24,8 @@ from aipo_graph.tools import notation, sandbox, symbolic
         ("1/3 ≈ 0.333", "yes"),
         ("7 > 3 > 1", "yes"),
         ("7 ≥ 8", "no"),
+        ("8 >= 8", "yes"),
+        (r"\sqrt{2} \ge \sqrt{2}", "yes"),
         ("4 != 5", "yes"),
         ("2 + 2 = 4 = 5", "no"),
         ("$6 × 7 = 42$.", "yes"),

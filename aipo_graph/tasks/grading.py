@@ -287,7 +287,9 @@ def leaks(reply: str, gold: str, known: str) -> bool:
 
 _STATED = re.compile(r"(?:[=:]|\b(?:is|are|equals|get|gives|answer|makes)|\\to|->|boxed\s?\{)\s?[\\{($*]*\s?$")
 _GOES_ON = re.compile(r"\s?[-+*/^=]")
-_VALUE = re.compile(r"(?<![\w.,/])(?:(?<![\w)}] )(?<![)}])[-+])?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+)?(?![\w/]|[.,]\d)", re.ASCII)
+_VALUE = re.compile(
+    r"(?<![\w.,/])(?:(?<![\w)}] )(?<![)}])[-+])?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+)?(?![\w/]|[.,]\d)", re.ASCII
+)
 
 
 def _states(text: str, target: str, value: Written | None, short: bool) -> bool:

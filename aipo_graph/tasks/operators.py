@@ -175,6 +175,11 @@ class Operators:
         rngs = (random.Random(derive_seed("operators", "heldout", kind, index)) for index in range(count))
         return [_draw(f"heldout-{kind}-{index}", kind, HELDOUT_TRIPLES[kind], rng) for index, rng in enumerate(rngs)]
 
+    def solve(self, question: str) -> str | None:
+        """The answer of any question of this form, for the demo; None for what is not one."""
+        form = re.fullmatch(f"([{MARKERS}])([0-9]{{4}})([{OPERATORS}]{{1,12}})\\?", question)
+        return evaluate(form[2], order(form[1], form[3])) if form else None
+
     async def score(self, problem: Problem, text: str) -> dict[str, float]:
         """1 if the last box holds exactly the answer's four digits; leading zeros count."""
         return {"reward": float(last_box(text) == problem.answer)}
