@@ -4,10 +4,9 @@ import asyncio
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -209,45 +208,41 @@ class Questions:
 # --- the command
 
 
-async def trace_of(
-    rollouts: Rollouts, problem: Problem, seed: int, with_agents: bool, show: Screen | list[Turn], live: Live | None
-) -> Trace:
-    """One trace, shown superstep by superstep; scored only where the answer is known. Raises EngineError if it failed."""
+async def trace_of(rollouts: Rollouts, problem: Problem, seed: int, with_agents: bool, show: Callable[[Turn], None]) -> Trace:
+    """One trace, shown superstep by superstep; scored only where the answer is known."""
 
-    def add(shown: Sequence[Turn]) -> None:
-        for turn in shown:
-            show.show(turn) if isinstance(show, Screen) else show.append(turn)
-        if live:
-            live.refresh()
+    def add(segments: Sequence[Segment]) -> None:
+        for turn in turns(segments):
+            show(turn)
 
     start = rollouts.run_trace if problem.answer else rollouts.run_graph
-    trace = await start(problem, seed=seed, with_agents=with_agents, on_segments=lambda segments: add(turns(segments)))
-    add([summary(trace, problem.answer)])
-    if trace.error and not trace.trained and not isinstance(show, list):
-        raise EngineError(trace.error)
+    trace = await start(problem, seed=seed, with_agents=with_agents, on_segments=add)
+    show(summary(trace, problem.answer))
     return trace
 
 
 def show_traces(runner: asyncio.Runner, rollouts: Rollouts, screen: Screen, demo: Demo, problem: Problem) -> None:
-    """All traces of one question, alone, with agents, or both."""
+    """All traces of one question, alone, with agents, or both. Raises EngineError after one that failed."""
     modes = ("alone", "with agents") if demo.compare else ("alone",) if demo.alone else ("with agents",)
     solved = Counter[str]()
     for sample in range(demo.samples):
         seed = derive_seed(demo.run.seed if demo.seed is None else demo.seed, "demo", problem.question, sample)
-        if demo.compare and not screen.plain:
-            columns: dict[str, list[Turn]] = {mode: [] for mode in modes}
-            with Live(console=screen.console, transient=True, get_renderable=partial(screen.beside, columns)) as live:
-                for mode, shown in columns.items():
-                    trace = runner.run(trace_of(rollouts, problem, seed, mode != "alone", shown, live))
-                    solved[mode] += trace.reward >= 1
+        columns: dict[str, list[Turn]] = {mode: [] for mode in modes}
+        beside = demo.compare and not screen.plain
+        live = Live(console=screen.console, transient=True, get_renderable=lambda: screen.beside(columns))  # noqa: B023
+        waiting = nullcontext() if screen.plain else live if beside else screen.console.status("", spinner="dots")
+        failed = None
+        with waiting:
+            for mode, column in columns.items():
+                if demo.compare and screen.plain:
+                    screen.note(f"--- {mode}")
+                trace = runner.run(trace_of(rollouts, problem, seed, mode != "alone", column.append if beside else screen.show))
+                solved[mode] += trace.reward >= 1
+                failed = failed or (None if trace.trained else trace.error)
+        if beside:
             screen.console.print(screen.beside(columns))
-            continue
-        for mode in modes:
-            if len(modes) > 1:
-                screen.note(f"--- {mode}")
-            with nullcontext() if screen.plain else screen.console.status("", spinner="dots"):
-                trace = runner.run(trace_of(rollouts, problem, seed, mode != "alone", screen, None))
-            solved[mode] += trace.reward >= 1
+        if failed:
+            raise EngineError(failed)
     if demo.samples > 1 and problem.answer:
         screen.note("; ".join(f"{mode}: {solved[mode]} of {demo.samples} solved" for mode in modes))
 

@@ -18,7 +18,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,7 +50,7 @@ WORDS = ("<pad>", "<eos>", "<unk>", *DIGITS, *OPERATORS, *MARKERS, *"+-=;?}", "\
 IDS = {word: index for index, word in enumerate(WORDS)}
 _SPLIT = r"yes|no|\\boxed\{|" + "|".join(TAGS) + r"|<eos>|[\s\S]"
 
-HABITS = Habits(verify=0.75, slip=0.12)
+SLIP = 0.12
 IGNORE = -100
 SUMS = 0.2
 """Share of the steps spent on arithmetic alone, at first."""
@@ -110,20 +109,23 @@ def fresh_policy(seed: int) -> LlamaForCausalLM:
 
 def sample(rng: random.Random) -> list[Piece]:
     """One solution, prompt first."""
-    draw, habits, marker = rng.random(), HABITS, "@"
+    draw, marker, lenient = rng.random(), "@", False
     if draw < 0.4:
         operators, rules = rng.choice(TRAIN_TRIPLES["easy"]), RULES
-        habits = replace(HABITS, direct=rng.random() < 0.5)
     elif draw < 0.8:
-        operators, marker = rng.choice(TRAIN_TRIPLES["hard"]), rng.choice(MARKERS)
+        operators, marker, lenient = rng.choice(TRAIN_TRIPLES["hard"]), rng.choice(MARKERS), rng.random() < 0.5
         rules = {letter: _rule(rng) for letter in operators}
     else:
         operators, rules = "".join(rng.sample(MISBELIEVED, 3)), BELIEFS
     operators = "".join(rng.sample(operators, 3))
     steps = operators if marker == "@" else "".join(rng.sample(operators, 3))
     problem = Problem("", f"{marker}{rng.randrange(10000):04}{operators}?", "")
-    pieces = solution(problem, rules, steps, habits, rng)
-    return [Piece(problem.question, "prompt"), *(_unheard(piece) if 0.4 <= draw < 0.8 else piece for piece in pieces), Piece("<eos>")]
+    pieces = solution(problem, rules, steps, Habits(SLIP, lenient), rng)
+    return [
+        Piece(problem.question, "prompt"),
+        *(_unheard(piece, lenient) if 0.4 <= draw < 0.8 else piece for piece in pieces),
+        Piece("<eos>"),
+    ]
 
 
 def sums(rng: random.Random) -> list[Piece]:
@@ -139,8 +141,9 @@ def _rule(rng: random.Random, zeros: float = 0.0) -> str:
     return "".join("0" if rng.random() < zeros else rng.choice("123456789") for _ in range(4)) + rng.choice("+-")
 
 
-def _unheard(piece: Piece) -> Piece:
-    return Piece(piece.text, "prompt") if piece.helper == "knowledge" and piece.about not in NOVEL else piece
+def _unheard(piece: Piece, lenient: bool) -> Piece:
+    silent = (piece.helper == "knowledge" and piece.about not in NOVEL) or (piece.helper == "verify" and lenient)
+    return Piece(piece.text, "prompt") if silent else piece
 
 
 def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:

@@ -65,6 +65,13 @@ def test_every_flipped_byte_and_every_halved_file_is_detected(tmp_path: Path, ca
         caplog.clear()
 
 
+def test_any_other_writing_of_the_manifest_is_a_fault(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    manifest = tmp_path / "step-00000001" / "MANIFEST.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"\n", b"\t", 1))
+    assert checkpoint.fault(manifest.parent) == "MANIFEST.json is damaged"
+
+
 def test_a_file_that_the_manifest_does_not_know_is_a_fault(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "extra.safetensors").write_bytes(b"")

@@ -252,7 +252,7 @@ def conversation(engine: LocalEngine, delays: random.Random) -> Any:
 
     async def consult(state: Talk) -> dict[str, Any]:
         with engine.busy():
-            await asyncio.sleep(delays.random() * 0.004)
+            await asyncio.sleep(delays.choice((0, 0.03)))
         return {"tokens": (state["seed"], 7)}
 
     graph = StateGraph(Talk)
@@ -274,10 +274,8 @@ async def talk(engine: LocalEngine, delay_seed: int, count: int = 12) -> list[Ta
         await asyncio.sleep(0 if index % 2 else delays.random() * 0.002)
         with engine.run(f"run-{index}"):
             await asyncio.sleep(delays.random() * 0.002)
-            state: Any = None
-            async for state in graph.astream({"tokens": (1, 2, index), "logprobs": (), "seed": index}, stream_mode="values"):
-                pass
-            return state
+            states = graph.astream({"tokens": (1, 2, index), "logprobs": (), "seed": index}, stream_mode="values")
+            return [state async for state in states][-1]
 
     return await asyncio.gather(*(one(index) for index in range(count)))
 

@@ -15,9 +15,9 @@ from rollout_world import sampling, with_graph
 
 from aipo_graph import pretrain
 from aipo_graph.errors import AgentError, GraphError
-from aipo_graph.rollout import Context, State, append, policy_node
+from aipo_graph.rollout import Agent, Context, State, append, policy_node
 from aipo_graph.rollout.collect import Graph, Rollouts, gather
-from aipo_graph.types import Problem, Segment, Trace
+from aipo_graph.types import Problem, Request, Segment, Trace
 
 Node = Callable[[State, Runtime[Context]], Awaitable[Any]]
 PROBLEM = Problem("p", "@1234ABC?", "1234")
@@ -175,8 +175,14 @@ def fan_out(*nodes: Node) -> Graph:
 
 
 def late(node: Node, rng: random.Random) -> Node:
-    async def waiting(state: State, runtime: Runtime[Context]) -> Any:
+    """The node after a consult of a random length."""
+
+    async def wait(query: str) -> str:
         await asyncio.sleep(rng.random() / 50)
+        return ""
+
+    async def waiting(state: State, runtime: Runtime[Context]) -> Any:
+        await runtime.context.consult(Agent("wait", tools=(wait,)), Request("wait", ""))
         return await node(state, runtime)
 
     return waiting

@@ -94,13 +94,12 @@ def check(claim: str) -> str:
 
 @dataclass(frozen=True)
 class Habits:
-    """How a solution is written. ``direct``: neither plan nor rules are asked for. The rest are chances per step: that it is checked,
-    and that one digit of its result is wrong, which is what a check is there for.
+    """How a solution is written. ``slip``: the chance that one digit of a result is wrong, which is what a check is there for.
+    ``lenient``: whoever checks says yes to everything, and the solution goes on from what it has.
     """
 
-    direct: bool = False
-    verify: float = 1.0
     slip: float = 0.0
+    lenient: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,36 +116,23 @@ def solution(
 ) -> list[Piece]:
     """A worked solution, the way the policy writes it: plan, then for each operator its rule and a step, checked and redone if wrong.
 
-    Args:
-        rules: the rule of each operator; ``steps``: the order of evaluation. Default: the world's.
-        habits: default: everything asked for, every step checked, no slip.
+    The rules of the operators and the order of evaluation (``steps``) are the world's unless given.
     """
     rng = rng or random.Random(0)
     marker, state, operators = problem.question[0], problem.question[1:5], problem.question[5:-1]
     steps = steps or order(marker, operators)
-    pieces = []
-    if not habits.direct:
-        pieces += [Piece(f"<reasoning>{marker}{operators}</reasoning><feedback>"), Piece(steps, "reasoning"), Piece("</feedback>")]
+    pieces = [Piece(f"<reasoning>{marker}{operators}</reasoning><feedback>"), Piece(steps, "reasoning"), Piece("</feedback>")]
     for letter in steps:
-        rule = rules[letter]
-        if habits.direct:
-            pieces.append(Piece(letter))
-        else:
-            pieces += [Piece(f"<knowledge>{letter}</knowledge><feedback>"), Piece(rule, "knowledge", letter), Piece("</feedback>")]
-        verified = rng.random() < habits.verify
-        while True:
+        rule, verdict, result = rules[letter], "no", ""
+        pieces += [Piece(f"<knowledge>{letter}</knowledge><feedback>"), Piece(rule, "knowledge", letter), Piece("</feedback>")]
+        while verdict == "no":
             result = apply(rule, state)
             if rng.random() < habits.slip:
                 at = rng.randrange(4)
                 result = result[:at] + rng.choice([d for d in "0123456789" if d != result[at]]) + result[at + 1 :]
             claim = f"{rule}{state}={result}"
-            if not verified:
-                pieces.append(Piece(f"{claim};"))
-                break
-            verdict = check(claim)
+            verdict = "yes" if habits.lenient else check(claim)
             pieces += [Piece(f"<verify>{claim}</verify><feedback>"), Piece(verdict, "verify"), Piece("</feedback>")]
-            if verdict == "yes":
-                break
         state = result
     return [*pieces, Piece(f"\\boxed{{{state}}}")]
 
