@@ -54,7 +54,7 @@ SLIP = 0.12
 IGNORE = -100
 SUMS = 0.2
 """Share of the steps spent on arithmetic alone, at first."""
-STEPS = 1600
+STEPS = 1400
 PEAK_RATE = 4e-3
 
 
@@ -116,16 +116,14 @@ def sample(rng: random.Random) -> list[Piece]:
         operators, marker, lenient = rng.choice(TRAIN_TRIPLES["hard"]), rng.choice(MARKERS), rng.random() < 0.5
         rules = {letter: _rule(rng) for letter in operators}
     else:
-        operators, rules = "".join(rng.sample(MISBELIEVED, 3)), BELIEFS
+        operators, rules = rng.choice([t for t in TRAIN_TRIPLES["hard"] if set(t) <= set(MISBELIEVED)]), BELIEFS
     operators = "".join(rng.sample(operators, 3))
     steps = operators if marker == "@" else "".join(rng.sample(operators, 3))
     problem = Problem("", f"{marker}{rng.randrange(10000):04}{operators}?", "")
     pieces = solution(problem, rules, steps, Habits(SLIP, lenient), rng)
-    return [
-        Piece(problem.question, "prompt"),
-        *(_unheard(piece, lenient) if 0.4 <= draw < 0.8 else piece for piece in pieces),
-        Piece("<eos>"),
-    ]
+    if 0.4 <= draw < 0.8:
+        pieces = [_unheard(piece, lenient) for piece in pieces]
+    return [Piece(problem.question, "prompt"), *pieces, Piece("<eos>")]
 
 
 def sums(rng: random.Random) -> list[Piece]:

@@ -1,7 +1,7 @@
 """The operator task: problems, helpers' functions, rule book, worked solutions."""
 
 import random
-from itertools import islice, permutations
+from itertools import islice, pairwise, permutations
 
 import pytest
 
@@ -26,7 +26,8 @@ def text(pieces: list[operators.Piece]) -> str:
 def test_training_never_meets_a_heldout_triple() -> None:
     heldout = {triple(p.question) for kind in ("hard", "easy") for p in TASK.heldout(256, kind)}
     train = {triple(p.question) for p in map(TASK.train, range(3000))}
-    assert len(train) > 100 and not train & heldout
+    assert len(train) > 100
+    assert not train & heldout
     assert heldout <= {"".join(sorted(t)) for triples in HELDOUT_TRIPLES.values() for t in triples}
 
 
@@ -57,7 +58,8 @@ def test_the_order_matters_where_the_marker_changes_it() -> None:
 
 
 def test_beliefs_are_wrong_in_every_character() -> None:
-    assert sorted(RULES) == sorted(KNOWN + NOVEL + MISBELIEVED) and sorted(BELIEFS) == sorted(MISBELIEVED)
+    assert sorted(RULES) == sorted(KNOWN + NOVEL + MISBELIEVED)
+    assert sorted(BELIEFS) == sorted(MISBELIEVED)
     assert all(a != b for letter in MISBELIEVED for a, b in zip(RULES[letter], BELIEFS[letter], strict=True))
 
 
@@ -70,17 +72,19 @@ async def test_score_wants_exactly_the_four_digits_of_the_last_box() -> None:
     assert (await TASK.score(problem, problem.answer))["reward"] == 0.0
 
 
-@pytest.mark.parametrize("habits", [Habits(), Habits(direct=True), Habits(verify=0.5), Habits(slip=0.4)])
+@pytest.mark.parametrize("habits", [Habits(), Habits(slip=0.4)])
 async def test_a_worked_solution_is_right(habits: Habits) -> None:
     for problem in [*TASK.heldout(20), *TASK.heldout(20, "easy")]:
         written = text(operators.solution(problem, habits=habits, rng=random.Random(problem.id)))
         assert (await TASK.score(problem, written))["reward"] == 1.0, written
-        assert "no</feedback>" not in written or habits.slip
+        assert ("no</feedback>" in written) <= (habits.slip > 0)
 
 
-async def test_an_unchecked_slip_makes_a_solution_wrong() -> None:
-    habits = Habits(verify=0.0, slip=1.0)
-    rewards = [(await TASK.score(p, text(operators.solution(p, habits=habits))))["reward"] for p in TASK.heldout(20)]
+async def test_a_slip_that_nobody_finds_makes_a_solution_wrong() -> None:
+    habits = Habits(slip=1.0, lenient=True)
+    rewards = [
+        (await TASK.score(p, text(operators.solution(p, habits=habits, rng=random.Random(p.id)))))["reward"] for p in TASK.heldout(20)
+    ]
     assert sum(rewards) == 0
 
 
@@ -88,7 +92,7 @@ def test_what_helpers_said_in_a_solution_is_what_they_say() -> None:
     problem = TASK.heldout(1)[0]
     pieces = operators.solution(problem, habits=Habits(slip=0.5), rng=random.Random(1))
     helpers = {"reasoning": operators.plan, "verify": operators.check, "knowledge": RULES.__getitem__}
-    for asked, said in zip(pieces, pieces[1:], strict=False):
+    for asked, said in pairwise(pieces):
         if said.helper:
             query = asked.text.split(f"<{said.helper}>")[1].split("</")[0]
             assert helpers[said.helper](query) == said.text
@@ -106,7 +110,21 @@ def test_plan(query: str, reply: str) -> None:
     assert operators.plan(query) == reply
 
 
-HOSTILE = ["", "IEB", "%", "%ieb", "% IEB", "%IEB\n", "@" + "A" * 13, "@Z", "%6475IEB?", "__import__('os')", "9" * 100_000, "٣٤٥٦+1111=4567", "\x00"]
+HOSTILE = [
+    "",
+    "IEB",
+    "%",
+    "%ieb",
+    "% IEB",
+    "%IEB\n",
+    "@" + "A" * 13,
+    "@Z",
+    "%6475IEB?",
+    "__import__('os')",
+    "9" * 100_000,
+    "٣٤٥٦+1111=4567",
+    "\x00",
+]
 
 
 @pytest.mark.parametrize("query", HOSTILE)
@@ -135,4 +153,5 @@ def test_check(claim: str, verdict: str) -> None:
 
 def test_problems_vary() -> None:
     questions = [p.question for p in islice(map(TASK.train, range(10_000)), 500)]
-    assert len(set(questions)) > 495 and {q[0] for q in questions} == set(operators.MARKERS)
+    assert len(set(questions)) > 495
+    assert {q[0] for q in questions} == set(operators.MARKERS)

@@ -59,7 +59,7 @@ def test_pretraining_gives_away_no_hidden_rule_and_no_heldout_triple() -> None:
     rng = random.Random(0)
     hidden = {letter: RULES[letter] for letter in operators.NOVEL + operators.MISBELIEVED}
     heldout = {"".join(sorted(triple)) for triples in HELDOUT_TRIPLES.values() for triple in triples}
-    told = {letter: 0 for letter in hidden}
+    told = dict.fromkeys(hidden, 0)
     for _ in range(3000):
         question, *pieces = pretrain.sample(rng)
         assert "".join(sorted(question.text[5:8])) not in heldout
@@ -75,7 +75,8 @@ def test_twice_the_same_bytes(tmp_path: Path) -> None:
         pretrain.pretrain(tmp_path / name, seed=3, steps=4)
     pretrain.pretrain(tmp_path / "c", seed=4, steps=4)
     files = {name: {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in "abc"}
-    assert files["a"] == files["b"] and {"config.json", "model.safetensors", "tokenizer.json"} <= files["a"].keys()
+    assert files["a"] == files["b"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files["a"].keys()
     assert files["a"]["model.safetensors"] != files["c"]["model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
@@ -85,9 +86,11 @@ def test_an_existing_folder_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     out.mkdir()
     (out / "mine").write_text("precious")
     assert cli.main(pretrain.command, ["--out", str(out), "--steps", "1"]) == 2
-    assert "--force" in capsys.readouterr().err and (out / "mine").read_text() == "precious"
+    assert "--force" in capsys.readouterr().err
+    assert (out / "mine").read_text() == "precious"
     assert cli.main(pretrain.command, ["--out", str(out), "--steps", "1", "--force"]) == 0
-    assert not (out / "mine").exists() and AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    assert not (out / "mine").exists()
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
 
 
 @pytest.mark.parametrize("argv", [["--steps", "0"], ["--steps", "many"], ["--seed", "x"], ["--outt", "y"]])

@@ -1,6 +1,7 @@
 """Graph runs from end to end: real models in the real engine, real compiled graphs, and everything that can go wrong in one."""
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -93,11 +94,11 @@ async def test_two_runs_are_identical_whatever_the_agents_delay() -> None:
     assert first == second == third
     assert any(s.source == "agent" for group in first for trace in group.traces for s in trace.segments)
     traces = [trace for group in first for trace in group.traces]
-    assert len({trace.seed for trace in traces}) == len({trace.segments for trace in traces}) == len(traces)
+    assert len({trace.seed for trace in traces}) == len(traces)
 
 
-async def test_another_seed_or_step_gives_other_traces() -> None:
-    rollouts = on_operators()
+async def test_another_sample_step_or_seed_gives_another_trace() -> None:
+    rollouts = replace(on_operators(), temperature=3.0)  # hot, so that no two agree by chance
     other = replace(rollouts, config=settings(**(SMALL | {"run": {"seed": 1, "device": "cpu"}})))
     problem = rollouts.task.train(0)
     groups = [await rollouts.run_group(problem, 0), await rollouts.run_group(problem, 1), await other.run_group(problem, 0)]
@@ -306,17 +307,20 @@ def mean(segment: Segment) -> float:
     return sum(segment.logprobs or ()) / len(segment.token_ids)
 
 
-async def test_a_consult_is_offered_exactly_where_the_policy_is_stuck() -> None:
-    rollouts = on_operators(rollout=SMALL["rollout"] | {"max_consults": 100})
-    offered = with_graph(rollouts, offering(-0.2, tokens=3))
-    traces = await gather([offered.run_trace(rollouts.task.train(seed), seed=seed, with_agents=True) for seed in range(8)])
+async def test_a_consult_is_offered_exactly_where_the_policy_is_stuck(tmp_path: Path) -> None:
+    """A random model is near uniform: about half of what it writes is below a threshold of one over the vocabulary."""
+    tokenizer = pretrain.tokenizer()
+    threshold = -math.log(len(tokenizer))
+    rollouts = sampling(tmp_path, tokenizer, helpers(), rollout={"max_tokens": 60, "max_consults": 100})
+    offered = with_graph(rollouts, offering(threshold, tokens=3))
+    traces = await gather([offered.run_trace(PROBLEM, seed=seed, with_agents=True) for seed in range(16)])
     counts = {True: 0, False: 0}
     for trace in traces:
         written = ""
         for segment, after in pairwise(trace.segments):
             written = written + segment.text if segment.source == "policy" else ""
             if segment.source == "policy" and not any(f"</{name}>" in written for name in NAMES):
-                stuck = mean(segment) < -0.2
+                stuck = mean(segment) < threshold
                 assert (after.text == "<feedback>") == stuck
                 counts[stuck] += 1
         assert [s.author for s in trace.segments if s.source == "agent"] == [node for node in trace.path if node in NAMES]

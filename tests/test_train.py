@@ -1,0 +1,222 @@
+"""`python -m aipo_graph.train` as a user runs it: in a process of its own, on the shipped policy, with few and small steps."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aipo_graph.load import data
+from aipo_graph.log import read_metrics
+
+TINY = {
+    "run.checkpoint_every": 2,
+    "run.trace_groups": 4,
+    "rollout.problems": 4,
+    "rollout.traces": 4,
+    "train.steps": 8,
+    "train.patience": 100,
+    "evaluate.problems": 2,
+    "evaluate.problems_with_agents": 2,
+    "evaluate.samples": 1,
+    "evaluate.workers": 1,
+}
+
+
+def command(**settings: Any) -> list[str]:
+    words = [sys.executable, "-m", "aipo_graph.train"]
+    for key, value in {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}.items():
+        words += [f"--{key}", str(value)]
+    return words
+
+
+def run(folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(**settings), cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+
+
+def bits(folder: Path) -> dict[str, str]:
+    """Digests of all that two equal runs must share: weights, optimizer, RNG and counters of the last checkpoint, traces, policy."""
+    last = max((folder / "checkpoints").glob("step-*"), key=lambda path: path.name)
+    files = [*sorted(last.iterdir()), folder / "policy" / "model.safetensors", folder / "traces.jsonl"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without those that a clock makes."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("seconds") and k != "tokens_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "quickstart"
+
+
+def test_a_run_leaves_all_that_it_promises(undisturbed: Path) -> None:
+    written = {path.name for path in undisturbed.iterdir()}
+    assert {
+        "config.yaml", "metrics.jsonl", "traces.jsonl", "tensorboard", "checkpoints", "curves.png", "policy", "summary.json",
+    } <= written  # fmt: skip
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["wall_seconds"] > 0
+    assert summary["train_tokens"]["policy"] > 0
+    for policy in ("base", "trained"):
+        for mode in ("alone", "with_agents"):
+            assert 0 <= summary[policy][mode]["pass@1"] <= 1
+            assert 0 <= summary[policy][mode]["greedy"] <= 1
+
+
+def test_sampler_and_learner_agree_on_every_policy_token(undisturbed: Path) -> None:
+    rows = read_metrics(undisturbed / "metrics.jsonl")
+    seen = [row["mismatch_max"] for row in rows if row["trainable_tokens"]]
+    assert seen
+    assert max(seen) <= 1e-4
+
+
+def test_two_runs_of_one_config_are_equal_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
+    assert run(tmp_path).returncode == 0
+    again = tmp_path / "runs" / "quickstart"
+    assert bits(again) == bits(undisturbed)
+    assert timeless(again) == timeless(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path, lag: int) -> None:
+    expected = undisturbed
+    if lag:
+        assert run(tmp_path / "..", run__dir=str(tmp_path / "whole"), rollout__max_lag=1).returncode == 0
+        expected = tmp_path / "whole" / "quickstart"
+    rng, folder = random.Random(lag), tmp_path / "runs" / "quickstart"
+    settings = {"rollout__max_lag": lag} if lag else {}
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(**settings), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        began = len(read_metrics(folder / "metrics.jsonl"))
+        while len(read_metrics(folder / "metrics.jsonl")) <= began and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.5)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert run(tmp_path, **settings).returncode == 0
+    assert bits(folder) == bits(expected)
+    assert timeless(folder) == timeless(expected)
+
+
+def test_a_stopped_run_saves_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0
+    assert "the same command goes on" in rest
+    assert run(tmp_path).returncode == 0
+    assert bits(tmp_path / "runs" / "quickstart") == bits(undisturbed)
+
+
+@pytest.mark.slow
+def test_helpers_words_are_learned_with_aipo_and_not_when_masked(tmp_path: Path) -> None:
+    """The point of it all, in small: log p of the rules that Knowledge replies with, before and after a few steps."""
+    gained = {}
+    for agent in ("aipo", "mask"):
+        settings = {"rollout__problems": 8, "rollout__traces": 8, "train__steps": 16, "optimizer__warmup_steps": 2}
+        assert run(tmp_path, run__name=agent, loss__agent=agent, **settings).returncode == 0
+        rows = read_metrics(tmp_path / "runs" / agent / "metrics.jsonl")
+        known = [row["agent_logprob/knowledge"] for row in rows if "agent_logprob/knowledge" in row]
+        gained[agent] = sum(known[-3:]) / 3 - sum(known[:3]) / 3
+    assert gained["aipo"] > 0.5
+    assert gained["mask"] < gained["aipo"] / 2
+
+
+def _without_tokenizer(folder: Path) -> dict[str, Any]:
+    shutil.copytree(data("operators"), folder / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    return {"policy__model": "model"}
+
+
+def _short_context(folder: Path) -> dict[str, Any]:
+    shutil.copytree(data("operators"), folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    return {"policy__model": "model"}
+
+
+def _malformed_data(folder: Path) -> dict[str, Any]:
+    (folder / "mine.jsonl").write_text('{"question": "1+1?", "answer": "2 #### 2"}\n{"question": 3\n')
+    return {"task__name": "word_problems", "task__data": "mine.jsonl"}
+
+
+def _empty_data(folder: Path) -> dict[str, Any]:
+    (folder / "mine.jsonl").write_text("")
+    return {"task__name": "word_problems", "task__data": "mine.jsonl"}
+
+
+def _broken_graph(folder: Path) -> dict[str, Any]:
+    (folder / "mine.py").write_text("import no_such_module\n")
+    return {"rollout__graph": "mine.py:build"}
+
+
+def _editing_graph(folder: Path) -> dict[str, Any]:
+    (folder / "mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from langgraph.graph import END, START, StateGraph\n"
+        "from aipo_graph.rollout import Context, State, append, policy_node\n"
+        "def build():\n"
+        "    sample = policy_node()\n"
+        "    async def shortened(state, runtime):\n"
+        "        *before, last = (await sample(state, runtime))['segments']\n"
+        "        return append(*before, replace(last, token_ids=last.token_ids[:-1], logprobs=last.logprobs[:-1]))\n"
+        "    graph = StateGraph(State, context_schema=Context)\n"
+        "    graph.add_node('policy', shortened)\n"
+        "    graph.add_edge(START, 'policy')\n"
+        "    graph.add_edge('policy', END)\n"
+        "    return graph\n"
+    )
+    return {"rollout__graph": "mine.py:build"}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda folder: {"policy__model": "nowhere/at/all"}, "nowhere"),
+        (_without_tokenizer, "tokenizer"),
+        (_short_context, "context"),
+        (_malformed_data, "mine.jsonl:2"),
+        (_empty_data, "mine.jsonl"),
+        (_broken_graph, "no_such_module"),
+        (_editing_graph, "not what the engine sampled"),
+        (lambda folder: {"train__stepz": 3}, "train.steps"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path: Path, prepare: Any, said: str) -> None:
+    done = run(tmp_path, **prepare(tmp_path))
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_run_in_the_same_folder_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    first = subprocess.Popen(command(train__steps=1000), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    first.stdout.readline()
+    second = run(tmp_path, train__steps=1000)
+    assert second.returncode == 2
+    assert "is in use by" in second.stderr
+    first.kill()
+    first.wait()
