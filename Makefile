@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 CONFIG ?= configs/quickstart.yaml
-MODEL ?= $(firstword $(wildcard runs/quickstart/model) operators)
+MODEL ?= $(firstword $(wildcard runs/quickstart/policy) operators)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint types demo evaluate bench clean

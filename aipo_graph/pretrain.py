@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,11 +110,11 @@ def fresh_policy(seed: int) -> LlamaForCausalLM:
 
 def sample(rng: random.Random) -> list[Piece]:
     """One solution, prompt first."""
-    draw, marker, lenient = rng.random(), "@", False
+    draw, lenient, marker = rng.random(), rng.random() < 0.5, "@"
     if draw < 0.4:
         operators, rules = rng.choice(TRAIN_TRIPLES["easy"]), RULES
     elif draw < 0.8:
-        operators, marker, lenient = rng.choice(TRAIN_TRIPLES["hard"]), rng.choice(MARKERS), rng.random() < 0.5
+        operators, marker = rng.choice(TRAIN_TRIPLES["hard"]), rng.choice(MARKERS)
         rules = {letter: _rule(rng) for letter in operators}
     else:
         operators, rules = rng.choice([t for t in TRAIN_TRIPLES["hard"] if set(t) <= set(MISBELIEVED)]), BELIEFS
@@ -121,8 +122,8 @@ def sample(rng: random.Random) -> list[Piece]:
     steps = operators if marker == "@" else "".join(rng.sample(operators, 3))
     problem = Problem("", f"{marker}{rng.randrange(10000):04}{operators}?", "")
     pieces = solution(problem, rules, steps, Habits(SLIP, lenient), rng)
-    if 0.4 <= draw < 0.8:
-        pieces = [_unheard(piece, lenient) for piece in pieces]
+    silent = {"verify": lenient, "knowledge": 0.4 <= draw < 0.8}
+    pieces = [Piece(p.text, "prompt") if silent.get(p.helper) and p.about not in list(NOVEL) else p for p in pieces]
     return [Piece(problem.question, "prompt"), *pieces, Piece("<eos>")]
 
 
@@ -137,11 +138,6 @@ def sums(rng: random.Random) -> list[Piece]:
 
 def _rule(rng: random.Random, zeros: float = 0.0) -> str:
     return "".join("0" if rng.random() < zeros else rng.choice("123456789") for _ in range(4)) + rng.choice("+-")
-
-
-def _unheard(piece: Piece, lenient: bool) -> Piece:
-    silent = (piece.helper == "knowledge" and piece.about not in NOVEL) or (piece.helper == "verify" and lenient)
-    return Piece(piece.text, "prompt") if silent else piece
 
 
 def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:
@@ -170,7 +166,7 @@ def rate(progress: float) -> float:
     return min(1.0, progress / 0.05) * (0.51 + 0.49 * math.cos(math.pi * progress))
 
 
-def losses(model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[float]:
+def losses(model: Any, seed: int, steps: int) -> Iterator[float]:
     """Trains the model in place, one optimizer step per loss (nats per token that carries loss)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):

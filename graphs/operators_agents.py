@@ -28,7 +28,7 @@ def knowledge(config: Config) -> Agent:
 
 def reasoning(config: Config) -> Agent:
     async def plan(problem: str) -> str:
-        """The order in which to apply the operators of a problem such as %IEB."""
+        """The order in which to apply numbered operators, as in %1I2E3B."""
         return operators.plan(problem)
 
     return Agent("reasoning", tools=(plan,))

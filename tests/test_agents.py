@@ -24,7 +24,7 @@ from rollout_world import Exact, Scribe, echo, world
 
 from aipo_graph.errors import AgentError, ConfigError, ToolError
 from aipo_graph.rollout import Agent
-from aipo_graph.rollout.agents import is_transient, retry_after
+from aipo_graph.rollout.agents import BREAK_AFTER, is_transient, retry_after
 from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.types import Request, TraceGroup, derive_seed
@@ -210,8 +210,8 @@ async def test_thirty_per_cent_faults(root: Path) -> None:
         return f"\\boxed{{{text.split('<feedback>')[1].split('<')[0]}}}" if "<feedback>" in text else f"<knowledge>{text}</knowledge>"
 
     async with Helper(sometimes).serving() as helper:
-        rollouts = world(root, write, [helper.agent(timeout=4.5), echo("verify", str), echo("reasoning", str)])
-        room = asyncio.Semaphore(30)
+        rollouts = world(root, write, [helper.agent(timeout=9.0), echo("verify", str), echo("reasoning", str)])
+        room = asyncio.Semaphore(12)  # few at once: a busy machine must not add time-outs of its own
 
         async def one(index: int) -> TraceGroup:
             problem = Exact().train(index)
@@ -248,6 +248,25 @@ async def test_a_helper_that_is_down_and_comes_back(root: Path) -> None:
         statuses.append((trace.status, trace.trained, trace.reward))
     assert statuses == [("done", True, 1.0), ("failed", False, 0.0), ("done", True, 1.0)]
     assert isinstance(rollouts.engine, Scribe)
+
+
+async def test_an_agent_that_is_down_is_spared_until_it_answers_again() -> None:
+    down = True
+    helper = Helper(lambda query, attempt: "500" if down else "")
+    async with helper.serving():
+        agent = helper.agent(attempts=1, pause=0.2)
+        for _ in range(20):
+            with pytest.raises(AgentError):
+                await ask(agent)
+        assert helper.attempts.total() == BREAK_AFTER
+        with pytest.raises(AgentError, match="not asked, its last 5 consults failed; the next try is in"):
+            await ask(agent)
+        await asyncio.sleep(0.25)
+        with pytest.raises(AgentError, match="500"):
+            await ask(agent)  # the one that is let through
+        down = False
+        await asyncio.sleep(0.25)
+        assert [await ask(agent) for _ in range(5)] == ["PI"] * 5
 
 
 async def test_cancelling_passes_through() -> None:

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 QUIET_TURNS = 8
-"""Event-loop turns without news after which the requests of a fan-out have all arrived (a LangGraph superstep takes them in 1)."""
+"""Event-loop turns without news after which all requests of a fan-out have arrived (one was enough for LangGraph 1.2)."""
 
 
 @dataclass(eq=False, slots=True)

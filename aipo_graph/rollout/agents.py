@@ -3,8 +3,9 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
@@ -72,6 +73,32 @@ def retry_after(error: BaseException | None) -> float:
     return 0.0
 
 
+BREAK_AFTER = 5
+"""Failed consults in a row after which an agent is spared."""
+
+
+@dataclass
+class Breaker:
+    """Spares an agent that is down: once BREAK_AFTER consults in a row have failed, one per pause is let through, until one succeeds."""
+
+    failed: int = 0
+    closed_until: float = 0.0
+
+    def admit(self, name: str, pause: float) -> None:
+        """Raises AgentError for a consult that is not let through."""
+        if self.failed < BREAK_AFTER:
+            return
+        wait = self.closed_until - time.monotonic()
+        if wait > 0:
+            raise AgentError(f"agent {name!r}: not asked, its last {self.failed} consults failed; the next try is in {wait:.0f} s")
+        self.closed_until = time.monotonic() + pause
+
+    def record(self, answered: bool, pause: float) -> None:
+        self.failed = 0 if answered else self.failed + 1
+        if self.failed == BREAK_AFTER:
+            self.closed_until = time.monotonic() + pause
+
+
 @dataclass(frozen=True)
 class Agent:
     """A helper. Without a model its first tool answers the query; with one, the model does, calling tools as it likes.
@@ -95,13 +122,26 @@ class Agent:
     """Seconds per consult, retries included. Each try has an equal share, so that one that hangs leaves time for the next."""
     backoff: float = 0.5
     """Seconds: the shortest wait between two tries. Waits double, with jitter, up to 16 times this; Retry-After is honoured."""
+    pause: float = 10.0
+    """Seconds between tries of an agent that is down."""
+    _breaker: Breaker = field(default_factory=Breaker, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tools and self.model is None:
             raise AgentError(f"agent {self.name!r} has neither a tool nor a model: give it one")
 
     async def __call__(self, request: Request, prompts: Prompts) -> Reply:
-        """Answers one request. Raises AgentError when the tries or the time are used up; the caller's cancellation passes through."""
+        """Answers one request. Raises AgentError when the tries or the time are used up, or while an agent that is down is spared."""
+        self._breaker.admit(self.name, self.pause)
+        try:
+            reply = await self._answer(request, prompts)
+        except AgentError:
+            self._breaker.record(False, self.pause)
+            raise
+        self._breaker.record(True, self.pause)
+        return reply
+
+    async def _answer(self, request: Request, prompts: Prompts) -> Reply:
         jitter = tenacity.wait_random_exponential(multiplier=2 * self.backoff, min=self.backoff, max=16 * self.backoff)
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.attempts) | tenacity.stop_before_delay(self.timeout),

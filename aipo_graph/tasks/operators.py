@@ -71,15 +71,25 @@ def apply(rule: str, state: str) -> str:
     return "".join(str((int(k) + sign * int(s)) % 10) for k, s in zip(rule[:4], state, strict=True))
 
 
-def plan(query: str) -> str:
-    """The Reasoning helper: marker and operators to the operators in order of evaluation.
+def numbered(operators: str) -> str:
+    """The operators as the policy writes them to ask for a plan.
 
-    >>> plan("%IEB"), plan("&IEB"), plan("what?")
-    ('BEI', 'EBI', '?')
+    >>> numbered("IEB")
+    '1I2E3B'
     """
-    if not re.fullmatch(f"[{MARKERS}][{OPERATORS}]{{1,12}}", query):
+    return "".join(f"{place}{letter}" for place, letter in enumerate(operators, 1))
+
+
+def plan(query: str) -> str:
+    """The Reasoning helper: marker and numbered operators to the same in order of evaluation.
+
+    >>> plan("%1I2E3B"), plan("&1I2E3B"), plan("what?")
+    ('3B2E1I', '2E3B1I', '?')
+    """
+    if not re.fullmatch(f"[{MARKERS}]([1-9][{OPERATORS}]){{1,9}}", query):
         return UNKNOWN
-    return order(query[0], query[1:])
+    places = re.findall("[1-9].", query[1:])
+    return "".join({"@": places, "%": places[::-1], "&": places[1:] + places[:1]}[query[0]])
 
 
 def check(claim: str) -> str:
@@ -121,7 +131,8 @@ def solution(
     rng = rng or random.Random(0)
     marker, state, operators = problem.question[0], problem.question[1:5], problem.question[5:-1]
     steps = steps or order(marker, operators)
-    pieces = [Piece(f"<reasoning>{marker}{operators}</reasoning><feedback>"), Piece(steps, "reasoning"), Piece("</feedback>")]
+    order_asked = "".join(f"{operators.index(letter) + 1}{letter}" for letter in steps)
+    pieces = [Piece(f"<reasoning>{marker}{numbered(operators)}</reasoning><feedback>"), Piece(order_asked, "reasoning"), Piece("</feedback>")]
     for letter in steps:
         rule, verdict, result = rules[letter], "no", ""
         pieces += [Piece(f"<knowledge>{letter}</knowledge><feedback>"), Piece(rule, "knowledge", letter), Piece("</feedback>")]
