@@ -79,8 +79,8 @@ class Rollout(Section):
     """The graph with agents: path.py:function, or package.module:function."""
     solo: str = "graphs/solo.py:build"
     """The graph without agents; it makes the alone share of every group and the alone evaluation."""
-    prompts: str = "prompts"
-    """Folder of the prompt files that the graph's nodes name."""
+    prompts: str = "prompts/operators"
+    """Folder of the prompt files that the graph's nodes name; `prompts` holds those for models that read English."""
     problems: PositiveInt = 32
     """Problems per step."""
     traces: PositiveInt = 8

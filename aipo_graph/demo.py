@@ -267,7 +267,8 @@ def settings(argv: list[str]) -> Demo:
     demo, options = cli.parse(argv, Demo, prog=PROG)
     if options.file is None:
         own = Path(demo.model).parent / "config.yaml"
-        demo, options = cli.parse([*argv, "--config", str(own if own.is_file() else "configs/quickstart.yaml")], Demo, prog=PROG)
+        ours = Path(demo.model).is_dir() and own.is_file()  # `operators` and hub names have no folder of a run
+        demo, options = cli.parse([*argv, "--config", str(own if ours else "configs/quickstart.yaml")], Demo, prog=PROG)
     if demo.alone + demo.with_agents + demo.compare > 1:
         raise ConfigError("--alone, --with-agents and --compare: choose one")
     if demo.alone and demo.graph:

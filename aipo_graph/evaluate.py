@@ -245,7 +245,8 @@ def main(argv: list[str]) -> None:
     command, options = cli.parse(words, Command, prog=PROG, doc=doc)
     if options.file is None:
         own = Path(command.model).parent / "config.yaml"
-        default = own if own.is_file() else files.find("configs/quickstart.yaml")
+        ours = Path(command.model).is_dir() and own.is_file()  # `operators` and hub names have no folder of a run
+        default = own if ours else files.find("configs/quickstart.yaml")
         command, options = cli.parse([*words, "--config", str(default)], Command, prog=PROG, doc=doc)
     config = Config.model_validate({name: getattr(command, name) for name in Config.model_fields})
     if options.dry_run:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -70,16 +70,19 @@ def load(spec: str, *, base: Path | None = None) -> Any:
     target, colon, name = spec.rpartition(":")
     if not colon or not target or not name.isidentifier():
         raise ConfigError(f"{spec!r} names nothing to load: write path/to/file.py:name or package.module:name")
-    if target.endswith(".py"):
-        path = find(target, base=base)
-        # Text outside UTF-8 or a NUL byte in the file arrives as SyntaxError or ValueError: IMPORT_FAULTS has both.
-        module = _guarded(spec, path, lambda: _import_file(path))
-    else:
-        module = _guarded(spec, None, lambda: importlib.import_module(target))
+    path = find(target, base=base) if target.endswith(".py") else None
+    # Text outside UTF-8 or a NUL byte in the file arrives as SyntaxError or ValueError: IMPORT_FAULTS has both.
+    module = _guarded(spec, path, lambda: _import_file(path) if path else importlib.import_module(target))
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
         raise ConfigError(f"{target} has no {name!r}{nearest(name, public)}")
     return getattr(module, name)
+
+
+def call(spec: str, factory: Callable[..., Any], *args: Any) -> Any:
+    """What the factory that ``spec`` named returns. Raises ConfigError in one line: what it raised and where."""
+    target = spec.rpartition(":")[0]
+    return _guarded(spec, find(target) if target.endswith(".py") else None, lambda: factory(*args))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -115,10 +118,9 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _guarded(spec: str, path: Path | None, run: Any) -> ModuleType:
+def _guarded(spec: str, path: Path | None, run: Callable[[], Any]) -> Any:
     try:
-        module: ModuleType = run()
-        return module
+        return run()
     except IMPORT_FAULTS as fault:
         text = " ".join(str(fault).split()) or "no message"
         if path is None and isinstance(fault, ModuleNotFoundError) and fault.name and spec.startswith(fault.name):

@@ -55,8 +55,9 @@ SLIP = 0.12
 IGNORE = -100
 SUMS = 0.2
 """Share of the steps spent on arithmetic alone, at first."""
-STEPS = 1400
-PEAK_RATE = 4e-3
+STEPS = 900
+ADAM_RATE = 4e-3
+MUON_RATE = 0.02
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -98,7 +99,7 @@ def fresh_policy(seed: int) -> LlamaForCausalLM:
     """An untrained policy. Digits start as Fourier features, in which addition mod 10 is a rotation."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(policy_config())
-    weight = model.get_input_embeddings().weight
+    weight: Any = model.get_input_embeddings().weight
     with torch.no_grad():
         weight.normal_(0, 0.3)
         for digit in range(10):
@@ -123,7 +124,7 @@ def sample(rng: random.Random) -> list[Piece]:
     problem = Problem("", f"{marker}{rng.randrange(10000):04}{operators}?", "")
     pieces = solution(problem, rules, steps, Habits(SLIP, lenient), rng)
     silent = {"verify": lenient, "knowledge": 0.4 <= draw < 0.8}
-    pieces = [Piece(p.text, "prompt") if silent.get(p.helper) and p.about not in list(NOVEL) else p for p in pieces]
+    pieces = [Piece(p.text, "prompt") if silent.get(p.helper) and not (p.about and p.about in NOVEL) else p for p in pieces]
     return [Piece(problem.question, "prompt"), *pieces, Piece("<eos>")]
 
 
@@ -167,19 +168,25 @@ def rate(progress: float) -> float:
 
 
 def losses(model: Any, seed: int, steps: int) -> Iterator[float]:
-    """Trains the model in place, one optimizer step per loss (nats per token that carries loss)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    """Trains the model in place, one optimizer step per loss (nats per token that carries loss).
+
+    Muon for the projections, AdamW for the rest: half as many steps as AdamW alone needs.
+    """
+    projections = [p for name, p in model.named_parameters() if "_proj" in name]
+    others = [p for name, p in model.named_parameters() if "_proj" not in name]
+    muon = torch.optim.Muon(projections, lr=MUON_RATE, momentum=0.95, weight_decay=0.01)
+    adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
         ids, labels = batch(seed, step, steps)
         hidden, targets = model.model(ids).last_hidden_state[:, :-1], labels[:, 1:]
         heard = targets != IGNORE
         loss = F.cross_entropy(model.lm_head(hidden[heard]), targets[heard])
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * rate((step + 1) / steps)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, peak in ((muon, MUON_RATE), (adam, ADAM_RATE)):
+            optimizer.param_groups[0]["lr"] = peak * rate((step + 1) / steps)
+            optimizer.step()
         yield loss.item()
 
 

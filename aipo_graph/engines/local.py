@@ -1,4 +1,4 @@
-"""The embedded engine: any Hugging Face causal LM, sampled in this process with continuous batching."""
+"""The embedded engine: a Hugging Face causal LM with full or sliding-window attention, sampled in this process."""
 
 import asyncio
 import contextlib
@@ -111,10 +111,13 @@ class LocalEngine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_path)
-            model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.policy.dtype))
-            model = model.to(device)
+            dtype = getattr(torch, config.policy.dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, output_loading_info=True)
+            model, report = loaded[0].to(device), loaded[1]
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise EngineError(f"cannot load the policy {model_path!r}: {first_line(error)}; it needs weights and a tokenizer") from error
+        if missing := sorted(report["missing_keys"]):  # would be sampled from at random values
+            raise EngineError(f"the weights of {model_path!r} lack {len(missing)} tensors, {missing[0]} among them")
         eos: set[int] = set()
         for found in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
             eos.update([found] if isinstance(found, int) else found or ())

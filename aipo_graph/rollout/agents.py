@@ -119,7 +119,8 @@ class Agent:
     """Model calls per consult, tool turns included."""
     attempts: int = 3
     timeout: float = 90.0
-    """Seconds per consult, retries included. Each try has an equal share, so that one that hangs leaves time for the next."""
+    """Seconds per consult, retries included. Each try has an equal share, so that one that hangs leaves time for the next.
+    In a run, `agents.attempts` and `agents.timeout` replace both."""
     backoff: float = 0.5
     """Seconds: the shortest wait between two tries. Waits double, with jitter, up to 16 times this; Retry-After is honoured."""
     pause: float = 10.0

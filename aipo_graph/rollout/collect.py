@@ -8,18 +8,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from langgraph.errors import GraphRecursionError
+from langgraph.errors import GraphRecursionError, InvalidUpdateError
 from langgraph.graph import StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import get_runtime
 
 from aipo_graph.config import Config
 from aipo_graph.errors import AgentError, ConfigError, EngineError, GraphError, TaskError
-from aipo_graph.load import find, load, model
+from aipo_graph.load import call, find, load, model
 from aipo_graph.rollout.agents import Agent
 from aipo_graph.rollout.graph import Budget, Context, Graph
 from aipo_graph.rollout.prompts import Prompts
-from aipo_graph.rollout.protocol import parse_request, writes_feedback
+from aipo_graph.rollout.protocol import FEEDBACK, parse_request, writes_feedback
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.grading import leaks
 from aipo_graph.types import Completion, Engine, Problem, Reply, Request, Segment, Status, Stop, Task, Trace, TraceGroup, derive_seed
@@ -31,7 +31,7 @@ T = TypeVar("T")
 def open_graph(path: str) -> Graph:
     """The compiled graph behind a path: a graph, or a function without arguments that returns one. Raises ConfigError."""
     found = load(path)
-    graph = found() if callable(found) and not isinstance(found, (StateGraph, CompiledStateGraph)) else found
+    graph = call(path, found) if callable(found) and not isinstance(found, (StateGraph, CompiledStateGraph)) else found
     if isinstance(graph, StateGraph):
         graph = graph.compile()
     if not isinstance(graph, CompiledStateGraph):
@@ -41,12 +41,12 @@ def open_graph(path: str) -> Graph:
 
 def open_agents(paths: Mapping[str, str], config: Config) -> dict[str, Agent]:
     """The agents by name, each built by its factory from the config. Raises ConfigError."""
-    agents = {name: load(path)(config) for name, path in paths.items()}
+    agents = {name: call(path, load(path), config) for name, path in paths.items()}
     for name, agent in agents.items():
         if not isinstance(agent, Agent):
             raise ConfigError(f"agents.use.{name}: {paths[name]} returned a {type(agent).__name__}, not an Agent")
-        if not name.isidentifier():
-            raise ConfigError(f"agents.use.{name}: an agent's name becomes a tag, so letters, digits and _ only")
+        if name == FEEDBACK:
+            raise ConfigError(f"agents.use.{name}: the tag <{FEEDBACK}> is that of every reply; give the agent another name")
     return {name: replace(agent, attempts=config.agents.attempts, timeout=config.agents.timeout) for name, agent in agents.items()}
 
 
@@ -84,7 +84,7 @@ class Ledger:
         """Raises GraphError for a lost, edited, moved or invented completion.
 
         Args:
-            complete: whether the run ended by itself; a failed superstep may have lost its siblings' completions.
+            complete: whether every superstep ended; a failed one may have lost its siblings' completions.
         """
         last_attempts: dict[str, int] = {}
         for made in self.calls:
@@ -223,6 +223,8 @@ class Rollouts:
             status, reason = "timeout", late if clock.expired() else f"a node ran into its own time-out: {error}"
         except (AgentError, EngineError) as error:
             status, reason = "failed", f"{type(error).__name__}: {error}"
+        except InvalidUpdateError as error:
+            raise GraphError(f"a node's update is not usable ({str(error)[:120]}): return append(segment, ...)") from error
         except KeyError as error:  # LangGraph's own for a route that leads nowhere
             name = error.args[0] if error.args else None
             if name not in self.agents or name in graph.nodes:
@@ -230,7 +232,7 @@ class Rollouts:
             raise GraphError(
                 f"the policy asked for agent {name!r}, but the graph has no node {name!r}: add one, or leave it out of agents.use"
             ) from error
-        ledger.check(segments, complete=reason is None)
+        ledger.check(segments, complete=status in ("done", "budget"))
         if status == "done":
             status = self._ending(segments)
         return Trace(problem.id, seed, with_agents, segments, tuple(path), status, error=reason)

@@ -2,7 +2,7 @@
 
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
-from aipo_graph.load import load, nearest
+from aipo_graph.load import call, load, nearest
 from aipo_graph.types import Task
 
 TASKS = {
@@ -17,8 +17,9 @@ def open_task(config: Config) -> Task:
     name = config.task.name
     if name not in TASKS and ":" not in name:
         raise ConfigError(f"task.name = {name!r}: no such task{nearest(name, TASKS)}; write path/to/my_task.py:build for one of your own")
-    factory = load(TASKS.get(name, name))
-    task: Task = factory(config) if callable(factory) else factory
+    path = TASKS.get(name, name)
+    factory = load(path)
+    task: Task = call(path, factory, config) if callable(factory) else factory
     lacking = [needed for needed in ("train", "heldout", "score", "kinds") if not hasattr(task, needed)]
     if lacking:
         raise ConfigError(f"task.name = {name!r}: the {type(task).__name__} it names has no {lacking[0]!r}; see aipo_graph.types.Task")
