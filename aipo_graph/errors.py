@@ -17,6 +17,10 @@ class EngineError(AipoError):
     """The engine could not sample: context too long, server gone, weights not loadable."""
 
 
+class ContextError(EngineError):
+    """A prompt fills the model's context. In the middle of a trace this is the policy's own doing: the trace ends for length."""
+
+
 class AgentError(AipoError):
     """A helper agent failed after its retries. The trace carries zero gradient and is counted."""
 

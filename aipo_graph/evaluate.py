@@ -3,7 +3,6 @@
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Self
@@ -162,7 +161,7 @@ def table(values: Values) -> Table:
         if any(name in found for _, found in columns):
             shown.add_row(name, *(cell(found, name) for _, found in columns))
     shown.add_section()
-    shown.add_row("problems x samples", *(_size(found) for _, found in columns))
+    shown.add_row("problems x samples", *(size(found) for _, found in columns))
     shown.add_row("tokens per trace", *(_number(found.get("tokens_per_trace")) for _, found in columns))
     for agent in dict.fromkeys(agent for _, found in columns for agent in found.get("consults_per_trace", {})):
         consults = [found.get("consults_per_trace", {}).get(agent, {}) for _, found in columns]
@@ -196,7 +195,7 @@ def cell(found: Values, name: str) -> str:
     return f"{found[name]:.3f}\n{low:.3f} … {high:.3f}"
 
 
-def _size(found: Values) -> str:
+def size(found: Values) -> str:
     return str(max(found["problems"].values())) if isinstance(found["problems"], dict) else f"{found['problems']} x {found['samples']}"
 
 
@@ -294,13 +293,13 @@ def follow(evaluation: Evaluation, console: Console) -> Values:
         with bar:
             row = bar.add_task("traces", total=evaluation.total)
             return evaluation.result(lambda done, total, failed: bar.update(row, completed=done, description=_failures(failed)))
-    started, shown = time.monotonic(), 0
+    shown = 0
 
     def report(done: int, total: int, failed: int) -> None:
         nonlocal shown
         if 10 * done // total > shown:
             shown = 10 * done // total
-            console.print(f"{done} of {total} {_failures(failed)}, {done / (time.monotonic() - started):.0f} per second")
+            console.print(f"evaluated {done} of {total} {_failures(failed)}")
 
     return evaluation.result(report)
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -217,10 +217,15 @@ def pretrain(out: Path, seed: int, steps: int, force: bool = False) -> None:
         raise ConfigError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
 def command(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m aipo_graph.pretrain",
-        description="Makes the operator task's base policy: a tiny language model in Hugging Face format, about four minutes on one core.",
+        description="Makes the operator task's base policy: a tiny language model in Hugging Face format, about three minutes on one core.",
     )
     parser.add_argument("--out", type=Path, default=Path("operators"), help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="root of every random draw (default: %(default)s)")

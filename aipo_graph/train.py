@@ -18,7 +18,7 @@ from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import TrainError
-from aipo_graph.evaluate import cell, follow, start
+from aipo_graph.evaluate import cell, follow, size, start
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
 from aipo_graph.load import model
@@ -54,10 +54,14 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
             log.step(learner.version, metrics, groups)
             tokens += metrics["tokens/policy"]
             finished = learner.version == config.train.steps or 0 < config.train.tokens <= tokens
-            due = finished or stopping.is_set() or learner.version % config.run.checkpoint_every == 0
-            if due and (warning := learner.save(log.folder / "checkpoints", {"finished": finished})):
-                log.note(warning)
-            if finished or stopping.is_set():
+            regular = learner.version % config.run.checkpoint_every == 0
+            # One step ahead, only a regular checkpoint resumes with just the weights that the undisturbed run samples with.
+            stopped = stopping.is_set() and (regular or not config.rollout.max_lag)
+            if finished or stopped or regular:
+                warning = learner.save(log.folder / "checkpoints", {"finished": finished, "tokens": tokens})
+                if warning:
+                    log.note(warning)
+            if finished or stopped:
                 break
     return finished
 
@@ -101,7 +105,8 @@ def run(config: Config, console: Console) -> None:
     with RunLog(config, console) as log:
         log.console.print(f"run folder {log.folder}")
         learner = Learner(config, path, device(config))
-        finished = learner.restore(log.folder / "checkpoints").get("finished", False)
+        cursor = learner.restore(log.folder / "checkpoints")
+        finished = cursor.get("finished", False)
         log.resume_at(learner.version)
         before = read_metrics(log.folder / "metrics.jsonl")
         if learner.version:
@@ -110,7 +115,7 @@ def run(config: Config, console: Console) -> None:
         with start(beside, path, log.folder / "evaluation" / "base", kinds=task.kinds) as base_evaluation:
             if not finished:
                 rollouts = Rollouts.open(config, LocalEngine.load(config, path), task)
-                finished = asyncio.run(train(config, learner, rollouts, log, sum(row["tokens/policy"] for row in before)))
+                finished = asyncio.run(train(config, learner, rollouts, log, cursor.get("tokens", 0.0)))
             if not finished:
                 log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")
                 return
@@ -120,8 +125,9 @@ def run(config: Config, console: Console) -> None:
             base = follow(base_evaluation, console)
         with start(config, log.folder / "policy", log.folder / "evaluation" / "trained", kinds=task.kinds) as evaluation:
             trained = follow(evaluation, console)
-        seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
-        log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, base, trained)})
+        if not (log.folder / "summary.json").exists():
+            seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
+            log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, base, trained)})
         console.print(result_table(base, trained))
         console.print(f"policy, curves.png and summary.json are in {log.folder}")
 
@@ -154,6 +160,8 @@ def result_table(base: Values, trained: Values) -> Table:
         shown.add_column(f"trained\n{title}", justify="right", style="bold")
     for name in (*(f"pass@{k}" for k in base["k"]), "greedy"):
         shown.add_row(name, *(cell(found, name) for _, *pair in columns for found in pair))
+    shown.add_section()
+    shown.add_row("problems x samples", *(size(found) for _, *pair in columns for found in pair))
     return shown
 
 

@@ -8,6 +8,7 @@ docs/results/quickstart.json, docs/results/quickstart.md and docs/img/quickstart
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,8 +46,11 @@ def train(method: str, seed: int, tokens: float) -> Summary:
     name = f"quickstart-{method}-{seed}"
     summary = RUNS / name / "summary.json"
     if not summary.exists():
+        evaluated = RUNS / f"quickstart-aipo-{seed}" / "evaluation" / "base"
+        if method != "aipo" and not (RUNS / name).exists():
+            shutil.copytree(evaluated, RUNS / name / "evaluation" / "base")  # the same samples: no need to draw them again
         command = [sys.executable, "-m", "aipo_graph.train", "configs/quickstart.yaml", "--run.name", name, "--run.seed", str(seed)]
-        budget = ["--train.tokens", str(int(tokens)), "--train.steps", "1000"] if tokens else []
+        budget = ["--train.tokens", str(int(tokens)), "--train.patience", "1000"] if tokens else []
         subprocess.run([*command, *METHODS[method][1], *budget], check=True)
     values: Summary = json.loads(summary.read_text())
     return values

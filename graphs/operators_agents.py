@@ -9,7 +9,7 @@ from aipo_graph.tools.retrieval import Corpus
 
 def verify(config: Config) -> Agent:
     async def check(claim: str) -> str:
-        """Checks one step, such as 6475-8813=8662 (digit by digit, modulo 10): yes or no."""
+        """Checks one step, such as 8813-6475=2448 (digit by digit, modulo 10): yes or no."""
         return operators.check(claim)
 
     return Agent("verify", tools=(check,))

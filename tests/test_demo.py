@@ -41,7 +41,7 @@ def test_plain_demo_shows_every_source_with_its_name(root: Path) -> None:
     alone, helped = done.stdout.split("--- with agents\n")
     assert set(re.findall(r"^\[(\w+)\]", alone, re.M)) == {"prompt", "policy", "summary"}
     assert set(re.findall(r"^\[(\w+)\]", helped, re.M)) == {"prompt", "policy", "reasoning", "knowledge", "verify", "summary"}
-    assert "[reasoning] <feedback>BEI</feedback>" in helped
+    assert "[reasoning] <feedback>3B2E1I</feedback>" in helped
     assert "  <feedback>" in alone
     last = helped.strip().splitlines()[-1]
     assert re.search(r"reward [01].*consults: knowledge \d+, reasoning 1, verify \d+; tokens: context \d+, policy \d+, agent \d+", last)

@@ -52,7 +52,7 @@ def test_kinds() -> None:
 def test_the_order_matters_where_the_marker_changes_it() -> None:
     for problem in TASK.heldout(256):
         marker, state, letters = problem.question[0], problem.question[1:5], problem.question[5:8]
-        assert problem.answer == operators.evaluate(state, operators.plan(marker + letters))
+        assert problem.answer == operators.evaluate(state, operators.order(marker, letters))
         assert marker == "@" or problem.answer != operators.evaluate(state, letters)
     assert len({operators.evaluate("1234", "".join(p)) for p in permutations("EFJ")}) > 3
 
@@ -105,14 +105,26 @@ def test_rule_book_is_found_by_letter() -> None:
     assert {letter: corpus.search(letter)[0].fields["reply"] for letter in RULES} == dict(RULES)
 
 
-@pytest.mark.parametrize(("query", "reply"), [("@IEB", "IEB"), ("%IEB", "BEI"), ("&IEB", "EBI"), ("&I", "I"), ("@" + "A" * 12, "A" * 12)])
+@pytest.mark.parametrize(("query", "reply"), [("@1I2E3B", "1I2E3B"), ("%1I2E3B", "3B2E1I"), ("&1I2E3B", "2E3B1I"), ("&1I", "1I")])
 def test_plan(query: str, reply: str) -> None:
     assert operators.plan(query) == reply
+
+
+def test_plan_and_markers_agree() -> None:
+    for marker in operators.MARKERS:
+        assert "".join(operators.plan(marker + operators.numbered("KEL"))[1::2]) == operators.order(marker, "KEL")
 
 
 HOSTILE = [
     "",
     "IEB",
+    "1I2E3B",
+    "%1i2e3b",
+    "% 1I2E",
+    "%1I2E3B\n",
+    "@0A",
+    "@1Z",
+    "@" + "1A" * 10,
     "%",
     "%ieb",
     "% IEB",

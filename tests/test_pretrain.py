@@ -46,6 +46,12 @@ def test_every_word_is_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.encode("ü 你 Z") == [pretrain.IDS["<unk>"]] * 5
 
 
+def test_shipped_tokenizer_is_the_one_of_the_code(tmp_path: Path) -> None:
+    pretrain.tokenizer().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_text() == (SHIPPED / name).read_text()
+
+
 def test_training_and_tokenizer_read_a_text_alike(tokenizer: PreTrainedTokenizerBase) -> None:
     rng = random.Random(0)
     for _ in range(50):

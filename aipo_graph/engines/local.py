@@ -16,7 +16,7 @@ from aipo_graph.config import Config
 from aipo_graph.engines.barrier import Barrier, Party
 from aipo_graph.engines.decoder import Decoder, draw, first_line
 from aipo_graph.engines.stops import StopRule, Stops
-from aipo_graph.errors import EngineError
+from aipo_graph.errors import ContextError, EngineError
 from aipo_graph.types import Completion, Stop
 
 PREFILL_TOKENS = 16384
@@ -144,7 +144,7 @@ class LocalEngine:
         if not prompt:
             raise EngineError("the prompt is empty; give at least one token")
         if len(prompt) >= self.max_context:
-            raise EngineError(f"the prompt has {len(prompt)} tokens, the model's context is {self.max_context}; lower the budgets")
+            raise ContextError(f"the prompt has {len(prompt)} tokens, the model's context is {self.max_context}; lower the budgets")
         if min(prompt) < 0 or max(prompt) >= vocab:
             raise EngineError(f"the prompt holds token {max(prompt)}, the model has {vocab} tokens; use its own tokenizer")
         if max_tokens < 1:

@@ -1,5 +1,10 @@
 """What a graph is written with: `from aipo_graph.rollout import State, Context, policy_node, agent_node, append, by_request`."""
 
+import os
+
+# Before langgraph is imported: its default serializer can be made to run code by a crafted checkpoint.
+os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
+
 from aipo_graph.rollout.agents import Agent
 from aipo_graph.rollout.graph import Budget, Context, Graph, State, Update, agent_node, append, policy_node
 from aipo_graph.rollout.protocol import parse_request

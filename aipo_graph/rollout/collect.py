@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 from langgraph.errors import GraphRecursionError, InvalidUpdateError
 from langgraph.graph import StateGraph
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.runtime import get_runtime
 
 from aipo_graph.config import Config
-from aipo_graph.errors import AgentError, ConfigError, EngineError, GraphError, TaskError
+from aipo_graph.errors import AgentError, ConfigError, ContextError, EngineError, GraphError, TaskError
 from aipo_graph.load import call, find, load, model
 from aipo_graph.rollout.agents import Agent
 from aipo_graph.rollout.graph import Budget, Context, Graph
+from aipo_graph.rollout.ledger import Ledger
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.protocol import FEEDBACK, parse_request, writes_feedback
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.grading import leaks
-from aipo_graph.types import Completion, Engine, Problem, Reply, Request, Segment, Status, Stop, Task, Trace, TraceGroup, derive_seed
+from aipo_graph.types import Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed
 
 OnSegments = Callable[[tuple[Segment, ...]], None]
 T = TypeVar("T")
@@ -48,74 +48,6 @@ def open_agents(paths: Mapping[str, str], config: Config) -> dict[str, Agent]:
         if name == FEEDBACK:
             raise ConfigError(f"agents.use.{name}: the tag <{FEEDBACK}> is that of every reply; give the agent another name")
     return {name: replace(agent, attempts=config.agents.attempts, timeout=config.agents.timeout) for name, agent in agents.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One recorded request to the engine, with the LangGraph task and attempt that made it."""
-
-    prompt_ids: tuple[int, ...]
-    completion: Completion
-    task: str
-    attempt: int
-
-
-class Ledger:
-    """Records each completion that a graph run was given, then checks that the trace holds exactly those.
-
-    Each completion must stand once as a policy segment, directly after exactly the prompt that it was sampled from; only a node
-    attempt that LangGraph retried may have lost its own.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.calls: list[Call] = []
-
-    async def generate(
-        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
-    ) -> Completion:
-        prompt = tuple(prompt_ids)
-        completion = await self._engine.generate(prompt, seed=seed, max_tokens=max_tokens, stop=stop, temperature=temperature)
-        info = get_runtime().execution_info
-        self.calls.append(Call(prompt, completion, info.task_id if info else "", info.node_attempt if info else 1))
-        return completion
-
-    def check(self, segments: tuple[Segment, ...], *, complete: bool) -> None:
-        """Raises GraphError for a lost, edited, moved or invented completion.
-
-        Args:
-            complete: whether every superstep ended; a failed one may have lost its siblings' completions.
-        """
-        last_attempts: dict[str, int] = {}
-        for made in self.calls:
-            last_attempts[made.task] = max(made.attempt, last_attempts.get(made.task, 0))
-        open_calls = [made for made in self.calls if made.attempt == last_attempts[made.task]]
-        prefixes: dict[str, tuple[int, ...]] = {}
-        for segment in segments:
-            prefix = prefixes.get(segment.thread, ())
-            if segment.source == "policy":
-                call = next((call for call in open_calls if _is(segment, call) and call.prompt_ids == prefix), None)
-                if call is None:
-                    raise GraphError(self._explain(segment, open_calls))
-                open_calls.remove(call)
-            prefixes[segment.thread] = prefix + segment.token_ids
-        if open_calls and complete:
-            raise GraphError(
-                f"{len(open_calls)} of {len(self.calls)} completions were sampled but are not in the trace (the first has "
-                f"{len(open_calls[0].completion.token_ids)} tokens): a node must return append(segment) for all that it samples"
-            )
-
-    @staticmethod
-    def _explain(segment: Segment, calls: list[Call]) -> str:
-        place = f"policy segment of node {segment.author!r} (thread {segment.thread!r}, {len(segment.token_ids)} tokens)"
-        if any(_is(segment, call) for call in calls):
-            return f"{place} does not follow the prompt it was sampled from: a node edited or dropped history, or used another thread"
-        return f"{place} is not what the engine sampled: a node changed its tokens or logprobs, or appended it twice"
-
-
-def _is(segment: Segment, call: Call) -> bool:
-    completion = call.completion
-    return (segment.token_ids, segment.logprobs, segment.version) == (completion.token_ids, completion.logprobs, completion.version)
 
 
 @dataclass(frozen=True)
@@ -221,6 +153,8 @@ class Rollouts:
         except TimeoutError as error:
             late = f"more than {self.config.rollout.timeout:g} s (rollout.timeout)"
             status, reason = "timeout", late if clock.expired() else f"a node ran into its own time-out: {error}"
+        except ContextError as error:
+            status, reason = ("length" if any(s.source == "policy" for s in segments) else "failed"), f"ContextError: {error}"
         except (AgentError, EngineError) as error:
             status, reason = "failed", f"{type(error).__name__}: {error}"
         except InvalidUpdateError as error:

@@ -1,6 +1,5 @@
 """What a rollout graph is made of: its state, its run context, and the nodes that sample and consult."""
 
-import operator
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
@@ -21,11 +20,18 @@ Graph = CompiledStateGraph[Any, Any, Any, Any]
 """What a graph's `build()` returns."""
 
 
+def extend(segments: tuple[Segment, ...], new: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """The reducer of `State.segments`. Raises GraphError for what is not a tuple of segments."""
+    if not isinstance(new, tuple) or not all(isinstance(segment, Segment) for segment in new):
+        raise GraphError(f"a node returned segments = {str(new)[:80]!r}: return append(segment, ...)")
+    return segments + new
+
+
 class State(TypedDict):
     """The state of a rollout graph. Segments are only ever appended to; a graph may add keys of its own by subclassing."""
 
     problem: Problem
-    segments: Annotated[tuple[Segment, ...], operator.add]
+    segments: Annotated[tuple[Segment, ...], extend]
 
 
 class Update(TypedDict):

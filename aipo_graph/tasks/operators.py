@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from aipo_graph.config import Config
-from aipo_graph.errors import TaskError
+from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, derive_seed
 
@@ -131,8 +131,8 @@ def solution(
     rng = rng or random.Random(0)
     marker, state, operators = problem.question[0], problem.question[1:5], problem.question[5:-1]
     steps = steps or order(marker, operators)
-    order_asked = "".join(f"{operators.index(letter) + 1}{letter}" for letter in steps)
-    pieces = [Piece(f"<reasoning>{marker}{numbered(operators)}</reasoning><feedback>"), Piece(order_asked, "reasoning"), Piece("</feedback>")]
+    query, reply = marker + numbered(operators), "".join(f"{operators.index(letter) + 1}{letter}" for letter in steps)
+    pieces = [Piece(f"<reasoning>{query}</reasoning><feedback>"), Piece(reply, "reasoning"), Piece("</feedback>")]
     for letter in steps:
         rule, verdict, result = rules[letter], "no", ""
         pieces += [Piece(f"<knowledge>{letter}</knowledge><feedback>"), Piece(rule, "knowledge", letter), Piece("</feedback>")]
@@ -200,5 +200,7 @@ def evaluate(state: str, steps: str) -> str:
 
 
 def build(config: Config) -> Operators:
-    """The factory that ``task.name = operators`` stands for."""
+    """The factory that ``task.name = operators`` stands for. Raises ConfigError for a data file: this task makes its own problems."""
+    if config.task.data is not None:
+        raise ConfigError(f"task.data = {config.task.data!r}: the operator task makes its own problems; leave it out, or name another task")
     return Operators(config.run.seed, config.task.easy_share)
