@@ -1,13 +1,18 @@
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from aipo_graph.cli import parse
 from aipo_graph.config import Config, TaskSection
 from aipo_graph.errors import TaskError
+from aipo_graph.rollout.collect import open_agents
+from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.tasks.word_problems import CORPUS, WordProblems, build
 from aipo_graph.tools import symbolic
 from aipo_graph.tools.retrieval import Corpus
+from aipo_graph.types import Request
 
 TASK = WordProblems()
 ALL = [*TASK._train, *TASK._heldout]
@@ -99,3 +104,15 @@ def test_an_empty_file_and_one_too_small_to_split_are_refused(tmp_path):
     path.write_text('{"question": "1+1?", "answer": "#### 2"}\n' * 3)
     with pytest.raises(TaskError, match="add more problems"):
         WordProblems(path)
+
+
+async def test_its_agents_answer_from_sympy_and_the_corpus(root: Path) -> None:
+    config, _ = parse([str(root / "configs/word_problems.yaml")], Config, prog="test")
+    agents = open_agents(config.agents.use, config)
+    replies = {
+        query: (await agents[name](Request(name, query), Prompts.empty())).text
+        for name, query in [("verify", "3*(4+5) = 27"), ("verify", "3*(4+5) = 28"), ("knowledge", "how many pieces are in a gross")]
+    }
+    assert replies["3*(4+5) = 27"] == "yes"
+    assert replies["3*(4+5) = 28"] == "no"
+    assert "144" in replies["how many pieces are in a gross"]

@@ -1,0 +1,22 @@
+"""Agents for word problems: Verify checks an equation with sympy, Knowledge searches a small corpus. Reasoning takes a chat model."""
+
+from aipo_graph.config import Config
+from aipo_graph.rollout import Agent
+from aipo_graph.tasks.word_problems import CORPUS
+from aipo_graph.tools.retrieval import Corpus
+from aipo_graph.tools.symbolic import check
+
+
+def verify(config: Config) -> Agent:
+    return Agent("verify", tools=(check,))
+
+
+def knowledge(config: Config) -> Agent:
+    facts = Corpus.read(CORPUS)
+
+    async def search(query: str) -> str:
+        """Finds the fact of the corpus that fits the request best."""
+        found = facts.search(query)
+        return found[0].text if found else "Unknown."
+
+    return Agent("knowledge", tools=(search,))
