@@ -101,6 +101,7 @@ def run(config: Config, console: Console) -> None:
     """
     started = time.monotonic()
     torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
     path, task = model(config.policy.model), open_task(config)
     with RunLog(config, console) as log:
         log.console.print(f"run folder {log.folder}")
