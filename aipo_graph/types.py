@@ -112,7 +112,7 @@ class Request:
 class Reply:
     """A helper's words; ids and logprobs only if its own sampler used the policy's tokenizer.
 
-    >>> Reply("-8813").logprobs is None
+    >>> Reply("2695-").logprobs is None
     True
     """
 

@@ -105,9 +105,9 @@ class Agent:
 
     >>> async def lookup(query: str) -> str:
     ...     "Looks a term up."
-    ...     return {"B": "-8813"}[query]
+    ...     return {"B": "2695-"}[query]
     >>> asyncio.run(Agent("knowledge", tools=(lookup,))(Request("knowledge", "B"), Prompts.empty())).text
-    '-8813'
+    '2695-'
     """
 
     name: str
