@@ -334,7 +334,19 @@ def _settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
     )
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     sizes = {part.name: f"{len(part.problems)} problems, {part.samples} samples" for part in parts}
-    return {"model": model_digest(model), **flat, **sizes}
+    return {"model": model_digest(model), **flat, **sizes, "graph, agent, prompt and data files": _contents(config)}
+
+
+def _contents(config: Config) -> str:
+    """SHA-256 over the files that the settings name: edited, they are another evaluation."""
+    named = [spec.rpartition(":")[0] for spec in (config.rollout.graph, config.rollout.solo, *config.agents.use.values())]
+    paths = [files.find(name) for name in named if name.endswith(".py")]
+    paths += sorted(files.find(config.rollout.prompts, "dir").glob("*.md"))
+    paths += [files.find(config.task.data)] if config.task.data else []
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
 
 
 def _digest(settings: Values) -> str:

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import pytest
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TaskError
-from aipo_graph.evaluate import evaluate, main, plan, start
+from aipo_graph.evaluate import _settings, evaluate, main, plan, start
+from aipo_graph.load import data
 from aipo_graph.passk import bootstrap, pass_at_k, summarise
 from aipo_graph.sampling import Part, Sample, units
 from aipo_graph.tasks.open import open_task
@@ -281,3 +283,13 @@ def test_a_task_without_heldout_problems_is_refused() -> None:
     assert open_task(empty).heldout(4) == []
     with pytest.raises(TaskError, match="has no held-out problems: nothing to evaluate"):
         plan(empty, ("",), ("alone",), greedy_only=False)
+
+
+def test_an_edited_graph_is_another_evaluation(tmp_path: Path, root: Path) -> None:
+    graph = tmp_path / "mine.py"
+    shutil.copy(root / "graphs/solo.py", graph)
+    settings = config(rollout={"prompts": "prompts/operators", "solo": f"{graph}:build"})
+    before = _settings(settings, str(data("operators")), [])
+    graph.write_text(graph.read_text() + "# edited\n")
+    after = _settings(settings, str(data("operators")), [])
+    assert [key for key in before if before[key] != after[key]] == ["graph, agent, prompt and data files"]
