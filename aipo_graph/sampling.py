@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -286,6 +287,7 @@ async def _sample_all(config: Config, parts: Sequence[Part], todo: Sequence[Unit
     disable_progress_bar()
     engine = LocalEngine.load(config, config.policy.model)
     rollouts = Rollouts.open(config, engine, open_task(config))
+    gc.freeze()  # what is loaded stays: collections need not walk it
     file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(samples: Sequence[Sample]) -> None:

@@ -1,6 +1,7 @@
 """Train a policy: `python -m aipo_graph.train [config.yaml] [--section.field value]`; without a file, the quick start."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -116,6 +117,7 @@ def run(config: Config, console: Console) -> None:
         with start(beside, path, log.folder / "evaluation" / "base", kinds=task.kinds) as base_evaluation:
             if not finished:
                 rollouts = Rollouts.open(config, LocalEngine.load(config, path), task)
+                gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
                 finished = asyncio.run(train(config, learner, rollouts, log, cursor.get("tokens", 0.0)))
             if not finished:
                 log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")

@@ -5,6 +5,7 @@ other) with no graph, agent or grader around it. Repeats are interleaved; median
 """
 
 import asyncio
+import gc
 import json
 import platform
 import statistics
@@ -51,6 +52,7 @@ async def measure(config: Config) -> dict[str, list[float]]:
     engine = LocalEngine.load(config, model(config.policy.model))
     rollouts = Rollouts.open(config, engine, open_task(config))
     learner = Learner(config, model(config.policy.model))
+    gc.freeze()  # as in training
     rows: dict[str, list[float]] = {name: [] for name in ("graph", "engine", "ratio", "learner", "superstep")}
     groups: tuple[TraceGroup, ...] = await rollouts.run_step(0)
     for step in range(REPEATS):
