@@ -7,6 +7,7 @@ other) with no graph, agent or grader around it. Repeats are interleaved; median
 import asyncio
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
         values = [statistics.median(rows[name]), min(rows[name]), max(rows[name])]
         table.add_row(label, *(f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in values))
     Console().print(table)
-    hardware = f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}"
+    hardware = f"{os.cpu_count()} cores, {torch.get_num_threads()} in use, {platform.machine()}, torch {torch.__version__}"
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     report = {"date": date.today().isoformat(), "hardware": hardware, "policy": config.policy.model, "rows": rows}

@@ -1,4 +1,4 @@
-"""The quick start beside its baselines: `python benchmarks/quickstart.py [--seeds 0 1 2] [--only aipo mask grpo]`.
+"""The quick start beside its baselines: `python benchmarks/quickstart.py [--seeds 0 1 2] [--baseline-seeds 0 1] [--only aipo mask grpo]`.
 
 Each run is `python -m aipo_graph.train configs/quickstart.yaml` with another seed or loss, one after the other, resumable. `grpo` is plain
 GRPO: agents off, every trace alone. The baselines stop at as many sampled tokens as the AIPO run of their seed (`train.tokens`). Writes
@@ -7,6 +7,7 @@ docs/results/quickstart.json, docs/results/quickstart.md and docs/img/quickstart
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -53,6 +54,8 @@ def train(method: str, seed: int, tokens: float) -> Summary:
         budget = ["--train.tokens", str(int(tokens)), "--train.patience", "1000"] if tokens else []
         subprocess.run([*command, *METHODS[method][1], *budget], check=True)
     values: Summary = json.loads(summary.read_text())
+    for policy in ("base", "trained"):
+        del values[policy]["model"]  # where it lay on this machine
     return values
 
 
@@ -109,15 +112,19 @@ def picture(results: dict[str, dict[int, Summary]], path: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--baseline-seeds", type=int, nargs="+", help="seeds of the baselines (default: those of --seeds)")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args(argv)
     aipo = {seed: train("aipo", seed, tokens=0) for seed in options.seeds}
     results = {
-        method: aipo if method == "aipo" else {s: train(method, s, aipo[s]["train_tokens"]["policy"]) for s in options.seeds}
+        method: aipo
+        if method == "aipo"
+        else {s: train(method, s, aipo[s]["train_tokens"]["policy"]) for s in options.baseline_seeds or options.seeds}
         for method in options.only
     }
-    hardware = f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
-    report = {"date": date.today().isoformat(), "hardware": hardware, "command": "python benchmarks/quickstart.py", "results": results}
+    hardware = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    command = " ".join(["python benchmarks/quickstart.py", *argv])
+    report = {"date": date.today().isoformat(), "hardware": hardware, "command": command, "results": results}
     (DOCS / "results").mkdir(parents=True, exist_ok=True)
     (DOCS / "results" / "quickstart.json").write_text(json.dumps(report, indent=1) + "\n")
     (DOCS / "results" / "quickstart.md").write_text(table(results) + "\n")
