@@ -17,8 +17,9 @@ from aipo_graph import cli
 from aipo_graph import load as files
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.log import write_whole
 from aipo_graph.passk import Values, summarise
-from aipo_graph.sampling import Mode, Part, Report, Sampling, Store, model_digest, units, write_whole
+from aipo_graph.sampling import Mode, Part, Report, Sampling, Store, model_digest, units
 from aipo_graph.tasks.open import open_task
 
 K = (1, 4, 16, 64)

@@ -103,7 +103,7 @@ class RunLog:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json."""
-        self._attempt("summary.json", lambda: _replace(self.folder / "summary.json", json.dumps(values, indent=2) + "\n"))
+        self._attempt("summary.json", lambda: write_whole(self.folder / "summary.json", json.dumps(values, indent=2) + "\n"))
 
     def curves(self) -> None:
         """Draw curves.png from metrics.jsonl."""
@@ -206,8 +206,8 @@ def _append(path: Path, line: bytes) -> None:
             raise
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -233,7 +233,7 @@ def _settle_config(folder: Path, config: Config) -> None:
     """Write config.yaml, or check that the folder's own one says the same. Name and place of the folder may change."""
     path = folder / "config.yaml"
     if not path.exists():
-        _replace(path, write_yaml(config))
+        write_whole(path, write_yaml(config))
         return
     before, now = _flat(read_yaml(path)[0]), _flat(config.model_dump(mode="json"))
     for key in dict.fromkeys([*now, *before]):

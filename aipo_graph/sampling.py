@@ -140,16 +140,6 @@ def append(file: int, data: bytes) -> None:
         data = data[os.write(file, data) :]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def model_digest(model: str) -> str:
     """SHA-256 over a model directory's JSON and safetensors files; of a hub model, its name."""
     folder = Path(model)
