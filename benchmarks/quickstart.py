@@ -65,20 +65,24 @@ def figure(evaluation: Summary, place: str, name: str) -> float:
 
 
 def table(results: dict[str, dict[int, Summary]]) -> str:
-    """A row per method, each cell the seeds' values; the base policy is the same in every run."""
-    base = next(iter(next(iter(results.values())).values()))["base"]
+    """A row per method: the mean over seeds and each seed's figure. The base policy is one, sampled with each seed."""
     heads = [f"{place.replace('_', ' ')} {name}" for place, name in FIGURES]
     lines = ["| | " + " | ".join(heads) + " | sampled tokens | seconds |", "| --- |" + " ---: |" * (len(heads) + 2)]
-    lines.append("| base | " + " | ".join(f"{figure(base, *f):.3f}" for f in FIGURES) + " | | |")
+    first = next(iter(results.values()))
+    lines.append(f"| base | {_cells([run['base'] for run in first.values()])} | | |")
     for method, runs in results.items():
-        cells = []
-        for place, name in FIGURES:
-            values = [figure(run["trained"], place, name) for run in runs.values()]
-            cells.append(f"**{statistics.mean(values):.3f}** ({' '.join(f'{value:.3f}' for value in values)})")
-        cells.append(f"{statistics.mean(run['train_tokens']['policy'] for run in runs.values()) / 1e6:.2f} M")
-        cells.append(f"{statistics.mean(run['wall_seconds'] for run in runs.values()):.0f}")
-        lines.append(f"| {METHODS[method][0]} | " + " | ".join(cells) + " |")
+        tokens = statistics.mean(run["train_tokens"]["policy"] for run in runs.values()) / 1e6
+        seconds = statistics.mean(run["wall_seconds"] for run in runs.values())
+        lines.append(f"| {METHODS[method][0]} | {_cells([run['trained'] for run in runs.values()])} | {tokens:.2f} M | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def _cells(evaluations: list[Summary]) -> str:
+    cells = []
+    for place, name in FIGURES:
+        values = [figure(evaluation, place, name) for evaluation in evaluations]
+        cells.append(f"**{statistics.mean(values):.3f}** ({' '.join(f'{value:.3f}' for value in values)})")
+    return " | ".join(cells)
 
 
 def picture(results: dict[str, dict[int, Summary]], path: Path) -> None:
