@@ -106,7 +106,8 @@ def run(config: Config, console: Console) -> None:
     path, task = model(config.policy.model), open_task(config)
     with RunLog(config, console) as log:
         log.console.print(f"run folder {log.folder}")
-        learner = Learner(config, path, device(config))
+        engine = LocalEngine.load(config, path)
+        learner = Learner(config, path, engine.device)
         cursor = learner.restore(log.folder / "checkpoints")
         finished = cursor.get("finished", False)
         log.resume_at(learner.version)
@@ -116,7 +117,7 @@ def run(config: Config, console: Console) -> None:
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
         with start(beside, path, log.folder / "evaluation" / "base", kinds=task.kinds) as base_evaluation:
             if not finished:
-                rollouts = Rollouts.open(config, LocalEngine.load(config, path), task)
+                rollouts = Rollouts.open(config, engine, task)
                 gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
                 finished = asyncio.run(train(config, learner, rollouts, log, cursor.get("tokens", 0.0)))
             if not finished:
@@ -133,12 +134,6 @@ def run(config: Config, console: Console) -> None:
             log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, base, trained)})
         console.print(result_table(base, trained))
         console.print(f"policy, curves.png and summary.json are in {log.folder}")
-
-
-def device(config: Config) -> str:
-    if config.run.device != "auto":
-        return config.run.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def summary(folder: Path, base: Values, trained: Values) -> dict[str, Any]:
