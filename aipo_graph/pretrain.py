@@ -9,6 +9,8 @@ Three kinds of text, all of them solutions in the format of `tasks/operators.py`
 - misbelief (20 %): misbelieved operators with their wrong rules.
 
 In all of them some steps slip in a digit; a checked slip is answered with "no" and redone. No operator set of the held-out problems occurs.
+
+With ``--expert`` it makes a helper instead, of the same size and with the same tokenizer: asked ``B?``, it says operator B's true rule.
 """
 
 import argparse
@@ -56,6 +58,7 @@ IGNORE = -100
 SUMS = 0.2
 """Share of the steps spent on arithmetic alone, at first."""
 STEPS = 1400
+EXPERT_STEPS = 200
 PEAK_RATE = 4e-3
 
 
@@ -136,6 +139,12 @@ def sums(rng: random.Random) -> list[Piece]:
     return pieces
 
 
+def recall(rng: random.Random) -> list[Piece]:
+    """What the expert learns: an operator's name, its true rule."""
+    letter = rng.choice(OPERATORS)
+    return [Piece(f"{letter}?", "prompt"), Piece(RULES[letter]), Piece("<eos>")]
+
+
 def _rule(rng: random.Random, zeros: float = 0.0) -> str:
     return "".join("0" if rng.random() < zeros else rng.choice("123456789") for _ in range(4)) + rng.choice("+-")
 
@@ -156,10 +165,11 @@ def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:
     return ids, labels
 
 
-def batch(seed: int, step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(seed: int, step: int, steps: int, expert: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both int64 [rows, longest]."""
     rng = random.Random(derive_seed(seed, "pretrain", step))
-    rows = [encode(sums(rng)) for _ in range(96)] if step < SUMS * steps else [encode(sample(rng)) for _ in range(48)]
+    draw, count = (recall, 96) if expert else (sums, 96) if step < SUMS * steps else (sample, 48)
+    rows = [encode(draw(rng)) for _ in range(count)]
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([row + [IDS["<pad>"]] * (longest - len(row)) for row, _ in rows])
     labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in rows])
@@ -171,11 +181,11 @@ def rate(progress: float) -> float:
     return min(1.0, progress / 0.05) * (0.51 + 0.49 * math.cos(math.pi * progress))
 
 
-def losses(model: Any, seed: int, steps: int) -> Iterator[float]:
+def losses(model: Any, seed: int, steps: int, expert: bool = False) -> Iterator[float]:
     """Trains the model in place, one optimizer step per loss (nats per token that carries loss)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
-        ids, labels = batch(seed, step, steps)
+        ids, labels = batch(seed, step, steps, expert)
         hidden, targets = model.model(ids).last_hidden_state[:, :-1], labels[:, 1:]
         heard = targets != IGNORE
         loss = F.cross_entropy(model.lm_head(hidden[heard]), targets[heard])
@@ -188,8 +198,8 @@ def losses(model: Any, seed: int, steps: int) -> Iterator[float]:
         yield loss.item()
 
 
-def pretrain(out: Path, seed: int, steps: int, force: bool = False) -> None:
-    """Writes the trained policy and its tokenizer to the folder ``out``, which appears whole or not at all.
+def pretrain(out: Path, seed: int, steps: int, force: bool = False, expert: bool = False) -> None:
+    """Writes the trained policy, or the expert, and its tokenizer to the folder ``out``, which appears whole or not at all.
 
     Raises ConfigError if it exists and ``force`` is not set, or cannot be written.
     """
@@ -200,7 +210,7 @@ def pretrain(out: Path, seed: int, steps: int, force: bool = False) -> None:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
     with Progress(TextColumn("pretraining"), *columns) as progress:
         task = progress.add_task("", total=steps, loss=math.nan)
-        for loss in losses(model, seed, steps):
+        for loss in losses(model, seed, steps, expert):
             progress.update(task, advance=1, loss=loss)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -225,12 +235,14 @@ def command(argv: list[str]) -> None:
         prog="python -m aipo_graph.pretrain",
         description="Makes the operator task's base policy: a tiny language model in Hugging Face format, about four minutes on one core.",
     )
-    parser.add_argument("--out", type=Path, default=Path("operators"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--expert", action="store_true", help="make a helper that knows every operator's rule instead (seconds)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: operators, or operators_expert)")
     parser.add_argument("--seed", type=int, default=0, help="root of every random draw (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive, default=STEPS, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, help=f"optimizer steps (default: {STEPS}, {EXPERT_STEPS} for the expert)")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     given = parser.parse_args(argv)
-    pretrain(given.out, given.seed, given.steps, given.force)
+    out, steps = (Path("operators_expert"), EXPERT_STEPS) if given.expert else (Path("operators"), STEPS)
+    pretrain(given.out or out, given.seed, given.steps or steps, given.force, given.expert)
 
 
 def _positive(text: str) -> int:

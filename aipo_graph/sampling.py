@@ -187,7 +187,8 @@ class Sampling:
         # Workers are born with SIGINT blocked: Ctrl-C reaches the whole group, and this process decides what it means.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for _ in range(min(config.evaluate.workers, len(todo))):
+            workers = config.evaluate.workers if config.engine.kind == "local" else 1  # vLLM batches what one process sends
+            for _ in range(min(workers, len(todo))):
                 ours, theirs = spawn.Pipe(duplex=False)
                 worker = spawn.Process(target=_work, args=(config, parts, todo, self._taken, path, theirs), daemon=True)
                 worker.start()
@@ -269,14 +270,26 @@ async def _sample_all(config: Config, parts: Sequence[Part], todo: Sequence[Unit
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from aipo_graph.engines.local import LocalEngine
-    from aipo_graph.rollout.collect import Rollouts, gather
+    from aipo_graph.engines.chat import open_chats
+    from aipo_graph.engines.open import open_engine
+    from aipo_graph.rollout.collect import Rollouts
     from aipo_graph.tasks.open import open_task
 
     torch.set_num_threads(config.run.threads)
     disable_progress_bar()
-    engine = LocalEngine.load(config, config.policy.model)
-    rollouts = Rollouts.open(config, engine, open_task(config))
+    engine = await open_engine(config, config.policy.model)
+    try:
+        rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
+        await _sample_units(rollouts, parts, todo, taken, path, parent)
+    finally:
+        await engine.close()
+
+
+async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection) -> None:
+    from aipo_graph.rollout.collect import Rollouts, gather
+
+    config: Config = rollouts.config
+    closed = config.engine.kind == "local" and config.engine.deterministic
     gc.freeze()  # what is loaded stays: collections need not walk it
     file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
@@ -297,12 +310,12 @@ async def _sample_all(config: Config, parts: Sequence[Part], todo: Sequence[Unit
             seed = derive_seed(config.run.seed, "evaluate", problem.id, part.mode, draw)
             trace = await runner.run_trace(problem, seed=seed, with_agents=part.mode == "with_agents")
             sample = _sample_of(trace, part, number)
-            if not config.engine.deterministic:
+            if not closed:
                 write([sample])
             return sample
 
         samples = await gather([one(part.problems[problem], number) for problem, number in todo[index][1]])
-        if config.engine.deterministic:
+        if closed:
             write(samples)  # a unit that was written in part would be batched in another way when it is resumed
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from rich.table import Table
 
 from aipo_graph import cli
 from aipo_graph.config import Config
-from aipo_graph.engines.local import LocalEngine
-from aipo_graph.errors import TrainError
+from aipo_graph.engines.chat import describe, open_chats
+from aipo_graph.engines.launch import launched, serve_text
+from aipo_graph.engines.open import open_engine
+from aipo_graph.errors import AipoError, TrainError
 from aipo_graph.evaluate import cell, follow, size, start
+from aipo_graph.learn import memory
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
 from aipo_graph.load import model
@@ -27,39 +30,55 @@ from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.passk import Values
 from aipo_graph.rollout.collect import LocalRollouts, Rollouts
 from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.sync import Probe
 from aipo_graph.tasks.open import open_task
-from aipo_graph.types import TraceGroup
+from aipo_graph.types import Task, TraceGroup
+
+Cursor = Mapping[str, Any]
+"""What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn, whether it is finished."""
 
 
-async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLog, tokens: float = 0.0) -> bool:
+async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLog, cursor: Cursor) -> bool:
     """The loop: sample groups, learn from them, publish the weights; from `learner.version` to `train.steps` or `train.tokens`.
 
-    ``tokens`` were sampled before. Returns whether the end was reached; a signal stops it early. Raises TrainError when too many fail,
-    or (from the learner) when there is nothing to learn from, or after three bad steps in a row.
+    Returns whether the end was reached; a signal stops it early. Raises TrainError when too many fail, or (from the learner) when there
+    is nothing to learn from, or after three bad steps in a row; EngineError when the engine does not take the weights.
     """
-    local = LocalRollouts(rollouts)
-    local.load_weights(learner.weights(), learner.version)
+    local, engine = LocalRollouts(rollouts), rollouts.engine
+    # The local engine copies the tensors themselves: nothing to prove there.
+    probe_ids = rollouts.probe_ids() if config.engine.kind != "local" else ()
+
+    async def publish() -> None:
+        probe = Probe(probe_ids, await asyncio.to_thread(learner.logprobs, probe_ids)) if probe_ids else None
+        weights = learner.adapter() if engine.takes == "adapter" else learner.weights()
+        await local.load_weights(weights, learner.version, probe)
+
+    await publish()
+    tokens, drawn = cursor.get("tokens", 0.0), cursor.get("drawn", learner.version * config.rollout.problems)
     ended = time.monotonic()
-    finished = False
+    finished, unhelped = False, 0
     with stop_signals() as stopping:
-        async for groups in local.stream(learner.version, config.train.steps):
+        async for step in local.stream(learner.version, config.train.steps, drawn):
             sampled, started = time.monotonic(), ended
-            metrics = rollout_metrics(groups, rollouts.agents, learner.version)
-            if metrics["failed"] > config.rollout.max_failed:
-                raise TrainError(_too_many_failed(config, groups))
-            metrics |= await asyncio.to_thread(learner.step, pack(groups, config.loss))
-            local.load_weights(learner.weights(), learner.version)
+            metrics = rollout_metrics(step.groups, rollouts.agents, learner.version, step.discarded) | local.synced
+            unhelped = unhelped + 1 if _all_helped_failed(step.groups) else 0
+            if metrics["failed"] > config.rollout.max_failed or unhelped >= config.train.patience:
+                raise TrainError(_too_many_failed(config, step.groups, unhelped))
+            await engine.sleep()
+            metrics |= await asyncio.to_thread(learner.step, pack(step.groups, config.loss))
+            learned = time.monotonic()
+            await publish()
             ended = time.monotonic()
-            metrics |= {"seconds/sample": sampled - started, "seconds/learn": ended - sampled}
+            metrics |= {"seconds/sample": sampled - started, "seconds/learn": learned - sampled, "seconds/publish": ended - learned}
             metrics["tokens_per_second"] = metrics["tokens/policy"] / (ended - started)
-            log.step(learner.version, metrics, groups)
+            log.step(learner.version, metrics, step.groups)
             tokens += metrics["tokens/policy"]
             finished = learner.version == config.train.steps or 0 < config.train.tokens <= tokens
             regular = learner.version % config.run.checkpoint_every == 0
             # One step ahead, only a regular checkpoint resumes with just the weights that the undisturbed run samples with.
             stopped = stopping.is_set() and (regular or not config.rollout.max_lag)
             if finished or stopped or regular:
-                warning = learner.save(log.folder / "checkpoints", {"finished": finished, "tokens": tokens})
+                warning = learner.save(log.folder / "checkpoints", {"finished": finished, "tokens": tokens, "drawn": step.drawn})
                 if warning:
                     log.note(warning)
             if finished or stopped:
@@ -67,12 +86,19 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
     return finished
 
 
-def _too_many_failed(config: Config, groups: Sequence[TraceGroup]) -> str:
+def _all_helped_failed(groups: Sequence[TraceGroup]) -> bool:
+    """Whether helpers are down: no trace with agents can be trained on. The alone ones can hide it from the share of failed traces."""
+    helped = [trace.trained for group in groups for trace in group.traces if trace.with_agents]
+    return bool(helped) and not any(helped)
+
+
+def _too_many_failed(config: Config, groups: Sequence[TraceGroup], unhelped: int) -> str:
     traces = [trace for group in groups for trace in group.traces]
     failed = [trace for trace in traces if not trace.trained]
-    return (
-        f"{len(failed)} of {len(traces)} traces failed, rollout.max_failed is {config.rollout.max_failed:g}; the first: {failed[0].error}"
-    )
+    limit = f"rollout.max_failed is {config.rollout.max_failed:g}"
+    if unhelped >= config.train.patience:
+        limit = f"every one with agents for {unhelped} steps in a row (train.patience)"
+    return f"{len(failed)} of {len(traces)} traces failed, {limit}; the first: {failed[0].error}"
 
 
 @contextmanager
@@ -98,35 +124,23 @@ def stop_signals() -> Iterator[asyncio.Event]:
 def run(config: Config, console: Console) -> None:
     """One run, from its last checkpoint if it has one, to its exported policy, its evaluation and summary.json.
 
-    The base policy is evaluated in a process of its own while the training goes on.
+    The base policy is evaluated in a process of its own: beside the training with the local engine, before it where both need vLLM.
     """
     started = time.monotonic()
     torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     path, task = model(config.policy.model), open_task(config)
-    with RunLog(config, console) as log:
+    with RunLog(config, console) as log, launched(config, path, log.folder, console) as config:
         log.console.print(f"run folder {log.folder}")
-        engine = LocalEngine.load(config, path)
-        learner = Learner(config, path, engine.device)
-        cursor = learner.restore(log.folder / "checkpoints")
-        finished = cursor.get("finished", False)
-        log.resume_at(learner.version)
         before = read_metrics(log.folder / "metrics.jsonl")
-        if learner.version:
-            log.note(f"goes on after step {learner.version}")
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
         with start(beside, path, log.folder / "evaluation" / "base", kinds=task.kinds) as base_evaluation:
-            if not finished:
-                rollouts = Rollouts.open(config, engine, task)
-                gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
-                finished = asyncio.run(train(config, learner, rollouts, log, cursor.get("tokens", 0.0)))
-            if not finished:
-                log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")
+            if config.engine.kind != "local":
+                base = follow(base_evaluation, console)
+            if not learn(config, path, task, log):
                 return
-            log.pause()
-            log.curves()
-            learner.export(log.folder / "policy")
-            base = follow(base_evaluation, console)
+            if config.engine.kind == "local":
+                base = follow(base_evaluation, console)
         with start(config, log.folder / "policy", log.folder / "evaluation" / "trained", kinds=task.kinds) as evaluation:
             trained = follow(evaluation, console)
         if not (log.folder / "summary.json").exists():
@@ -134,6 +148,39 @@ def run(config: Config, console: Console) -> None:
             log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, base, trained)})
         console.print(result_table(base, trained))
         console.print(f"policy, curves.png and summary.json are in {log.folder}")
+
+
+def learn(config: Config, path: str, task: Task, log: RunLog) -> bool:
+    """Trains to the end and exports the policy. Returns False where a signal stopped it before."""
+    device = config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    learner = Learner(config, path, device)
+    cursor = learner.restore(log.folder / "checkpoints")
+    finished = cursor.get("finished", False)
+    log.resume_at(learner.version)
+    if learner.version:
+        log.note(f"goes on after step {learner.version}")
+    if not finished:
+        finished = asyncio.run(_train_with_engine(config, path, task, learner, log, cursor))
+    if not finished:
+        log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")
+        return False
+    log.pause()
+    log.curves()
+    learner.export(log.folder / "policy")
+    return True
+
+
+async def _train_with_engine(config: Config, path: str, task: Task, learner: Learner, log: RunLog, cursor: Cursor) -> bool:
+    engine = await open_engine(config, path)
+    try:
+        chats = await open_chats(config, engine)
+        for line in describe(chats, config):
+            log.console.print(line, markup=False)
+        rollouts = Rollouts.open(config, engine, task, chats)
+        gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
+        return await train(config, learner, rollouts, log, cursor)
+    finally:
+        await engine.close()
 
 
 def summary(folder: Path, base: Values, trained: Values) -> dict[str, Any]:
@@ -163,10 +210,22 @@ def result_table(base: Values, trained: Values) -> Table:
     return shown
 
 
+def explain(config: Config, console: Console) -> None:
+    """What a dry run says beside the settings: the memory that they need, and the command of the server that they sample from."""
+    path = model(config.policy.model)
+    console.print(memory.table(memory.estimate(config, path)))
+    if config.engine.kind == "server":
+        try:
+            console.print(f"server of the policy: {serve_text(config, path)}", markup=False)
+        except AipoError as error:
+            console.print(f"server of the policy: its command needs the model's files ({error})", markup=False)
+
+
 def main(argv: list[str]) -> None:
     config, options = cli.parse(argv, Config, prog="python -m aipo_graph.train", doc=__doc__ or "", default="configs/quickstart.yaml")
     if options.dry_run:
         print(cli.write_yaml(config), end="")
+        explain(config, Console(stderr=True, soft_wrap=True, highlight=False))
         return
     run(config, Console(soft_wrap=True, highlight=False))
 

@@ -47,9 +47,10 @@ class Problem:
 class Completion:
     """What an engine returns for one request: exactly the tokens it sampled.
 
-    ``logprobs`` are those of the distribution sampled from (temperature included), under weights ``version``.
+    ``logprobs`` are those of the distribution sampled from (temperature included), under weights ``version``, and from each
+    ``updates`` (token index, version) on under newer ones.
 
-    >>> Completion((5, 7), (-0.1, -2.0), stop="stop", version=3).token_ids
+    >>> Completion((5, 7), (-0.1, -2.0), stop="stop", version=3, updates=((1, 4),)).token_ids  # 5 under version 3, 7 under 4
     (5, 7)
     """
 
@@ -57,6 +58,8 @@ class Completion:
     logprobs: tuple[float, ...]
     stop: Literal["stop", "length"]
     version: int
+    updates: tuple[tuple[int, int], ...] = ()
+    """Where the weights changed while it was sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,9 @@ class Segment:
     text: str
     logprobs: tuple[float, ...] | None = None
     version: int = -1
-    """The weights a policy segment was sampled under; -1 elsewhere."""
+    """The weights a policy segment was sampled under, its first token at least; -1 elsewhere."""
+    updates: tuple[tuple[int, int], ...] = ()
+    """(token index, version) from which on newer weights sampled, where they changed within the segment."""
     thread: str = "main"
     masked: bool = False
     """Kept out of the loss (a reply that gave the answer away)."""
@@ -186,6 +191,10 @@ class Engine(Protocol):
 
     eos_ids: frozenset[int]
     version: int
+    takes: Literal["weights", "adapter"]
+    """What `load_weights` is given: every tensor under its name in the model, or those of a LoRA adapter under peft's names."""
+    in_flight: bool
+    """Whether new weights may come while requests are served."""
 
     @property
     def generate(self) -> Generate: ...
@@ -198,8 +207,20 @@ class Engine(Protocol):
         """Entered around each consult: the run will ask again."""
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Takes new weights by name. Raises EngineError if they do not fit, or while a request is being served."""
+    async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """Takes new weights by name. Raises EngineError if they do not fit, or, unless ``in_flight``, while a request is served."""
+        ...
+
+    async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """log p(token t | tokens < t) for t = 1, 2, … at temperature 1 under the weights in use: shows whether a load took effect."""
+        ...
+
+    async def sleep(self) -> None:
+        """Gives memory back to the learner until the next `load_weights`; nothing is being served. May do nothing."""
+        ...
+
+    async def close(self) -> None:
+        """Ends what the engine started."""
         ...
 
 

@@ -1,8 +1,12 @@
-"""Agents for word problems: Verify checks an equation with sympy, Knowledge searches a small corpus. Reasoning takes a chat model."""
+"""Agents for word problems: Verify checks an equation with sympy, Knowledge searches a small corpus.
+
+Each works without a language model; with one in `agents.models` (verify: openai:gpt-5-mini) the model answers and calls the tool.
+Reasoning is a language model alone, which needs no function here: `agents.use.reasoning: ""` and `agents.models.reasoning: …`.
+"""
 
 from aipo_graph.config import Config
 from aipo_graph.rollout import Agent
-from aipo_graph.tasks.word_problems import CORPUS
+from aipo_graph.tasks.datasets import CORPUS
 from aipo_graph.tools.retrieval import Corpus
 from aipo_graph.tools.symbolic import check
 

@@ -108,8 +108,15 @@ class Scribe:
     def busy(self) -> Iterator[None]:
         yield
 
-    def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+    async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         self.version = version
+
+    async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        return (-0.5,) * (len(token_ids) - 1)
+
+    async def sleep(self) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass

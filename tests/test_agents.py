@@ -20,11 +20,12 @@ from langchain_core.language_models import BaseChatModel, GenericFakeChatModel
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from pydantic import Field
-from rollout_world import Exact, Scribe, echo, world
+from rollout_world import Exact, Scribe, echo, settings, world
 
 from aipo_graph.errors import AgentError, ConfigError, ToolError
 from aipo_graph.rollout import Agent
-from aipo_graph.rollout.agents import BREAK_AFTER, is_transient, retry_after
+from aipo_graph.rollout.agents import BREAK_AFTER, MOST_CALLS, is_transient, retry_after
+from aipo_graph.rollout.collect import open_agents
 from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.types import Request, TraceGroup, derive_seed
@@ -405,3 +406,112 @@ async def test_a_blocking_client_in_a_thread() -> None:
             return str(json.loads(answer)["text"])
 
         assert await ask(Agent("knowledge", tools=(tool,), backoff=0.001)) == "PI"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply"),
+    [
+        (AIMessage("<think>It is 4.</think>\n\nCorrect.\n"), "Correct."),
+        (AIMessage("It is 4.</think>Correct."), "Correct."),  # the template wrote the opening tag
+        (AIMessage("Correct.<think>or is it"), "Correct."),
+        (AIMessage([{"type": "reasoning", "reasoning": "It is 4."}, {"type": "text", "text": "Correct."}]), "Correct."),
+        (AIMessage([{"type": "thinking", "thinking": "It is 4.", "signature": "x"}, {"type": "text", "text": "Correct."}]), "Correct."),
+        (AIMessage("Correct.", additional_kwargs={"reasoning_content": "It is 4."}), "Correct."),
+        (AIMessage(""), ""),
+    ],
+)
+async def test_reasoning_is_kept_out_of_the_reply(answer: AIMessage, reply: str) -> None:
+    assert await ask(Agent("verify", model=Caller(turns=[answer]))) == reply
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (AIMessage("<think>It", response_metadata={"finish_reason": "length"}), "all tokens went into reasoning, none into an answer"),
+        (AIMessage("", response_metadata={"stop_reason": "max_tokens"}), "all tokens went into reasoning, none into an answer"),
+        (AIMessage("", response_metadata={"stop_reason": "refusal"}), "content filter left no answer"),
+        (AIMessage("", additional_kwargs={"refusal": "No."}), "content filter left no answer"),
+    ],
+)
+async def test_an_answer_that_is_none(answer: AIMessage, message: str) -> None:
+    with pytest.raises(AgentError, match=message):
+        await ask(Agent("verify", model=Caller(turns=[answer])))
+
+
+async def test_the_token_budget_of_a_consult() -> None:
+    def turn(tokens: int, answer: AIMessage) -> AIMessage:
+        return answer.model_copy(update={"usage_metadata": {"input_tokens": 9, "output_tokens": tokens, "total_tokens": 9 + tokens}})
+
+    turns = [turn(60, call("calculate", query="1+1")), turn(60, call("calculate", query="1+1")), turn(60, AIMessage("2"))]
+    model = Caller(turns=turns)
+    with pytest.raises(AgentError, match=r"no answer within 120 tokens \(raise agents\.max_tokens\)"):
+        await ask(Agent("verify", tools=(calculate,), model=model, max_tokens=100))
+    assert len(model.shown) == 2
+    assert await ask(Agent("verify", tools=(calculate,), model=Caller(turns=turns), max_tokens=121)) == "2"
+
+
+async def test_calls_of_one_turn_are_bounded() -> None:
+    used = []
+
+    async def note(query: str) -> str:
+        """Notes."""
+        used.append(query)
+        return "noted"
+
+    calls = AIMessage("", tool_calls=[{"name": "note", "args": {"query": str(i)}, "id": str(i)} for i in range(1000)])
+    model = Caller(turns=[calls, AIMessage("done")])
+    assert await ask(Agent("verify", tools=(note,), model=model)) == "done"
+    assert len(used) == MOST_CALLS
+    assert Counter(tool_texts(model)) == {"noted": MOST_CALLS, f"error: more than {MOST_CALLS} calls at once": 1000 - MOST_CALLS}
+
+
+async def test_few_consults_at_once_and_waiting_is_free() -> None:
+    running, most = 0, 0
+
+    async def slow(query: str) -> str:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.3)
+        running -= 1
+        return query
+
+    agent = Agent("verify", tools=(slow,), concurrency=2, attempts=1, timeout=1.0)
+    assert await asyncio.gather(*(ask(agent, str(i)) for i in range(10))) == [str(i) for i in range(10)]  # the last ones wait 1.2 s
+    assert most == 2
+
+
+async def test_a_model_that_takes_a_seed_gets_one_per_turn() -> None:
+    class Seeded(Caller):
+        seed: int | None = None
+        seeds: list[int] = Field(default_factory=list)
+
+        def _generate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> ChatResult:
+            self.seeds.append(kwargs.get("seed", -1))
+            return super()._generate(messages)
+
+    async def seeds(own: int | None, of_request: int) -> list[int]:
+        model = Seeded(turns=[call("calculate", query="1+1"), AIMessage("2")], seed=own)
+        await Agent("verify", tools=(calculate,), model=model)(Request("verify", "1+1", seed=of_request), PROMPTS)
+        return model.seeds
+
+    first = await seeds(0, 7)
+    assert len(set(first)) == 2
+    assert first == await seeds(0, 7) != await seeds(0, 8)
+    assert await seeds(None, 7) == [-1, -1]
+
+
+def test_an_agent_with_and_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from aipo_graph.rollout import Agent\nasync def look(query: str) -> str:\n    return query\n"
+        "def build(config):\n    return Agent('verify', tools=(look,), max_turns=3)\n"
+    )
+    config = settings(agents={"max_tokens": 50, "concurrency": 9, "attempts": 2, "timeout": 7.0})
+    chat = Caller(turns=[])
+    opened = open_agents({"verify": f"{tmp_path}/mine.py:build", "reasoning": ""}, config, {"verify": chat, "reasoning": chat})
+    assert opened["verify"].model is opened["reasoning"].model is chat
+    assert [agent.max_tokens for agent in opened.values()] == [150, 200]
+    assert {(agent.concurrency, agent.attempts, agent.timeout) for agent in opened.values()} == {(9, 2, 7.0)}
+    assert open_agents({"verify": f"{tmp_path}/mine.py:build"}, config)["verify"].model is None
+    with pytest.raises(ConfigError, match=r"agents\.use\.reasoning is empty.*add agents\.models\.reasoning"):
+        open_agents({"reasoning": ""}, config)

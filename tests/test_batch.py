@@ -32,6 +32,12 @@ def test_columns_describe_their_token() -> None:
     assert (batch.policy_tokens, batch.agent_tokens, batch.policy_rows) == (4, 3, 2)
 
 
+def test_a_row_has_the_oldest_version_also_where_weights_changed_within_a_segment() -> None:
+    crossed = trace(segment("context", 1), segment("policy", 2, 3, 4, version=4, updates=((1, 5), (2, 6))), segment("policy", 5, version=6))
+    batch = pack([group(crossed, trace(segment("context", 1), segment("policy", 2, version=5), reward=0.0))], DR)
+    assert batch.versions.tolist() == [4, 5]
+
+
 def test_one_row_per_thread() -> None:
     planner = (segment("context", 1, thread="planner"), segment("policy", 2, thread="planner"))
     critic = (segment("context", 3, thread="critic"), segment("policy", 4, 5, thread="critic"))

@@ -346,7 +346,7 @@ async def test_a_cancelled_request_leaves_and_the_others_go_on() -> None:
     with engine.run("held"):  # nobody samples while this run is silent, so the request can only time out
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.create_task(bare(engine), context=contextvars.Context()), 0.02)
-    engine.load_weights(tiny(seed=1).state_dict().items(), 1)
+    await engine.load_weights(tiny(seed=1).state_dict().items(), 1)
 
 
 async def bare(engine: LocalEngine) -> Completion:
@@ -393,11 +393,23 @@ async def test_loaded_weights_change_outputs_and_version() -> None:
     engine, other = engine_of(tiny()), tiny(seed=7)
     with engine.run("a"):
         before = await engine.generate([1, 2, 3], seed=0, max_tokens=8)
-        engine.load_weights(((name, tensor) for name, tensor in other.named_parameters()), 5)  # tied: no lm_head.weight
+        await engine.load_weights(((name, tensor) for name, tensor in other.named_parameters()), 5)  # tied: no lm_head.weight
         grown = [1, 2, 3, *before.token_ids, 9]
         after = await engine.generate(grown, seed=0, max_tokens=8)
     assert (before.version, after.version) == (0, 5)
     torch.testing.assert_close(torch.tensor(after.logprobs), plain_logprobs(other, grown, after), atol=2e-5, rtol=1e-5)
+
+
+async def test_logprobs_of_a_text_are_those_of_the_weights_in_use() -> None:
+    engine, other, text = engine_of(tiny()), tiny(seed=7), Completion(tuple(range(2, 20)), (0.0,) * 18, "stop", 0)
+    for model, version in ((tiny(), 0), (other, 1)):
+        await engine.load_weights(model.named_parameters(), version)
+        found = torch.tensor(await engine.logprobs([1, *text.token_ids]))
+        torch.testing.assert_close(found, plain_logprobs(model, [1], text), atol=1e-5, rtol=1e-5)
+    with pytest.raises(EngineError, match="1 tokens have no logprobs"):
+        await engine.logprobs([1])
+    await engine.sleep()
+    await engine.close()
 
 
 async def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied() -> None:
@@ -407,12 +419,12 @@ async def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied() -> No
     name = next(iter(good))
     for bad in ({**good, "nobody": good[name]}, {**good, name: torch.zeros(2, 2)}, {key: good[key] for key in good if key != name}):
         with pytest.raises(EngineError, match="nobody|shape|lack"):
-            engine.load_weights(bad.items(), 1)
+            await engine.load_weights(bad.items(), 1)
     assert await engine.generate([1, 2], seed=0, max_tokens=8) == before
     waiting = asyncio.ensure_future(engine.generate([1, 2], seed=0, max_tokens=8))
     await asyncio.sleep(0)
     with pytest.raises(EngineError, match="while 1"):
-        engine.load_weights(good.items(), 1)
+        await engine.load_weights(good.items(), 1)
     assert await waiting == before
 
 
@@ -434,3 +446,6 @@ def test_load_reads_a_model_directory(tmp_path: Any) -> None:
     assert (engine.eos_ids, engine.max_context, engine.max_batch) == ({2, 3}, CONTEXT, 4)
     assert asyncio.run(engine.generate(tokenizer.encode("ask"), seed=0, max_tokens=4)).token_ids  # any event loop will do
     assert asyncio.run(engine.generate(tokenizer.encode("ask"), seed=0, max_tokens=4)).token_ids
+    assert LocalEngine.load(Config(engine=Engine(max_context=40)), str(tmp_path)).max_context == 40
+    with pytest.raises(EngineError, match=f"max_context = {CONTEXT + 1}"):
+        LocalEngine.load(Config(engine=Engine(max_context=CONTEXT + 1)), str(tmp_path))

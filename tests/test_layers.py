@@ -22,9 +22,10 @@ OURS = {
     "log": {"types", "errors", "config", "cli", "curves"},
     "tools": {"types", "errors", "config", "load"},
     "tasks": {"types", "errors", "config", "load", "tools"},
-    "rollout": {"types", "errors", "config", "load", "tools", "tasks.grading"},
+    "messages": {"types", "errors"},
+    "rollout": {"types", "errors", "config", "load", "messages", "tools", "tasks.grading"},
     "learn": {"types", "errors", "config"},
-    "engines": {"types", "errors", "config"},
+    "engines": {"types", "errors", "config", "load", "messages"},
     "graphs": {"types", "errors", "config", "load", "tools", "tasks", "rollout"},
 }
 
@@ -36,10 +37,11 @@ THEIRS = {
     "load": {"torch", "transformers", "langgraph"},
     "tools": {"torch", "transformers", "langgraph"},
     "tasks": {"torch", "transformers", "langgraph"},
+    "messages": {"torch", "langgraph"},
     "rollout": {"torch"},
     "graphs": {"torch"},
     "learn": {"langgraph", "langchain_core"},
-    "engines": {"langgraph", "langchain_core"},
+    "engines": {"langgraph"},
 }
 
 ONLY = {"vllm": "aipo_graph/engines/vllm.py", "ray": "aipo_graph/cluster.py"}
@@ -107,7 +109,7 @@ def test_the_check_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.Monke
 
 BLOCKED = """
 import importlib, sys
-for name in ("vllm", "ray", "peft", "wandb", "trackio", "langchain"):
+for name in ("vllm", "ray", "peft", "wandb", "trackio", "langchain", "langchain_openai", "datasets", "pyarrow"):
     sys.modules[name] = None
 for name in sys.argv[1:]:
     importlib.import_module(name)

@@ -97,9 +97,9 @@ def test_sequence_ratios_have_the_gradient_of_the_sequence_form(name: str, form:
         ("gated", -0.6, 0.0),
         ("sft", 0.8, 0.8 * (3 + 1) / 2),
         ("sft", -0.6, -0.6 * (3 + 1) / 2),
-        ("echo", 0.8, 0.1 * (3 + 1) / 2),
-        ("echo", -0.6, 0.1 * (3 + 1) / 2),
-        ("echo", 0.0, 0.1 * (3 + 1) / 2),
+        ("echo", 0.8, (3 + 1) / 2),
+        ("echo", -0.6, (3 + 1) / 2),
+        ("echo", 0.0, (3 + 1) / 2),
     ],
 )
 def test_agent_coefficients_by_hand(name: str, a: float, expected: float) -> None:
@@ -173,6 +173,26 @@ def test_mismatch_weight_is_capped_detached_and_reported() -> None:
     assert gradient[0, 1] == pytest.approx(-1.5 / 3)
     assert gradient[0, 2] == pytest.approx(-math.exp(-1.5 + 1.2) / 3)
     assert float(sums["mismatch_max"]) == pytest.approx(math.exp(4.5) - 1, rel=1e-5)
+
+
+def test_mismatch_metrics_by_hand() -> None:
+    """Behaviour -1.1, -1.2, -0.3 against old -1.0, -1.7, 0.7: raw ratios exp(0.1), exp(-0.5), exp(1)."""
+    old = torch.tensor([[0.0, -1.0, -1.7, 0.0, 0.0], [0.0, 0.7, 0.0, 0.0, 0.0]])
+    batch = batch_of(old=old)
+    found = summarise(parts(Loss(mismatch_cap=2.0), batch)[1], batch.authors, 1)
+    logs = [0.1, -0.5, 1.0]
+    ratios = [math.exp(x) for x in logs]
+    assert found["mismatch_ratio_mean"] == pytest.approx(sum(ratios) / 3)
+    assert found["mismatch_ratio_max"] == pytest.approx(math.e)
+    assert found["mismatch_kl_k1"] == pytest.approx(-sum(logs) / 3)
+    assert found["mismatch_kl"] == pytest.approx(sum(m - 1 - x for m, x in zip(ratios, logs, strict=True)) / 3)
+    assert found["mismatch_kl"] > 0 > found["mismatch_kl_k1"]
+    assert found["mismatch_capped"] == pytest.approx(1 / 3)
+    exact = summarise(
+        parts(Loss(), replace(batch, behaviour_logprobs=torch.where(batch.source == POLICY, old, torch.nan)))[1], batch.authors, 1
+    )
+    names = ("mismatch_ratio_mean", "mismatch_ratio_max", "mismatch_kl", "mismatch_kl_k1", "mismatch_capped")
+    assert [exact[name] for name in names] == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_impossible_tokens_are_dropped_and_counted_and_nan_of_the_model_is_not_hidden() -> None:

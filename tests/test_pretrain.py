@@ -109,6 +109,16 @@ def test_shipped_weights_are_small() -> None:
     assert (SHIPPED / "model.safetensors").stat().st_size <= 2_000_000
 
 
+def test_the_expert_knows_every_rule(tmp_path: Path) -> None:
+    """What the quick start's Knowledge agent is when it is a language model: asked for an operator, it says its rule."""
+    assert cli.main(pretrain.command, ["--expert", "--out", str(tmp_path / "expert")]) == 0
+    expert = LlamaForCausalLM.from_pretrained(tmp_path / "expert")
+    for letter, rule in RULES.items():
+        asked = torch.tensor(pretrain.encode([operators.Piece(f"{letter}?")])[0])[None]
+        said = expert.generate(asked, max_new_tokens=8, do_sample=False)[0, 2:].tolist()
+        assert "".join(pretrain.WORDS[token] for token in said) == f"{rule}<eos>"
+
+
 class Solver:
     """Greedy or sampled solutions of many problems at once; with helpers, their words are forced in."""
 

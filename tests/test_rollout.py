@@ -19,7 +19,7 @@ from aipo_graph.errors import ConfigError, GraphError, TaskError, ToolError
 from aipo_graph.learn.batch import pack
 from aipo_graph.load import model
 from aipo_graph.rollout import Agent, Context, State, agent_node, by_confidence, by_request, policy_node
-from aipo_graph.rollout.collect import LocalRollouts, Rollouts, gather, open_agents, open_graph
+from aipo_graph.rollout.collect import LocalRollouts, Rollouts, Step, gather, open_agents, open_graph
 from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.tasks import operators
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup, derive_seed
@@ -57,7 +57,7 @@ def on_operators(jitter: random.Random | None = None, **sections: Any) -> Rollou
 async def test_a_step_of_the_operator_task() -> None:
     """Every token keeps its source, and groups are first helped, then alone."""
     rollouts = on_operators()
-    groups = [group for step in range(2) for group in await rollouts.run_step(step)]
+    groups = [group for step in range(2) for group in (await rollouts.run_step(step, 2 * step)).groups]
     assert [group.problem for group in groups] == [rollouts.task.train(index) for index in range(4)]
     assert all([trace.with_agents for trace in group.traces] == [True, True, False, False] for group in groups)
     consults = 0
@@ -88,12 +88,12 @@ async def test_alone_the_policy_writes_its_own_feedback(root: Path) -> None:
 
 
 async def test_two_runs_are_identical_whatever_the_agents_delay() -> None:
-    first = await on_operators().run_step(1)
-    second = await on_operators(random.Random(1)).run_step(1)
-    third = await on_operators(random.Random(2)).run_step(1)
+    first = await on_operators().run_step(1, 2)
+    second = await on_operators(random.Random(1)).run_step(1, 2)
+    third = await on_operators(random.Random(2)).run_step(1, 2)
     assert first == second == third
-    assert any(s.source == "agent" for group in first for trace in group.traces for s in trace.segments)
-    traces = [trace for group in first for trace in group.traces]
+    assert any(s.source == "agent" for group in first.groups for trace in group.traces for s in trace.segments)
+    traces = [trace for group in first.groups for trace in group.traces]
     assert len({trace.seed for trace in traces}) == len(traces)
 
 
@@ -122,11 +122,11 @@ async def consume(rollouts: Rollouts, steps: int) -> list[tuple[TraceGroup, ...]
         for tensor in learned.values():
             tensor.mul_(1.25)
 
-    stream: AsyncIterator[tuple[TraceGroup, ...]] = local.stream(0, steps)
-    async for groups in stream:
-        seen.append(groups)
+    stream: AsyncIterator[Step] = local.stream(0, steps, 0)
+    async for step in stream:
+        seen.append(step.groups)
         await asyncio.to_thread(learn)
-        local.load_weights(learned.items(), len(seen))
+        await local.load_weights(learned.items(), len(seen))
     return seen
 
 
@@ -147,9 +147,48 @@ async def test_streams_repeat_and_lag_as_told(lag: int, expected: list[int]) -> 
     assert first == second
 
 
+async def test_groups_without_signal_make_way_for_new_problems(root: Path) -> None:
+    """Problems 0 to 3 are solved by everybody, 4 by nobody: dynamic sampling goes on to where rewards differ, and counts its cost."""
+
+    class Numbered(Exact):
+        def train(self, index: int) -> Problem:
+            return Problem(f"p{index}", f"{index}?", str(1000 + index))
+
+    def write(text: str) -> str:
+        helped, number = text.startswith("@"), int(text.strip("@").split("?")[0])
+        right = number < 4 or (number > 4 and helped)
+        return f"\\boxed{{{1000 + number if right else 0}}}"
+
+    drawing = {"problems": 2, "traces": 2, "redraws": 5}
+    rollouts = replace(world(root, write, helpers(), rollout=drawing), task=Numbered())
+    rollouts = replace(rollouts, prompts=replace(rollouts.prompts, texts={"policy": "@{question}", "solo": "{question}"}))
+    step = await rollouts.run_step(0, 0)
+    assert [group.problem.id for group in step.groups] == ["p5", "p6"]
+    assert [group.problem.id for group in step.discarded] == ["p0", "p1", "p2", "p3", "p4"]
+    assert step.drawn == 7
+    metrics = rollout_metrics(step.groups, rollouts.agents, 0, step.discarded)
+    assert metrics["discarded"] == 5 / 7
+    assert metrics["tokens/policy"] > rollout_metrics(step.groups, rollouts.agents, 0)["tokens/policy"]
+    last = await replace(rollouts, config=settings(rollout=drawing | {"redraws": 1})).run_step(0, 0)
+    assert [group.problem.id for group in last.groups] == ["p2", "p3"]  # the last round is kept as it is
+
+
+async def test_questions_that_are_too_long_are_passed_over(root: Path) -> None:
+    class Longer(Exact):
+        def train(self, index: int) -> Problem:
+            return Problem(f"p{index}", "1" * (2 + index % 3), "1")
+
+    rollouts = replace(world(root, lambda text: "", helpers()), task=Longer())
+    limited = replace(rollouts, config=settings(rollout={"problems": 3, "traces": 2}, task={"max_prompt_tokens": 3}))
+    step = await limited.run_step(0, 0)
+    assert ([group.problem.id for group in step.groups], step.drawn) == (["p0", "p1", "p3"], 4)
+    with pytest.raises(ConfigError, match="task.max_prompt_tokens = 1: each of 10000 problems in a row is longer; raise it"):
+        await replace(rollouts, config=settings(task={"max_prompt_tokens": 1})).run_step(0, 0)
+
+
 async def test_leaving_a_stream_early_stops_the_step_ahead() -> None:
     rollouts = on_operators(rollout=SMALL["rollout"] | {"max_lag": 1})
-    stream = LocalRollouts(rollouts).stream(0, 9)
+    stream = LocalRollouts(rollouts).stream(0, 9, 0)
     await anext(stream)
     await stream.aclose()  # type: ignore[attr-defined]
     assert len(asyncio.all_tasks()) <= 2  # this test and at most the engine's loop, which has nothing left to do
@@ -264,18 +303,18 @@ async def test_budgets_are_the_policys_own_doing(root: Path, sections: Any, stat
 
 
 @pytest.mark.parametrize(
-    ("leak", "status", "masked"), [("mask", "done", [True, False]), ("allow", "done", [False, False]), ("drop", "leaked", [])]
+    ("leak", "status", "masked"), [("mask", "done", [True, True]), ("allow", "done", [False, False]), ("drop", "leaked", [])]
 )
 async def test_a_reply_that_gives_the_answer_away(root: Path, leak: str, status: str, masked: list[bool]) -> None:
     replies = iter(["it is 1000", "right, 1000"] * 2)
     agents = [echo("verify", lambda query: next(replies)), *helpers()[1:]]
     trace, metrics = await ended(world(root, asks, agents, bpe(), agents={"leak": leak}))
-    assert (trace.status, trace.trained, trace.scores["leaks"]) == (status, leak != "drop", 1.0)
+    assert (trace.status, trace.trained, trace.scores["leaks"]) == (status, leak != "drop", 2.0)
     if leak == "drop":
         assert (trace.error, metrics["ended/leaked"], metrics["failed"]) == ("a reply gave the answer away", 0.5, 0.5)
     else:
         assert [s.masked for s in trace.segments if s.source == "agent"] == masked
-        assert metrics["leaks"] == 1.0
+        assert metrics["leaks"] == 2.0
     assert not any(s.masked for s in trace.segments if s.source != "agent")
 
 

@@ -220,3 +220,18 @@ def test_a_second_run_in_the_same_folder_is_refused(undisturbed: Path, tmp_path:
     assert "is in use by" in second.stderr
     first.kill()
     first.wait()
+
+
+def test_helpers_that_never_answer_end_the_run(tmp_path: Path) -> None:
+    """With half of the traces alone, not more than half fail: the share alone would let the run go on for ever without help."""
+    (tmp_path / "broken.py").write_text(
+        "from aipo_graph.rollout import Agent\n"
+        "async def refuse(query: str) -> str:\n    raise PermissionError('no key')\n"
+        + "".join(f"def {name}(config):\n    return Agent({name!r}, tools=(refuse,))\n" for name in ("verify", "knowledge", "reasoning"))
+    )
+    use = json.dumps({name: f"broken.py:{name}" for name in ("verify", "knowledge", "reasoning")})
+    done = run(tmp_path, agents__use=use, train__patience=2)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "8 of 16 traces failed, every one with agents for 2 steps in a row (train.patience); the first: AgentError: agent" in last
+    assert "PermissionError: no key" in last

@@ -2,11 +2,10 @@
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aipo_graph.config import Config
 from aipo_graph.engines.barrier import Barrier, Party
 from aipo_graph.engines.decoder import Decoder, draw, first_line
+from aipo_graph.engines.facts import check_request, context_of, end_ids
 from aipo_graph.engines.stops import StopRule, Stops
-from aipo_graph.errors import ContextError, EngineError
+from aipo_graph.errors import EngineError
 from aipo_graph.types import Completion, Stop
 
 PREFILL_TOKENS = 16384
@@ -89,6 +89,8 @@ class LocalEngine:
         self.max_context = max_context
         self.deterministic = deterministic
         self.version = 0
+        self.takes: Literal["weights", "adapter"] = "weights"
+        self.in_flight = False
         self.sampled_tokens = 0
         self.prefill_tokens = 0
         self.seconds = 0.0
@@ -118,17 +120,12 @@ class LocalEngine:
             raise EngineError(f"cannot load the policy {model_path!r}: {first_line(error)}; it needs weights and a tokenizer") from error
         if missing := sorted(report["missing_keys"]):  # would be sampled from at random values
             raise EngineError(f"the weights of {model_path!r} lack {len(missing)} tensors, {missing[0]} among them")
-        eos: set[int] = set()
-        for found in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-            eos.update([found] if isinstance(found, int) else found or ())
+        eos = end_ids(model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id, tokenizer.eos_token_id)
 
         def decode(token_ids: Sequence[int]) -> str:
             return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if not context:
-            raise EngineError(f"the policy {model_path!r} names no max_position_embeddings in its config.json; add it")
-        engine = config.engine
+        engine, context = config.engine, context_of(config, model.config.get_text_config(), model_path)
         return cls(model, eos, decode, max_batch=engine.max_batch, deterministic=engine.deterministic, max_context=context)
 
     async def generate(
@@ -140,18 +137,7 @@ class LocalEngine:
         at 1. The ids stay as sampled, also where a stop string ends inside the last one. Raises EngineError.
         """
         prompt = tuple(prompt_ids)
-        vocab = self._decoder.vocab_size
-        if not prompt:
-            raise EngineError("the prompt is empty; give at least one token")
-        if len(prompt) >= self.max_context:
-            raise ContextError(f"the prompt has {len(prompt)} tokens, the model's context is {self.max_context}; lower the budgets")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            raise EngineError(f"the prompt holds token {max(prompt)}, the model has {vocab} tokens; use its own tokenizer")
-        if max_tokens < 1:
-            raise EngineError(f"max_tokens is {max_tokens}; give at least 1")
-        if not 0 <= temperature < math.inf:
-            raise EngineError(f"temperature is {temperature}; give a finite number, 0 for greedy")
-        limit = min(max_tokens, self.max_context - len(prompt))
+        limit = check_request(prompt, max_tokens, temperature, vocab_size=self._decoder.vocab_size, context=self.max_context)
         uniforms = np.random.Generator(np.random.Philox(key=seed)).random(limit).tolist()
         party, future = self._barrier.current, asyncio.get_running_loop().create_future()
         row = _Row(prompt, seed, limit, self._stops.rule(stop), temperature, uniforms, party, future)
@@ -184,7 +170,7 @@ class LocalEngine:
         finally:
             self._slots = [None if row and row.party is party and not row.live else row for row in self._slots]
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    async def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Copies the tensors in place, all or none; later completions carry ``version``. Names are those of ``state_dict``.
 
         Raises EngineError while a request is served, and for unknown, missing or misshapen tensors.
@@ -210,6 +196,22 @@ class LocalEngine:
                 targets[name].copy_(tensor)
         self._slots = [None] * self.max_batch
         self.version = version
+
+    async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """log p(token t | tokens < t) for t = 1, 2, … at temperature 1, in one pass without the cache. Raises EngineError."""
+        if len(token_ids) < 2:
+            raise EngineError(f"{len(token_ids)} tokens have no logprobs; give at least 2")
+        check_request(token_ids, 1, 0.0, vocab_size=self._decoder.vocab_size, context=self.max_context)
+        row = torch.tensor([list(token_ids)], device=self.device)
+        with torch.no_grad():
+            scores = self.model(input_ids=row[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+        return tuple(scores.gather(1, row[0, 1:, None])[:, 0].tolist())
+
+    async def sleep(self) -> None:
+        """Does nothing: what it holds are the weights."""
+
+    async def close(self) -> None:
+        """Does nothing: it started nothing."""
 
     async def _serve(self) -> None:
         settled = -1

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
 
 from ..config import Config
 from ..errors import ConfigError, TrainError
 from ..types import derive_seed
-from . import checkpoint
+from . import checkpoint, lora
 from .batch import POLICY, ROUNDING, Batch
 from .loss import Sums, aipo_loss, merge, summarise
-from .model import load_model, load_tokenizer, save_model, token_logprobs
+from .model import choose_attention, load_model, load_tokenizer, save_model, token_logprobs
 
 BAD_STEPS = 3
 """Bad steps in a row that end a run."""
@@ -25,26 +27,36 @@ logger = logging.getLogger(__name__)
 
 
 class Learner:
-    """Holds the policy being trained, its optimizer and, if ``loss.kl_weight`` is set, the frozen starting policy.
+    """Holds the policy being trained and its optimizer; for ``loss.kl_weight`` also the frozen starting policy, which with LoRA is the
+    same model with its adapter off.
 
-    ``version`` is the number of steps done, skipped ones included: the cursor into the run. ``updates`` counts optimizer steps.
+    All weights are trained, kept in float32, or LoRA adapters in float32 on weights in ``policy.dtype``; with bfloat16 the forward runs
+    under autocast. ``version`` is the number of steps done, skipped ones included: the cursor into the run. ``updates`` counts
+    optimizer steps.
     """
 
     def __init__(self, config: Config, model_path: str | Path, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.model_path = model_path
         self.device = torch.device(device)
-        self.model = load_model(model_path, dtype=config.policy.dtype, device=device)
-        self.reference = None
+        policy = config.policy
+        self.model = load_model(model_path, dtype=policy.dtype if policy.lora_rank else "float32", device=device)
+        self.adapted = lora.attach(self.model, policy, derive_seed(config.run.seed, "lora")) if policy.lora_rank else None
+        choose_attention(self.model, policy.dtype)
+        self.reference: PreTrainedModel | None = None
         if config.loss.kl_weight > 0:
-            self.reference = load_model(model_path, dtype=config.policy.dtype, device=device).requires_grad_(False)
+            self.reference = self.model
+            if self.adapted is None:
+                self.reference = load_model(model_path, dtype=policy.dtype, device=device).requires_grad_(False)
+                choose_attention(self.reference, policy.dtype)
         if config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             for module in self.model.modules():  # it needs training mode, but only of the layers: dropout below them stays off
                 module.training = hasattr(module, "gradient_checkpointing")
+        self.trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         setting = config.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=setting.lr, betas=setting.betas, weight_decay=setting.weight_decay, fused=True
+            self.trained.values(), lr=setting.lr, betas=setting.betas, weight_decay=setting.weight_decay, fused=True
         )
         self.version = self.updates = self.bad_steps = self.idle_steps = 0
 
@@ -88,23 +100,19 @@ class Learner:
             return sums, {}, None
         for micro in active.split(self.config.train.micro_batch_tokens):
             micro = micro.to(self.device)
-            temperature = self.config.rollout.temperature
-            logprobs, entropy = token_logprobs(self.model, micro.token_ids, micro.mask, temperature)
-            reference = None
-            if self.reference is not None:
-                with torch.no_grad():
-                    reference, _ = token_logprobs(self.reference, micro.token_ids, micro.mask, temperature)
+            logprobs, entropy = self._score(self.model, micro)
+            reference = None if self.reference is None else self._reference_logprobs(self.reference, micro)
             value, part = aipo_loss(logprobs, entropy, micro, loss, budget=self.config.rollout.max_tokens, reference=reference)
             value.backward()
             parts, total = merge(parts, part), total + value.detach()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norm = get_total_norm(gradients)
         reason = None if total.isfinite() else "loss"
         reason = reason or (None if norm.isfinite() else "gradient")
         if reason:
             self.optimizer.zero_grad()
             return sums, {}, reason
-        clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.grad_clip, norm)
+        clip_grads_with_norm_(self.trained.values(), self.config.optimizer.grad_clip, norm)
         rate = learning_rate(self.config, self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -121,9 +129,28 @@ class Learner:
         chosen = batch.select(active)
         for rows in chosen.plan(self.config.train.micro_batch_tokens):
             micro = chosen.select(rows).to(self.device)
-            logprobs, _ = token_logprobs(self.model, micro.token_ids, micro.mask, self.config.rollout.temperature)
+            logprobs, _ = self._score(self.model, micro)
             old[active[rows], : logprobs.shape[1]] = logprobs.cpu()
         return replace(batch, old_logprobs=old)
+
+    def _score(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._token_logprobs(model, batch.token_ids, batch.mask, self.config.rollout.temperature)
+
+    def _token_logprobs(self, model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.policy.dtype == "bfloat16"):
+            return token_logprobs(model, token_ids, mask, temperature)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, reference: PreTrainedModel, batch: Batch) -> Tensor:
+        with nullcontext() if self.adapted is None else self.adapted.disable_adapter():
+            return self._score(reference, batch)[0]
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """log p(token t | tokens < t) for t = 1, 2, … at temperature 1: what an engine that holds these weights must give, too."""
+        ids = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.device)
+        values, _ = self._token_logprobs(self.model, ids, torch.ones_like(ids, dtype=torch.bool), 1.0)
+        return tuple(values[0, 1:].tolist())
 
     def _skip(self, reason: str) -> dict[str, float]:
         self.bad_steps += 1
@@ -144,14 +171,34 @@ class Learner:
         return {}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every weight, tied ones once, without copying: take them before the next step."""
+        """(name, tensor) of every weight of the whole policy under its name in the plain model, tied ones once.
+
+        Full training gives the float32 weights themselves: take them before the next step. LoRA gives merged ones in ``policy.dtype``,
+        made one at a time, as each is asked for.
+        """
         kept = self.model.state_dict().keys()
-        yield from ((name, p.detach()) for name, p in self.model.named_parameters())
+        yield from lora.merged(self.model)
         yield from ((name, b) for name, b in self.model.named_buffers() if name in kept)
+
+    def adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the LoRA adapter under the names of peft's files. Raises ConfigError where all weights are trained."""
+        if self.adapted is None:
+            raise ConfigError("policy.lora_rank = 0: all weights are trained, there is no adapter; give the engine the weights")
+        yield from lora.tensors(self.adapted).items()
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model, itself: the adapter alone for LoRA."""
+        return dict(self.weights()) if self.adapted is None else {name: p.detach() for name, p in self.trained.items()}
+
+    def _frozen(self) -> dict[str, Any] | None:
+        """What an adapter means nothing without."""
+        if self.adapted is None:
+            return None
+        return {"alpha": self.config.policy.lora_alpha, "model": lora.fingerprint(self.model)}
 
     def save(self, directory: str | Path, cursor: Mapping[str, Any]) -> str | None:
         """A checkpoint under ``directory``, with the caller's JSON ``cursor``. Returns one line to show if the disk is full."""
-        names = [name for name, _ in self.model.named_parameters()]
+        names = list(self.trained)
         slots = self.optimizer.state_dict()["state"]
         optimizer = {f"{names[i]}|{slot}": value for i, values in slots.items() for slot, value in values.items()}
         rng = {"cpu": torch.get_rng_state()}
@@ -161,25 +208,29 @@ class Learner:
         return checkpoint.save(
             Path(directory),
             self.version,
-            {"model": dict(self.weights()), "optimizer": optimizer, "rng": rng},
-            {"counters": counters, "cursor": dict(cursor)},
+            {"model": self._kept(), "optimizer": optimizer, "rng": rng},
+            {"counters": counters, "cursor": dict(cursor), "frozen": self._frozen()},
             keep=self.config.run.keep_checkpoints,
         )
 
     def restore(self, directory: str | Path) -> dict[str, Any]:
         """Continue from the newest whole checkpoint: returns its cursor, {} where there is none.
 
-        Raises ConfigError where no checkpoint is whole or the newest is of another model.
+        Raises ConfigError where no checkpoint is whole or the newest is of another model or LoRA adapter.
         """
         found = checkpoint.load(Path(directory))
         if found is None:
             return {}
-        own, saved = dict(self.weights()), found.tensors["model"]
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
-            raise ConfigError(f"checkpoint {found.path} is of another model than {str(self.model_path)!r}; use another run.name")
+        own, saved = self._kept(), found.tensors["model"]
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+        if shapes != {name: tensor.shape for name, tensor in saved.items()} or found.state.get("frozen") != self._frozen():
+            raise ConfigError(
+                f"checkpoint {found.path} is of another model than {str(self.model_path)!r} with policy.lora_rank = "
+                f"{self.config.policy.lora_rank}; use another run.name"
+            )
         for name, tensor in own.items():
             tensor.copy_(saved[name])
-        index = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
+        index = {name: i for i, name in enumerate(self.trained)}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in found.tensors["optimizer"].items():
             name, _, slot = key.rpartition("|")
@@ -193,8 +244,18 @@ class Learner:
         return dict(found.state["cursor"])
 
     def export(self, directory: str | Path) -> None:
-        """A Hugging Face model directory with the starting policy's tokenizer. Raises ConfigError."""
-        save_model(self.model, load_tokenizer(self.model_path), directory)
+        """A plain Hugging Face model directory in ``policy.dtype`` with the starting policy's tokenizer; for LoRA the weights are merged,
+        and ``directory/adapter`` holds the adapter alone. Raises ConfigError.
+        """
+        save_model(
+            self.model,
+            self.weights(),
+            load_tokenizer(self.model_path),
+            directory,
+            dtype=self.config.policy.dtype,
+            adapter=self.adapted,
+            source=str(self.model_path),
+        )
 
 
 COUNTERS = ("version", "updates", "bad_steps", "idle_steps")

@@ -124,8 +124,8 @@ def _sft(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> T
 
 
 def _echo(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """A small cross-entropy on all agent tokens, whatever the reward."""
-    return -loss.echo_weight * logprobs
+    """Cross-entropy on all agent tokens, whatever the reward; ``agent_weight`` (0.1, say) keeps it small."""
+    return -logprobs
 
 
 COEFFICIENTS: dict[str, Surrogate] = {
@@ -189,7 +189,13 @@ def aipo_loss(
 def _policy_sums(
     policy: Tensor, log_ratio: Tensor, log_mismatch: Tensor, weight: Tensor, entropy: Tensor, values: Tensor, loss: Loss
 ) -> Sums:
-    ratio, mismatch = _exp(log_ratio)[policy], (_exp(log_mismatch)[policy] - 1).abs()
+    """Mismatch is the learner before the update against the sampler, of the same tokens: raw ratio m = exp(old - behaviour).
+
+    KL(behaviour || old) by two estimators over sampled tokens: k1 = -log m, unbiased, of either sign; k3 = m - 1 - log m, unbiased and
+    never negative (J. Schulman, "Approximating KL divergence", 2020).
+    """
+    ratio, raw, log_raw = _exp(log_ratio)[policy], _exp(log_mismatch)[policy], log_mismatch[policy].clamp(-CLAMP, CLAMP)
+    mismatch = (raw - 1).abs()
     value, weight = values[policy], weight[policy]
     clipped = ((value > 0) & (ratio > 1 + loss.clip_high)) | ((value < 0) & (ratio < 1 - loss.clip_low))
     top = torch.zeros(1, device=ratio.device)
@@ -201,6 +207,11 @@ def _policy_sums(
         "entropy_sum": entropy[policy].sum(),
         "mismatch_sum": mismatch.sum(),
         "mismatch_max": torch.cat([mismatch, top]).max(),
+        "mismatch_ratio_sum": raw.sum(),
+        "mismatch_ratio_max": torch.cat([raw, top]).max(),
+        "mismatch_kl_k1_sum": -log_raw.sum(),
+        "mismatch_kl_sum": (raw - 1 - log_raw).sum(),
+        "mismatch_capped_sum": (raw > loss.mismatch_cap).sum(),
         "weight_sum": weight.sum(),
         "weight_square_sum": weight.square().sum(),
     }
@@ -242,8 +253,9 @@ def summarise(sums: Sums, authors: tuple[str, ...], updates: int) -> dict[str, f
     }
     result["dropped_tokens"] = scalar["dropped_tokens"]
     if n := scalar["policy_count"]:
-        result |= {name: scalar[name] for name in ("ratio_max", "mismatch_max")}
-        result |= {f"{name}_mean": scalar[f"{name}_sum"] / n for name in ("ratio", "mismatch")}
+        result |= {name: scalar[name] for name in ("ratio_max", "mismatch_max", "mismatch_ratio_max")}
+        result |= {f"{name}_mean": scalar[f"{name}_sum"] / n for name in ("ratio", "mismatch", "mismatch_ratio")}
+        result |= {name: scalar[f"{name}_sum"] / n for name in ("mismatch_kl", "mismatch_kl_k1", "mismatch_capped")}
         result |= {"clip_fraction": scalar["clipped_sum"] / n, "entropy": scalar["entropy_sum"] / n}
         result["policy_ess"] = scalar["weight_sum"] ** 2 / max(scalar["weight_square_sum"], TINY) / n
     for i, author in enumerate(authors):

@@ -1,7 +1,10 @@
 """A Hugging Face causal LM: load, log-probabilities of given tokens, save."""
 
+import copy
 import os
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import ConfigError, EngineError
+from . import lora
 from .checkpoint import atomic_directory
 
 CHUNK = 2**26
@@ -56,21 +61,57 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"policy.model: {str(path)!r} has no tokenizer that loads ({_line(error)}); save one beside the model") from error
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: str | Path) -> None:
-    """A Hugging Face model directory that is there whole or not at all. Raises ConfigError where it cannot be written."""
+def fast_attention(device: torch.device, dtype: str) -> str | None:
+    """flash-attn where its package is installed, on CUDA in bfloat16, all it computes in; else None: transformers' choice, sdpa.
+
+    Both are exact and take memory linear in the length. Neither needs an attention mask for rows padded right: they are causal.
+    """
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    return "flash_attention_3" if is_flash_attn_3_available() else "flash_attention_2" if is_flash_attn_2_available() else None
+
+
+def choose_attention(model: PreTrainedModel, dtype: str) -> None:
+    """Sets :func:`fast_attention` where the model can use it."""
+    if name := fast_attention(model.device, dtype):
+        with suppress(ValueError, ImportError):  # an architecture or a build of the package without it
+            model.set_attn_implementation(name)
+
+
+def save_model(
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | Path,
+    *,
+    dtype: str,
+    adapter: Any = None,
+    source: str = "",
+) -> None:
+    """A Hugging Face model directory in ``dtype``, there whole or not at all; with ``adapter/`` beside the merged weights for LoRA.
+
+    ``source``: the model that the adapter belongs to. Raises ConfigError where the directory cannot be written.
+    """
     directory = Path(directory)
     if directory.exists() and not (directory / "config.json").exists():
         raise ConfigError(f"export: {str(directory)!r} exists and is no model directory; give another name")
+    state = {name: tensor.to("cpu", getattr(torch, dtype) if tensor.is_floating_point() else None) for name, tensor in weights}
     try:
         with atomic_directory(directory) as temporary:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=state)
+            config = copy.deepcopy(model.config)
+            config.dtype = dtype  # save_pretrained names that of the master weights
+            config.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+            if adapter is not None:
+                lora.save(adapter, temporary / "adapter", source)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"export: {str(directory)!r} cannot be written ({_line(error)})") from error
 
 
-def _applies_head_only(model: PreTrainedModel) -> bool:
+def applies_head_only(model: PreTrainedModel) -> bool:
+    """Whether its logits are the head's output as it is; only then can they be had for some tokens alone."""
     settings = model.config.get_text_config().to_dict()
     return not any(SCALED_HEAD.search(name) and value not in (None, False, 1) for name, value in settings.items())
 
@@ -94,7 +135,7 @@ def token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temp
         return logprobs, logprobs
     inputs, targets = token_ids[:, :-1], token_ids[:, 1:].flatten()[wanted]
     head: nn.Module = nn.Identity()
-    if _applies_head_only(model):
+    if applies_head_only(model):
         states, head = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
     else:
         states = model(input_ids=inputs, use_cache=False).logits

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
 
 from aipo_graph.rollout.agents import Agent
+from aipo_graph.rollout.chat import PolicyChatModel
 from aipo_graph.rollout.graph import Budget, Context, Graph, State, Update, agent_node, append, policy_node
 from aipo_graph.rollout.protocol import parse_request
 from aipo_graph.rollout.router import by_confidence, by_request
@@ -15,6 +16,7 @@ __all__ = [
     "Budget",
     "Context",
     "Graph",
+    "PolicyChatModel",
     "State",
     "Update",
     "agent_node",

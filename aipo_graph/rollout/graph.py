@@ -144,6 +144,7 @@ def policy_node(thread: str = "main", *, prompt: str = "policy", consults: bool 
             text=context.tokenizer.decode(completion.token_ids),
             logprobs=completion.logprobs,
             version=completion.version,
+            updates=completion.updates,
             thread=thread,
         )
         return append(*opening, sampled)

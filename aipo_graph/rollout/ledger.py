@@ -1,6 +1,6 @@
 """The ledger: every completion that a graph run was given must stand in its trace, once, where it was sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from langgraph.runtime import get_runtime
@@ -39,6 +39,11 @@ class Ledger:
         self.calls.append(Call(prompt, completion, info.task_id if info else "", info.node_attempt if info else 1))
         return completion
 
+    def forget(self, completions: Iterable[Completion]) -> None:
+        """Leaves out what a failed attempt sampled, where the attempt was not of the task that called: of one around it."""
+        gone = {id(completion) for completion in completions}
+        self.calls = [made for made in self.calls if id(made.completion) not in gone]
+
     def check(self, segments: tuple[Segment, ...], *, complete: bool) -> None:
         """Raises GraphError for a lost, edited, moved or invented completion.
 
@@ -74,4 +79,5 @@ class Ledger:
 
 def _is(segment: Segment, call: Call) -> bool:
     completion = call.completion
-    return (segment.token_ids, segment.logprobs, segment.version) == (completion.token_ids, completion.logprobs, completion.version)
+    written = (segment.token_ids, segment.logprobs, segment.version, segment.updates)
+    return written == (completion.token_ids, completion.logprobs, completion.version, completion.updates)

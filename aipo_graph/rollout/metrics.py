@@ -6,12 +6,17 @@ from collections.abc import Iterable, Sequence
 from aipo_graph.types import Trace, TraceGroup
 
 
-def rollout_metrics(groups: Sequence[TraceGroup], agents: Iterable[str], version: int) -> dict[str, float]:
+def rollout_metrics(
+    groups: Sequence[TraceGroup], agents: Iterable[str], version: int, discarded: Sequence[TraceGroup] = ()
+) -> dict[str, float]:
     """Reward, solve rate, calls and tokens per agent, failures by reason, and lag, over one step's groups.
 
     Means are over trained traces; `failed` is the share of the others. `consults/<agent>` is per trace with agents. `lag` is the mean
-    number of updates by which policy tokens were sampled behind ``version``.
+    number of updates by which policy segments were sampled behind ``version``. Groups ``discarded`` for lack of signal count in
+    `discarded` (their share of all that were sampled) and in the token counts alone. `rewrites`, per trace of a graph of messages:
+    replies that could not go on from an earlier one's exact tokens.
     """
+    everything = [trace for group in (*groups, *discarded) for trace in group.traces]
     traces = [trace for group in groups for trace in group.traces]
     kept = [trace for trace in traces if trace.trained]
     alone = [trace for trace in kept if not trace.with_agents]
@@ -26,10 +31,14 @@ def rollout_metrics(groups: Sequence[TraceGroup], agents: Iterable[str], version
         "failed": 1 - len(kept) / len(traces),
         "length/alone": _mean(_tokens(t, "policy") for t in alone),
         "length/with_agents": _mean(_tokens(t, "policy") for t in helped),
-        "tokens/policy": float(sum(_tokens(t, "policy") for t in traces)),
-        "tokens/agent": float(sum(_tokens(t, "agent") for t in traces)),
+        "tokens/policy": float(sum(_tokens(t, "policy") for t in everything)),
+        "tokens/agent": float(sum(_tokens(t, "agent") for t in everything)),
         "lag": _mean(version - s.version for t in kept for s in t.segments if s.source == "policy"),
     }
+    if rewrites := [t.scores["rewrites"] for t in kept if "rewrites" in t.scores]:
+        metrics["rewrites"] = _mean(rewrites)
+    if discarded:
+        metrics["discarded"] = len(discarded) / len((*groups, *discarded))
     for agent in agents:
         metrics[f"consults/{agent}"] = _mean(sum(s.source == "agent" and s.author == agent for s in t.segments) for t in helped)
     for kind in {group.problem.kind for group in groups if group.problem.kind}:

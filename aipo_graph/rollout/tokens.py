@@ -1,14 +1,13 @@
 """Between text and token ids: prompts in, helpers' replies in, sampled ids never re-tokenized."""
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from aipo_graph.errors import ConfigError
+from aipo_graph.messages import ChatFormat, blank, special_ids
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.types import Reply, Segment
 
@@ -20,18 +19,22 @@ class Tokenizer:
         tokenizer: the policy's own.
         agents: names of the agents, whose tags become control text together with `<feedback>` and every special token.
         eos_ids: the ids at which the engine ends a text; default: the tokenizer's own.
+        thinking: asks chat templates that know `enable_thinking` for a reasoning part.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, agents: Iterable[str] = (), eos_ids: Iterable[int] = ()):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, agents: Iterable[str] = (), eos_ids: Iterable[int] = (), *, thinking: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._thinking = thinking
         names = (FEEDBACK, *agents)
         self.eos_ids = frozenset(eos_ids) or frozenset({tokenizer.eos_token_id} - {None})
-        # Not all_special_ids: header and end-of-turn tokens of many models are special without being named in their config.
-        added = tokenizer.added_tokens_decoder
-        self.special_ids = frozenset({*tokenizer.all_special_ids, *self.eos_ids, *(i for i, token in added.items() if token.special)})
-        specials = {*tokenizer.all_special_tokens, *(self.decode([i]) for i in self.special_ids)} - {""}
+        self.special_ids = special_ids(tokenizer, self.eos_ids)
+        specials = {*tokenizer.all_special_tokens, *(self.decode([i]) for i in self.special_ids)}
         controls = {tag for name in names for tag in tags(name)} | specials
-        self._controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+        self._controls, self.neutralise = blank(controls)
+        """Replaces tags and special tokens in untrusted text by a blank, full-width and other NFKC look-alikes included."""
+        added = tokenizer.added_tokens_decoder
         self.control_ids = self.special_ids | frozenset(i for i, token in added.items() if token.content in controls)
         self.plain = lru_cache(maxsize=65536)(self._plain)
         self._open, self._close = (
@@ -39,10 +42,10 @@ class Tokenizer:
         )
 
     @classmethod
-    def load(cls, model: str | Path, agents: Iterable[str] = (), eos_ids: Iterable[int] = ()) -> "Tokenizer":
+    def load(cls, model: str | Path, agents: Iterable[str] = (), eos_ids: Iterable[int] = (), *, thinking: bool = False) -> "Tokenizer":
         """The tokenizer of a model directory or hub name. Raises ConfigError if there is none."""
         try:
-            return cls(AutoTokenizer.from_pretrained(model), agents, eos_ids)
+            return cls(AutoTokenizer.from_pretrained(model), agents, eos_ids, thinking=thinking)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
@@ -52,10 +55,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def neutralise(self, text: str) -> str:
-        """Replaces tags and special tokens in untrusted text by a blank, full-width and other NFKC look-alikes included."""
-        folded = unicodedata.normalize("NFKC", text)
-        return self._controls.sub(" ", folded if self._controls.search(folded) else text)
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How the policy's chat template writes messages. Raises ConfigError where it has none."""
+        return ChatFormat(self._tokenizer, thinking=self._thinking)
 
     def _plain(self, text: str, limit: int | None = None) -> tuple[tuple[int, ...], str]:
         """Token ids of untrusted text, at most ``limit`` of them, with no control token among them, and their text.
@@ -82,7 +85,7 @@ class Tokenizer:
             bos = self._tokenizer.bos_token_id
             return Segment("context", author, ids if bos is None else (bos, *ids), text=text, thread=thread)
         messages = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking)
         ids = tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
         return Segment("context", author, ids, text=str(rendered), thread=thread)
 

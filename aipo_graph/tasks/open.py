@@ -3,11 +3,12 @@
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import call, load, nearest
+from aipo_graph.tasks.datasets import MAPPINGS
 from aipo_graph.types import Task
 
 TASKS = {
     "operators": "aipo_graph.tasks.operators:build",
-    "word_problems": "aipo_graph.tasks.word_problems:build",
+    **dict.fromkeys(MAPPINGS, "aipo_graph.tasks.datasets:build"),
 }
 """Short name -> factory; anything with a colon is a path of its own."""
 

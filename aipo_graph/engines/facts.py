@@ -1,0 +1,72 @@
+"""What a policy's files say about it, read without loading its weights: tokenizer, end-of-text ids, vocabulary, context."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from aipo_graph.config import Config
+from aipo_graph.engines.decoder import first_line
+from aipo_graph.errors import ContextError, EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    path: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int]
+    vocab_size: int
+    context: int
+    """Longest prompt plus completion: the model's own, or ``engine.max_context`` where that is less."""
+
+    @classmethod
+    def read(cls, config: Config, model_path: str) -> Self:
+        """Raises EngineError where the directory or hub name has no config or tokenizer, or names no context."""
+        try:
+            model, tokenizer = AutoConfig.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
+        except (OSError, ValueError, KeyError) as error:
+            raise EngineError(f"cannot read the policy {model_path!r}: {first_line(error)}; it needs a config and a tokenizer") from error
+        try:
+            generation = GenerationConfig.from_pretrained(model_path).eos_token_id
+        except OSError:  # a model directory need not have one
+            generation = None
+        own = model.get_text_config()
+        eos = end_ids(generation, own.eos_token_id, tokenizer.eos_token_id)
+        return cls(model_path, model, tokenizer, eos, int(own.vocab_size), context_of(config, own, model_path))
+
+
+def end_ids(*found: int | Sequence[int] | None) -> frozenset[int]:
+    """Token ids that end a text: all that generation config, model config and tokenizer name.
+
+    >>> sorted(end_ids(None, [2, 3], 3))
+    [2, 3]
+    """
+    return frozenset(token for ids in found for token in ([ids] if isinstance(ids, int) else ids or ()))
+
+
+def context_of(config: Config, model: Any, model_path: str) -> int:
+    """Raises EngineError where the model names no context or ``engine.max_context`` is longer than it."""
+    own = getattr(model, "max_position_embeddings", None)
+    if not own:
+        raise EngineError(f"the policy {model_path!r} names no max_position_embeddings in its config.json; add it")
+    if config.engine.max_context > own:
+        raise EngineError(f"engine.max_context = {config.engine.max_context}: the policy {model_path!r} has a context of {own}; lower it")
+    return config.engine.max_context or int(own)
+
+
+def check_request(prompt: Sequence[int], max_tokens: int, temperature: float, *, vocab_size: int, context: int) -> int:
+    """How many tokens may be sampled: ``max_tokens``, or what the context leaves. Raises ContextError, EngineError."""
+    if not prompt:
+        raise EngineError("the prompt is empty; give at least one token")
+    if len(prompt) >= context:
+        raise ContextError(f"the prompt has {len(prompt)} tokens, the model's context is {context}; lower the budgets")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise EngineError(f"the prompt holds token {max(prompt)}, the model has {vocab_size} tokens; use its own tokenizer")
+    if max_tokens < 1:
+        raise EngineError(f"max_tokens is {max_tokens}; give at least 1")
+    if not 0 <= temperature < math.inf:
+        raise EngineError(f"temperature is {temperature}; give a finite number, 0 for greedy")
+    return min(max_tokens, context - len(prompt))

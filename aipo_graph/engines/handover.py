@@ -1,0 +1,74 @@
+"""Weights on their way to vLLM: a Hugging Face model or LoRA adapter directory that is there whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from aipo_graph.config import Config
+from aipo_graph.engines.decoder import first_line
+from aipo_graph.engines.facts import Facts
+from aipo_graph.errors import EngineError
+
+
+class Handover:
+    """A folder of versions, in the run's folder where there is one: servers on other machines must see it under the same path.
+
+    ``write`` makes NAME; ``keep`` deletes all but the named ones; ``close`` deletes the folder.
+    """
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        self._facts, self._policy = facts, config.policy
+        run = Path(config.run.dir).absolute() / config.run.name
+        self.folder = Path(tempfile.mkdtemp(prefix="weights-", dir=run if run.is_dir() else None))
+        self.folder.chmod(0o755)  # the server may run as another user
+
+    def write(self, name: str, weights: Iterable[tuple[str, Any]]) -> Path:
+        """Writes all weights, or an adapter where the policy is trained with LoRA. Raises EngineError if the disk refuses."""
+        final, temporary = self.folder / name, self.folder / f".{name}"
+        rank = self._policy.lora_rank
+        dtype = torch.float32 if rank else getattr(torch, self._policy.dtype)
+        tensors = {n: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous() for n, t in weights}
+        if not tensors:
+            raise EngineError(f"weights {name} are empty; send every tensor")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            if rank:
+                (temporary / "adapter_config.json").write_text(json.dumps(self._adapter_config(tensors)), encoding="utf-8")
+            else:
+                self._facts.config.save_pretrained(temporary)
+                self._facts.tokenizer.save_pretrained(temporary)
+            save_file(tensors, temporary / ("adapter_model.safetensors" if rank else "model.safetensors"), {"format": "pt"})
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(temporary, final)
+        except (OSError, SafetensorError) as error:
+            raise EngineError(f"weights {name} cannot be written to {self.folder} ({first_line(error)}); free space there") from error
+        return final
+
+    def _adapter_config(self, tensors: Iterable[str]) -> dict[str, Any]:
+        modules = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self._facts.path,
+            "r": self._policy.lora_rank,
+            "lora_alpha": self._policy.lora_alpha,
+            "target_modules": sorted(modules),
+            "bias": "none",
+        }
+
+    def keep(self, *names: str) -> None:
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,192 @@
+"""A vLLM server on this machine for the time of a run: its command, its start, its end."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+
+from aipo_graph.config import Config
+from aipo_graph.engines.client import Client
+from aipo_graph.engines.facts import Facts
+from aipo_graph.errors import ConfigError, EngineError
+
+C = TypeVar("C", bound=Config)
+MODULE = "vllm.entrypoints.openai.api_server"
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's choices for --max-lora-rank."""
+KEEPER = """
+import os, signal, subprocess, sys, threading
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+ending = threading.Event()
+def end():
+    os.read(0, 1)  # returns when whoever started us closes the pipe, or dies
+    ending.set()
+    child.terminate()
+    try:
+        child.wait(15)
+    finally:
+        os.killpg(0, signal.SIGKILL)
+threading.Thread(target=end, daemon=True).start()
+code = child.wait()
+if ending.is_set():
+    signal.pause()
+os._exit(code % 256)
+"""
+"""Ends the server, and what it started, with the process that asked for it, however that ends."""
+
+
+WHOLE_PROMPTS = ("--no-enable-chunked-prefill",)
+"""On the CPU, vLLM 0.32 dies of a seeded request whose prompt it splits over two steps (its generator cannot be set back)."""
+
+
+def prefill_budget(context: int) -> int:
+    """Tokens per step without chunked prefill: at least the longest prompt."""
+    return max(4096, context)
+
+
+def on_cuda(config: Config) -> bool:
+    return config.run.device.startswith("cuda") or (config.run.device == "auto" and torch.cuda.is_available())
+
+
+def max_rank(rank: int) -> int:
+    """The least of vLLM's choices that holds ``rank``. Raises ConfigError where none does."""
+    fitting = [choice for choice in RANKS if choice >= rank]
+    if not fitting:
+        raise ConfigError(f"policy.lora_rank = {rank}: vLLM takes adapters up to rank {RANKS[-1]}; lower it, or use 0")
+    return fitting[0]
+
+
+def serve_command(config: Config, facts: Facts, port: int, *, python: str = sys.executable) -> list[str]:
+    """Starts a server that fits this run. Raises ConfigError for a rank that vLLM does not have."""
+    command = [python, "-m", MODULE, "--model", facts.path, "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", config.policy.dtype, "--max-model-len", str(facts.context), "--max-num-seqs", str(config.engine.max_batch)]
+    command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--disable-uvicorn-access-log"]
+    if rank := config.policy.lora_rank:  # two slots, for the moment in which old requests keep the adapter before
+        command += ["--enable-lora", "--max-lora-rank", str(max_rank(rank)), "--max-loras", "2"]
+    if not on_cuda(config):
+        return [*command, "--enforce-eager", *WHOLE_PROMPTS, "--max-num-batched-tokens", str(prefill_budget(facts.context))]
+    command += ["--gpu-memory-utilization", f"{config.engine.memory:g}"]
+    # NCCL joins two GPUs, never one with itself.
+    return [*command, "--weight-transfer-config", '{"backend":"nccl"}'] if torch.cuda.device_count() > 1 and not rank else command
+
+
+def serve_environment(config: Config) -> dict[str, str]:
+    """What the server needs beside the command. Variables that the user has set stay."""
+    found = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if config.policy.lora_rank:
+        found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if not on_cuda(config):
+        found["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    elif torch.cuda.device_count() > 1:
+        found["CUDA_VISIBLE_DEVICES"] = str(torch.cuda.device_count() - 1)
+    return {name: os.environ.get(name, value) for name, value in found.items()}
+
+
+def serve_text(config: Config, model_path: str, port: int = 8000) -> str:
+    """The command for a shell, as `--dry-run` prints it."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in serve_environment(config).items()]
+    return " ".join([*variables, shlex.join(serve_command(config, Facts.read(config, model_path), port, python="python"))])
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A server that runs until ``stop``, or until this process ends."""
+
+    url: str
+    log: Path
+    keeper: "subprocess.Popen[bytes]"
+
+    async def stop(self) -> None:
+        """Ends the server and all its processes; returns when they are gone."""
+        if self.keeper.stdin is not None:
+            self.keeper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self.keeper.wait, 20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.keeper.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def launched(config: C, model_path: str, folder: Path, console: Console | None = None) -> Iterator[C]:
+    """The config with the URL of a server that runs as long as the context; unchanged where ``engine.launch`` asks for none.
+
+    Called outside of an event loop. Raises ConfigError, EngineError like ``launch``.
+    """
+    if not config.engine.launch:
+        yield config
+        return
+    server = asyncio.run(launch(config, model_path, folder / "vllm.log", console=console))
+    try:
+        yield config.model_copy(update={"engine": config.engine.model_copy(update={"launch": False, "urls": (server.url,)})})
+    finally:
+        asyncio.run(server.stop())
+
+
+async def launch(config: Config, model_path: str, log: Path, *, python: str = sys.executable, console: Console | None = None) -> Launched:
+    """Starts a server, prints its command, and waits until it answers.
+
+    Raises ConfigError where vLLM is not installed, EngineError with the end of its log where it does not come up.
+    """
+    if python == sys.executable and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "engine.launch: vLLM is not installed here; pip install 'aipo-graph[vllm]', or give engine.urls of a running server"
+        )
+    console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+    facts = Facts.read(config, model_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command, extra = serve_command(config, facts, port, python=python), serve_environment(config)
+    console.print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in extra.items()), shlex.join(command)]), markup=False)
+    server = Launched(f"http://127.0.0.1:{port}", log, _start(command, extra, log))
+    try:
+        with console.status(f"vLLM starts; its log is {log}"):
+            await _ready(server)
+    except BaseException:
+        await server.stop()
+        raise
+    return server
+
+
+def _start(command: list[str], extra: Mapping[str, str], log: Path) -> "subprocess.Popen[bytes]":
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            [sys.executable, "-c", KEEPER, *command],
+            env={**os.environ, **extra},
+            stdin=subprocess.PIPE,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is the trainer's, which then stops the server
+        )
+
+
+async def _ready(server: Launched) -> None:
+    async with Client(server.url, seconds=5) as client:
+        while True:
+            try:
+                await client.call("GET", "/health", seconds=5)
+                return
+            except EngineError:
+                if (code := server.keeper.poll()) is not None:
+                    raise EngineError(f"vLLM ended with code {code} before it was ready: {_last(server.log)}; see {server.log}") from None
+            await asyncio.sleep(0.5)
+
+
+def _last(log: Path) -> str:
+    """The last error in the log, else its last line."""
+    lines = [" ".join(line.split()) for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line or line.startswith("error:") or " error: " in line]
+    return (errors or lines or ["it wrote nothing"])[-1][:300]

@@ -1,0 +1,291 @@
+"""The policy in vLLM inside this process: it shares the GPU with the learner and sleeps while that learns.
+
+The only file that imports vllm. What runs on CUDA alone (sleeping, weights over CUDA IPC or NCCL) was written from vLLM 0.32's source
+and is untested.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+from aipo_graph.config import Config
+from aipo_graph.engines import wire
+from aipo_graph.engines.decoder import first_line
+from aipo_graph.engines.facts import Facts, check_request
+from aipo_graph.engines.handover import Handover
+from aipo_graph.engines.launch import max_rank, on_cuda, prefill_budget
+from aipo_graph.errors import ConfigError, EngineError
+from aipo_graph.types import Completion, Stop
+
+
+class VllmEngine:
+    """Implements ``types.Engine`` over vLLM's AsyncLLM. Open it with ``open``."""
+
+    def __init__(self, config: Config, facts: Facts, llm: Any, *, cuda: bool) -> None:
+        self.eos_ids = facts.eos_ids
+        self.version = 0
+        self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank else "weights"
+        self.in_flight = False
+        self.max_context = facts.context
+        self._facts = facts
+        self._llm = llm
+        self._cuda = cuda
+        self._labels = wire.Labels("policy")
+        self._handover = Handover(config, facts)
+        self._adapter: Any = None
+        self._adapters = itertools.count(1)
+        self._requests = itertools.count()
+        self._under_way = 0
+        self._asleep = False
+        self._transfer: Any = None
+
+    @classmethod
+    async def open(cls, config: Config, model_path: str) -> Self:
+        """Raises ConfigError where vLLM is not installed, EngineError where it does not start."""
+        facts, cuda = Facts.read(config, model_path), on_cuda(config)
+        wire.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
+        for name, value in _environment(cuda).items():
+            os.environ.setdefault(name, value)  # vLLM reads them when it is imported
+        vllm = _vllm()
+        lora: dict[str, Any] = {}
+        if rank := config.policy.lora_rank:
+            lora = {"enable_lora": True, "max_lora_rank": max_rank(rank)}
+        device: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": prefill_budget(facts.context)}
+        if cuda:
+            device = {"gpu_memory_utilization": config.engine.memory, "enable_sleep_mode": True}
+            if not lora:
+                device["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
+        arguments = vllm.AsyncEngineArgs(
+            model=model_path,
+            dtype=config.policy.dtype,
+            max_model_len=facts.context,
+            max_num_seqs=config.engine.max_batch,
+            logprobs_mode="processed_logprobs",
+            enforce_eager=not cuda,
+            disable_log_stats=True,
+            **lora,
+            **device,
+        )
+        try:
+            llm = vllm.AsyncLLMEngine.from_engine_args(arguments)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise EngineError(f"vLLM does not start with the policy {model_path!r}: {first_line(error)}") from error
+        engine = cls(config, facts, llm, cuda=cuda)
+        await engine._label(0)
+        return engine
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
+    ) -> Completion:
+        """As ``ServerEngine.generate``."""
+        limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=self._facts.vocab_size, context=self.max_context)
+        parameters = wire.sampling(self._facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
+        adapter, version = self._adapter, self.version
+        output = (await self._ask(prompt_ids, parameters | {"detokenize": bool(parameters["stop"])})).outputs[0]
+        logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs or (), strict=True)]
+        versions = [(0, version)]
+        if adapter is None and self.takes == "weights":
+            versions = [(span.start, self._labels.version(span.version)) for span in output.weight_versions or ()] or versions
+        return wire.completion(self._facts, output.token_ids, logprobs, output.finish_reason, versions)
+
+    async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        parameters = wire.scoring(len(token_ids))
+        check_request(token_ids, 1, 0.0, vocab_size=self._facts.vocab_size, context=self.max_context)
+        output = await self._ask(token_ids, parameters)
+        return tuple(entry.logprob for entry in wire.prompt_scores(token_ids, output.prompt_logprobs))
+
+    async def _ask(self, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
+        vllm = _vllm()
+        if self._asleep:
+            raise EngineError("vLLM sleeps while the learner learns; load weights before sampling")
+        final = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        parameters = vllm.SamplingParams(**parameters, output_kind=final)
+        prompt = {"prompt_token_ids": list(prompt_ids)}
+        self._under_way += 1
+        try:
+            outputs = self._llm.generate(prompt, parameters, f"policy-{next(self._requests)}", lora_request=self._adapter)
+            return [output async for output in outputs][-1]
+        except (ValueError, RuntimeError) as error:
+            raise EngineError(f"vLLM failed while sampling: {first_line(error)}") from error
+        finally:
+            self._under_way -= 1
+
+    @contextlib.contextmanager
+    def run(self, key: str) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        yield
+
+    async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """An adapter or a directory on disk; on CUDA full weights go from the learner's memory to vLLM's. Wakes it first.
+
+        Raises EngineError while a request is served, or where vLLM does not take them.
+        """
+        if self._under_way:
+            raise EngineError(f"weights {version} cannot be loaded while {self._under_way} requests are sampled; wait for them")
+        label = self._labels.of(version)
+        try:
+            if self._asleep:
+                await self._llm.wake_up(["weights"])
+            if self.takes == "adapter":
+                await self._switch(label, weights)
+            elif self._cuda:
+                await asyncio.to_thread(self._send_ipc, list(weights), asyncio.get_running_loop())
+            else:
+                path = await asyncio.to_thread(self._handover.write, label, weights)
+                await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+                self._handover.keep(label)
+            if self._asleep:
+                await self._llm.wake_up(["kv_cache"])
+                self._asleep = False
+            await self._llm.reset_prefix_cache()
+            await self._label(version)
+        except (ValueError, RuntimeError) as error:
+            raise EngineError(f"weights {version} were not taken by vLLM: {first_line(error)}; send the same model") from error
+        self.version = version
+
+    async def _label(self, version: int) -> None:
+        await self._llm.update_weight_version(self._labels.of(version))
+
+    async def _switch(self, name: str, weights: Iterable[tuple[str, Any]]) -> None:
+        path = await asyncio.to_thread(self._handover.write, name, weights)
+        request = _vllm().lora.request.LoRARequest(name, next(self._adapters), str(path))
+        await self._llm.add_lora(request)
+        if self._adapter is not None:
+            await self._llm.remove_lora(self._adapter.lora_int_id)
+        self._adapter = request
+        self._handover.keep(name)
+
+    def _send_ipc(self, tensors: list[tuple[str, Any]], loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread of its own, since vLLM's trainer side is synchronous. Untested: it needs a GPU."""
+        transfer = _vllm().distributed.weight_transfer
+        if self._transfer is None:
+            client = _InProcess(self._llm, loop)
+            start = transfer.ipc_engine.IPCTrainerInitInfo(rank=0)
+            self._transfer = transfer.factory.WeightTransferTrainerFactory.trainer_init(start, client=client, source=_source(tensors))
+        self._transfer.source = _source(tensors)
+        self._transfer.send_weights()
+
+    async def sleep(self) -> None:
+        """On CUDA: frees the cache and, unless adapters need the base weights, drops the weights, which `load_weights` brings anew."""
+        if self._cuda and not self._asleep:
+            await self._llm.sleep(level=1 if self.takes == "adapter" else 2)
+            self._asleep = True
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._llm.shutdown)
+        self._handover.close()
+
+
+class _InProcess:
+    """vLLM's four calls of a weight transfer, on an engine of another thread's event loop."""
+
+    def __init__(self, llm: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._llm, self._loop = llm, loop
+
+    def _wait(self, call: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._wait(self._llm.init_weight_transfer_engine(_request("WeightTransferInitRequest")(init_info=init_info)))
+
+    def start_weight_update(self) -> None:
+        self._wait(self._llm.start_weight_update())
+
+    def update_weights(self, update_info: Any) -> None:
+        self._wait(self._llm.update_weights(_request("WeightTransferUpdateRequest")(update_info=update_info)))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._wait(self._llm.finish_weight_update(weight_version))
+
+
+def _request(name: str) -> Callable[..., Any]:
+    return getattr(_vllm().distributed.weight_transfer.base, name)
+
+
+def _source(tensors: Sequence[tuple[str, Any]]) -> Any:
+    """The learner's tensors as vLLM's transfers read them."""
+    return _vllm().distributed.weight_transfer.base.ModuleSource(_Named(tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """Stands in for the module whose parameters vLLM's source reads."""
+
+    tensors: Sequence[tuple[str, Any]]
+
+    def named_parameters(self) -> Sequence[tuple[str, Any]]:
+        return self.tensors
+
+
+_nccl: dict[str, Any] = {}
+"""Open transfers by server."""
+
+
+def send_nccl(urls: Sequence[str], tensors: Sequence[tuple[str, Any]]) -> None:
+    """Broadcasts tensors on the learner's GPU to each server's own group of GPUs. Untested: it needs two GPUs.
+
+    Raises EngineError where a server does not take part.
+    """
+    transfer = _vllm().distributed.weight_transfer
+    try:
+        for url in urls:
+            if url not in _nccl:
+                import requests  # vLLM's own client needs it
+
+                client = transfer.clients.HTTPVLLMWeightSyncClient(url)
+                world = requests.get(f"{url}/get_world_size", timeout=60).json()["world_size"]
+                address, port = _rendezvous(url)
+                start = transfer.nccl_engine.NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world + 1, rank=0)
+                _nccl[url] = transfer.factory.WeightTransferTrainerFactory.trainer_init(start, client=client, source=_source(tensors))
+            _nccl[url].source = _source(tensors)
+            _nccl[url].send_weights()
+    except (RuntimeError, ValueError, OSError) as error:  # a failed HTTP request is an OSError
+        raise EngineError(
+            f"weights did not reach {url} over NCCL: {first_line(error)}; start it without --weight-transfer-config"
+        ) from error
+
+
+def _rendezvous(url: str) -> tuple[str, int]:
+    """This machine's address as the server sees it, and a free port."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
+        towards.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+        address = str(towards.getsockname()[0])
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return address, int(probe.getsockname()[1])
+
+
+def _environment(cuda: bool) -> dict[str, str]:
+    own = {"VLLM_NO_USAGE_STATS": "1"}
+    # CUDA IPC handles travel to vLLM's own worker process pickled.
+    return own | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if cuda else {"VLLM_CPU_KVCACHE_SPACE": "1"})
+
+
+def _vllm() -> ModuleType:
+    """Raises ConfigError where vLLM is not installed."""
+    try:
+        import vllm
+        import vllm.config
+        import vllm.distributed.weight_transfer.base
+        import vllm.distributed.weight_transfer.clients
+        import vllm.distributed.weight_transfer.factory
+        import vllm.distributed.weight_transfer.ipc_engine
+        import vllm.distributed.weight_transfer.nccl_engine
+        import vllm.lora.request
+        import vllm.sampling_params
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.kind = vllm: vLLM cannot be imported ({error}); pip install 'aipo-graph[vllm]', or use a server"
+        ) from error
+    return vllm

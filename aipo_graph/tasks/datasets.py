@@ -1,0 +1,289 @@
+r"""Problems from a data set: the Hugging Face hub's, or a local .parquet or .jsonl file. The answer is what the policy boxes last.
+
+No code of a data set is ever run: `datasets` 5 refuses loading scripts, and reads Parquet, JSON and the like as data.
+"""
+
+import functools
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aipo_graph.config import Config
+from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.load import data, find
+from aipo_graph.tasks import grading
+from aipo_graph.tools.jsonl import records
+from aipo_graph.tools.notation import LONGEST, number, plain
+from aipo_graph.types import Problem, derive_seed
+
+log = logging.getLogger(__name__)
+
+CORPUS = data("word_problems_corpus.jsonl")
+BATCH = 1000
+_HUB = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[\]]+))?:(?P<split>[^:\[\]]+(?:\[.*\])?)")
+_DAPO_OPENING = re.compile(r"\A\s*Solve the following math problem step by step\. The last line[^\n]*\n+")
+_DAPO_CLOSING = re.compile(r"\n+Remember to put your answer on its own line[^\n]*\s*\Z")
+
+
+def after_hashes(text: str) -> str:
+    """The number after the last ``####``; nothing where there is none.
+
+    >>> after_hashes("6*7 = <<6*7=42>>42 #### 1,042"), after_hashes("42")
+    ('1,042', '')
+    """
+    _, mark, gold = text.rpartition("####")
+    gold = plain(gold)
+    return gold if mark and number(gold) is not None else ""
+
+
+def boxed(text: str) -> str:
+    """The last box of a solution; nothing where there is none."""
+    return grading.last_box(text) or ""
+
+
+def stated(text: str) -> str:
+    """What follows ``####``, else the last box, else the text itself."""
+    return text.rpartition("####")[2].strip() if "####" in text else boxed(text) or text
+
+
+def without_instructions(prompt: str) -> str:
+    r"""The bare question of a prompt of DAPO-Math-17k: what is asked of the form of the answer stands in our own prompt files.
+
+    >>> without_instructions('Solve the following math problem step by step. The last line of …\n\n1+1?\n\nRemember to put your answer on its own line after "Answer:".')
+    '1+1?'
+    """  # noqa: E501
+    return _DAPO_CLOSING.sub("", _DAPO_OPENING.sub("", prompt)).strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the problems of a task are, and how a row is read."""
+
+    data: str = ""
+    heldout: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """question, answer, id, kind -> column; ``a.b`` is field b of column a. Of a list of messages, the user's last one is read."""
+    gold: Callable[[str], str] = stated
+    """The answer's cell to the gold answer; "" if it holds none."""
+    question: Callable[[str], str] = str.strip
+    repeats: bool = False
+    """The file repeats each problem many times: rows of an id that was seen are passed over unread."""
+    heldout_of: int = 20
+    """Without held-out problems of its own, one question in so many is held out, by a hash of its text."""
+
+
+MAPPINGS: Mapping[str, Layout] = {
+    "word_problems": Layout(
+        data=str(data("word_problems.jsonl")), columns={"question": "question", "answer": "answer"}, gold=after_hashes, heldout_of=5
+    ),
+    "gsm8k": Layout(
+        data="openai/gsm8k:main:train",
+        heldout="openai/gsm8k:main:test",
+        columns={"question": "question", "answer": "answer"},
+        gold=after_hashes,
+    ),
+    "math": Layout(
+        data="DigitalLearningGmbH/MATH-lighteval:train",
+        heldout="DigitalLearningGmbH/MATH-lighteval:test",
+        columns={"question": "problem", "answer": "solution", "kind": "level"},
+        gold=boxed,
+    ),
+    # 17 thousand problems in 1.8 million rows.
+    "dapo_math": Layout(
+        data="BytedTsinghua-SIA/DAPO-Math-17k:train",
+        columns={"question": "prompt", "answer": "reward_model.ground_truth", "id": "extra_info.index"},
+        question=without_instructions,
+        repeats=True,
+    ),
+    # The data set of LUFFY (arXiv 2504.14945): its `prompt` opens with a system message, its `target` (R1's solutions) is not used.
+    "openr1_math": Layout(
+        data="Elliott/Openr1-Math-46k-8192:train",
+        columns={"question": "prompt", "answer": "reward_model.ground_truth", "id": "extra_info.index"},
+    ),
+    "dataset": Layout(columns={"question": "question", "answer": "answer"}),
+}
+"""task.name -> layout. Our word problems are 120 from hand-written patterns, in GSM8K's columns."""
+
+
+class DatasetTask:
+    """The task over one data set and, if given, one of held-out problems.
+
+    Rows without a question or without a readable answer are left out and counted in the log, repeated questions collapse, and a
+    question that is held out is not trained on. Raises ConfigError, TaskError: not to be found or read, no such column, nothing left.
+    """
+
+    kinds = ("",)
+
+    def __init__(self, name: str, layout: Layout, required: frozenset[str], seed: int = 0) -> None:
+        self._name, self._seed = name, seed
+        problems = _read(name, "task.data", layout.data, layout, required)
+        if layout.heldout:
+            heldout = _read(name, "task.heldout", layout.heldout, layout, required)
+        else:
+            heldout = {key: p for key, p in problems.items() if _address(name, key) % layout.heldout_of == 0}
+        self._heldout = [heldout[key] for key in sorted(heldout, key=lambda key: _address(name, key))]
+        self._train = [problem for key, problem in problems.items() if key not in heldout]
+        if not self._heldout:
+            raise TaskError(f"{layout.data}: none of its {len(problems)} problems is held out by their hash; add more, or say task.heldout")
+        if not self._train:
+            raise TaskError(f"{layout.data}: each of its {len(problems)} problems is held out; give other training or held-out problems")
+        if layout.heldout and len(self._train) < len(problems):
+            lost = len(problems) - len(self._train)
+            log.warning("%s: %d of %d problems left out of training, since they are held out", layout.data, lost, len(problems))
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def train(self, index: int) -> Problem:
+        """The index-th training problem: each epoch holds every one once, in an order of its own."""
+        epoch, position = divmod(index, len(self._train))
+        return self._train[self._order(epoch)[position]]
+
+    def heldout(self, count: int, kind: str = "") -> list[Problem]:
+        """The first ``count`` held-out problems, fewer if there are not so many, in the order of a hash: of one kind, or of all."""
+        if not kind:
+            return [replace(p, kind="") for p in self._heldout[:count]]  # they are evaluated together, under no kind's name
+        return [p for p in self._heldout if p.kind == kind][:count]
+
+    async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
+        """``reward``: 1 if the last box holds the answer. ``answered``: 1 if there is a closed last box."""
+        answered = grading.last_box(text) is not None
+        return {"reward": float(await grading.grade(text, problem.answer)), "answered": float(answered)}
+
+    def _shuffled(self, epoch: int) -> tuple[int, ...]:
+        order = list(range(len(self._train)))
+        random.Random(derive_seed(self._seed, self._name, epoch)).shuffle(order)
+        return tuple(order)
+
+
+def build(config: Config) -> DatasetTask:
+    """The task of a run: the layout that ``task.name`` names, with what ``task.data``, ``task.heldout`` and ``task.columns`` say."""
+    task, layout = config.task, MAPPINGS[config.task.name]
+    source = task.data or layout.data
+    if not source:
+        raise ConfigError(f"task.name = {task.name!r}: name the problems with task.data, a .jsonl or .parquet file or a hub data set")
+    layout = replace(
+        layout, data=source, heldout=task.heldout or layout.heldout, columns=dict([*layout.columns.items(), *task.columns.items()])
+    )
+    return DatasetTask(task.name, layout, frozenset({"question", "answer", *task.columns}), config.run.seed)
+
+
+def _address(name: str, question: str) -> int:
+    return derive_seed(name, question)
+
+
+def _read(name: str, setting: str, source: str, layout: Layout, required: frozenset[str]) -> dict[str, Problem]:
+    """The problems of one source by their question, its whitespace made plain, in the order of the rows."""
+    problems: dict[str, Problem] = {}
+    ids: set[str] = set()
+    left_out: Counter[str] = Counter()
+    columns: dict[str, str] = {}
+    for count, row in enumerate(_rows(setting, source, layout.columns, layout.repeats)):
+        if count == 0:
+            columns = _columns(source, row, layout.columns, required)
+        cells = {what: _text(_cell(row, column)) for what, column in columns.items()}
+        question, gold = layout.question(cells["question"]), layout.gold(cells["answer"]).strip()
+        key = " ".join(question.split())
+        if reason := _fault(key, gold):
+            left_out[reason] += 1
+        elif key not in problems:
+            given = cells.get("id") or f"{_address(name, key):016x}"
+            given = f"{given}-{_address(name, key):016x}" if given in ids else given
+            ids.add(given)
+            problems[key] = Problem(f"{name}-{given}", question, gold, cells.get("kind", ""))
+    faults = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+    if not problems:
+        raise TaskError(f"{setting} = {source!r}: no problem in it{f' ({faults})' if faults else ': it has no rows'}; see task.columns")
+    if faults:
+        log.warning("%s: %d of %d rows left out: %s", source, left_out.total(), count + 1, faults)
+    return problems
+
+
+def _fault(question: str, gold: str) -> str:
+    if not question:
+        return "without a question"
+    if not gold:
+        return "without an answer that can be read"
+    return f"with an answer of more than {LONGEST} characters" if len(gold) > LONGEST else ""
+
+
+def _columns(source: str, row: Mapping[str, Any], wanted: Mapping[str, str], required: frozenset[str]) -> dict[str, str]:
+    """The columns that the data has. Raises ConfigError for one that it lacks, unless it is a layout's own id or kind."""
+    found = {what: column for what, column in wanted.items() if _has(row, column)}
+    lacking = next((what for what in ("question", "answer", "id", "kind") if what in required and what not in found), None)
+    if lacking:
+        there = [name for key, value in row.items() for name in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])]
+        raise ConfigError(
+            f"{source}: no column {wanted[lacking]!r}; the columns there: {', '.join(there)[:300]}; say task.columns: {{{lacking}: COLUMN}}"
+        )
+    return found
+
+
+def _has(row: Mapping[str, Any], column: str) -> bool:
+    top, _, inner = column.partition(".")
+    return column in row or (isinstance(row.get(top), dict) and inner in row[top])
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    if column in row:
+        return row[column]
+    top, _, inner = column.partition(".")
+    return value.get(inner) if isinstance(value := row.get(top), dict) else None
+
+
+def _text(cell: Any) -> str:
+    """Text, a number, or the user's last message, as text; anything else is none."""
+    if isinstance(cell, list):
+        cell = next((m.get("content") for m in reversed(cell) if isinstance(m, dict) and m.get("role") == "user"), None)
+    return str(cell).strip() if isinstance(cell, (str, int, float)) and not isinstance(cell, bool) else ""
+
+
+def _rows(setting: str, source: str, columns: Mapping[str, str], repeats: bool) -> Iterator[Mapping[str, Any]]:
+    if source.endswith(".jsonl"):
+        for _, record in records(find(source)):
+            yield record
+        return
+    dataset = _open(setting, source)
+    tops = {column if column in dataset.column_names else column.partition(".")[0] for column in columns.values()}
+    if len(dataset) and tops <= set(dataset.column_names):
+        dataset = dataset.select_columns(sorted(tops))
+        if repeats and "id" in columns:
+            first: dict[str, int] = {}
+            for at, row in enumerate(_plain_rows(dataset.select_columns([columns["id"].partition(".")[0]]))):
+                first.setdefault(_text(_cell(row, columns["id"])) or f"without an id, row {at}", at)
+            dataset = dataset.select(list(first.values()))
+    yield from _plain_rows(dataset)
+
+
+def _plain_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """Rows as Arrow has them: images and sounds are not decoded."""
+    for batch in dataset.with_format("arrow").iter(BATCH):
+        yield from batch.to_pylist()
+
+
+def _open(setting: str, source: str) -> Any:
+    """A `datasets.Dataset`. Raises ConfigError: the extra is missing, the name is none, what the hub or the file said."""
+    request: dict[str, str | None]
+    if source.endswith(".parquet"):
+        request = {"path": "parquet", "data_files": str(find(source)), "split": "train"}
+        remedy = "write the file again"
+    elif parts := _HUB.fullmatch(source):
+        request = {"path": parts["name"], "name": parts["config"], "split": parts["split"]}
+        remedy = "check the name, log in (hf auth login), or download it and give the .parquet file"
+    else:
+        raise ConfigError(
+            f"{setting} = {source!r}: name a .jsonl or .parquet file, or a hub data set with its split, NAME:SPLIT or NAME:CONFIG:SPLIT"
+        )
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise ConfigError(f"{setting} = {source!r}: needs the extra data: pip install 'aipo-graph[data]'") from error
+    try:
+        return load_dataset(**request)
+    except ValueError as error:  # no such config or split: the message names those there are
+        raise ConfigError(f"{setting} = {source!r}: {error}") from error
+    except (OSError, RuntimeError, DatasetsError) as error:
+        raise ConfigError(f"{setting} = {source!r}: {' '.join(str(error).split())}; {remedy}") from error

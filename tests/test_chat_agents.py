@@ -1,0 +1,338 @@
+"""Agents that are language models: which tokens are recorded, how models are opened, and what a reply may say."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aiohttp import web
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_openai import ChatOpenAI
+from rollout_world import Scribe, bpe, save_tiny, settings
+from vllm_world import OPERATORS, base, exact, gap, proxy, served
+
+from aipo_graph.config import Config
+from aipo_graph.engines.chat import EngineChatModel, describe, open_chats
+from aipo_graph.engines.local import LocalEngine
+from aipo_graph.errors import ConfigError
+from aipo_graph.messages import ChatFormat
+from aipo_graph.rollout import Agent
+from aipo_graph.rollout.collect import Rollouts
+from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.tokens import Tokenizer
+from aipo_graph.tasks.grading import leaks
+from aipo_graph.tasks.open import open_task
+from aipo_graph.types import Completion, Request, Trace
+
+MESSAGES = [SystemMessage("Check."), HumanMessage("1+1=2")]
+
+
+def scribed(text: str, chat: bool = True) -> EngineChatModel:
+    """A chat model that writes ``text``, token by token, with logprobs that tell the tokens apart."""
+    tokenizer = bpe(chat=chat)
+    engine = Scribe(tokenizer, lambda prompt: text)
+
+    async def sample(prompt_ids: Sequence[int], **given: Any) -> Completion:
+        done = await engine.generate(prompt_ids, **given)
+        return Completion(done.token_ids, tuple(-1.0 - i for i in range(len(done.token_ids))), done.stop, 0)
+
+    return EngineChatModel(
+        sample=sample, tokenizer=tokenizer, eos_ids=engine.eos_ids, chat_format=ChatFormat(tokenizer) if chat else None, max_tokens=200
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reply", "cut"),
+    [
+        ("Correct.", "Correct.", 0),
+        ("\nCorrect.\n\n", "Correct.", 1),
+        ("<think>hm</think>\n\nCorrect.", "Correct.", 16),
+        ("<think>Correct.</think>Correct.", "Correct.", 13),
+        ("é✓ is it", "é✓ is it", 0),
+        (" problem.", "problem.", None),  # the blank is part of the first token
+        ("<think>hm</think> problem.", "problem.", None),
+        ("so<|im_start|>user", "souser", None),
+        ("", "", None),
+        ("<think>hm", "", None),
+    ],
+)
+async def test_ids_are_recorded_for_exactly_the_reply(text: str, reply: str, cut: int | None) -> None:
+    model = scribed(text)
+    answer = await model.ainvoke(MESSAGES)
+    recorded = answer.response_metadata["reply"]
+    assert (answer.content, recorded.text) == (reply, reply)
+    if cut is None:
+        assert recorded.token_ids is recorded.logprobs is None
+        return
+    assert tuple(model.tokenizer.encode(reply, add_special_tokens=False)) == recorded.token_ids
+    assert recorded.logprobs == tuple(-1.0 - i for i in range(cut, cut + len(recorded.token_ids)))
+    words = Tokenizer(model.tokenizer, ["verify"]).wrap(recorded, "verify", limit=2)[1]
+    assert (words.token_ids, words.logprobs) == (recorded.token_ids[:2], recorded.logprobs[:2])
+
+
+async def test_what_a_reply_tells_beside_its_text() -> None:
+    answer = await scribed("<think>hm</think>Correct.").ainvoke(MESSAGES)
+    assert answer.additional_kwargs["reasoning_content"] == "hm"
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] == 17
+    assert answer.response_metadata["finish_reason"] == "stop"
+
+
+async def test_without_a_chat_template_the_prompt_file_is_the_prompt() -> None:
+    model = scribed("2695-", chat=False)
+    prompts: list[str] = []
+    sample = model.sample
+
+    async def spied(prompt_ids: Sequence[int], **given: Any) -> Completion:
+        prompts.append(model.tokenizer.decode(list(prompt_ids)))
+        return await sample(prompt_ids, **given)
+
+    model.sample = spied
+    agent = Agent("knowledge", model=model)
+    reply = await agent(Request("knowledge", "B", question="%1B?"), Prompts(Path(), {"knowledge": "?{query}="}))
+    assert (prompts, reply.text) == (["?B="], "2695-")
+    assert reply.logprobs is not None
+    with pytest.raises(ConfigError, match="without a chat template cannot call tools"):
+        await replace(agent, tools=(look,))(Request("knowledge", "B"), Prompts(Path(), {"knowledge": ""}))
+
+
+async def look(query: str) -> str:
+    """Looks a word up."""
+    return f"about {query}"
+
+
+async def test_the_tool_loop_of_a_sampled_model() -> None:
+    """The second turn sees the tool's text, whatever tokens it holds, inside a tool turn."""
+    tokenizer = bpe(chat=True)
+    prompts: list[str] = []
+
+    def write(prompt: str) -> str:
+        prompts.append(prompt)
+        return "It is so." if "about" in prompt else '<tool_call>{"name": "look", "arguments": {"query": "pi<|im_end|>"}}</tool_call>'
+
+    engine = Scribe(tokenizer, write)
+    model = EngineChatModel(sample=engine.generate, tokenizer=tokenizer, eos_ids=engine.eos_ids, chat_format=ChatFormat(tokenizer))
+    prompts_of = Prompts(Path(), {"knowledge": "Supply a fact."})
+    reply = await Agent("knowledge", tools=(look,), model=model)(Request("knowledge", "pi", seed=3), prompts_of)
+    assert reply.text == "It is so."
+    assert reply.token_ids == tuple(tokenizer.encode("It is so.", add_special_tokens=False))
+    assert len(prompts) == 2
+    assert prompts[1].count("<|im_end|>") == 4  # system, user, assistant, tool
+
+
+def quick_start(models: dict[str, str], **sections: Any) -> Config:
+    """The quick start with language models alone for some agents."""
+    use = {**Config().agents.use, **dict.fromkeys(models, "")}
+    agents = {"use": use, "models": models, "max_reply_tokens": 8} | sections.pop("agents", {})
+    return settings(agents=agents, **sections)
+
+
+async def traced(config: Config, engine: LocalEngine, chats: Mapping[str, BaseChatModel], prompt: str) -> tuple[Rollouts, list[Trace]]:
+    rollouts = Rollouts.open(config, engine, open_task(config), chats)
+    rollouts = replace(rollouts, prompts=Prompts(Path(), {**rollouts.prompts.texts, "knowledge": prompt}))
+    problems = [rollouts.task.train(i) for i in range(6)]
+    return rollouts, [await rollouts.run_trace(problem, seed=i, with_agents=True) for i, problem in enumerate(problems)]
+
+
+def check_mu(rollouts: Rollouts, traces: Sequence[Trace], prompt: str, temperature: float, model: Any) -> None:
+    """Every reply's logprobs are the model's own, at the temperature it was sampled at."""
+    queries = {letter: rollouts.tokenizer.plain(prompt.format(query=letter))[0] for letter in "ABCDEFGHIJKL"}
+    words = [(t, i) for t in traces for i, s in enumerate(t.segments) if s.source == "agent" and s.author == "knowledge"]
+    assert len(words) >= 6
+    for trace, at in words:
+        segment = trace.segments[at]
+        letter = trace.segments[at - 2].text.partition("</knowledge>")[0][-1]
+        assert segment.logprobs is not None
+        own = exact(model, (*queries[letter], *segment.token_ids), temperature)[len(queries[letter]) - 1 :]
+        assert gap(own, segment.logprobs) < 1e-4
+
+
+async def test_a_frozen_copy_of_the_policy() -> None:
+    """Its logprobs are those of the starting weights, also once the policy has others."""
+    config = quick_start({"knowledge": "policy"})
+    engine = LocalEngine.load(config, OPERATORS)
+    chats = await open_chats(config, engine)
+    assert describe(chats, config) == ["agents.knowledge: μ recorded"]
+    start = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    noisy = [(name, tensor + 0.02 * torch.randn_like(tensor)) for name, tensor in start.items()]
+    await engine.load_weights(noisy, 1)
+    prompt = "@6475{query}"
+    rollouts, traces = await traced(config, engine, chats, prompt)
+    check_mu(rollouts, [t for t in traces if t.trained], prompt, config.agents.temperature, base())
+
+
+async def test_agents_of_one_spec_share_its_model() -> None:
+    config = quick_start({"knowledge": "policy", "verify": "policy"})
+    chats = await open_chats(config, LocalEngine.load(config, OPERATORS))
+    assert chats["knowledge"] is chats["verify"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "keys", "message"),
+    [
+        ("opnai:gpt-4o", (), r"agents\.models\.verify: no provider 'opnai'; did you mean 'openai'\?"),
+        ("vlm:http://localhost:1", (), r"no provider 'vlm'; did you mean 'vllm'\?"),
+        ("gpt-4o", (), "'gpt-4o' names no model; write provider:model, vllm:URL or policy"),
+        ("openai:", (), "names no model"),
+        ("openai:gpt-4o", (), "'openai:gpt-4o' needs an API key; set OPENAI_API_KEY in the environment"),
+        ("anthropic:claude", (), "needs an API key; set ANTHROPIC_API_KEY in the environment"),
+        (
+            "groq:llama",
+            ("GROQ_API_KEY",),
+            r"a package that is not installed; pip install 'aipo-graph\[agents\]' and groq's own .*langchain-groq",
+        ),
+        ("vllm:localhost:8001", (), "vllm:localhost:8001 names no server; write vllm:http://HOST:PORT"),
+        ("vllm:http://127.0.0.1:9", (), r"http://127\.0\.0\.1:9 cannot be reached \(.*\); start the server, or correct the URL"),
+    ],
+)
+async def test_models_that_cannot_be_opened(spec: str, keys: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    for key in keys:
+        monkeypatch.setenv(key, "none")
+    config = quick_start({"verify": spec})
+    with pytest.raises(ConfigError, match=message) as raised:
+        await open_chats(config, Scribe(bpe(), str))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("missing", ["langchain.chat_models", "langchain_openai"])
+async def test_a_missing_package(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from langchain.chat_models import base as factories
+
+    factories._get_chat_model_creator.cache_clear()
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=r"pip install 'aipo-graph\[agents\]'"):
+        await open_chats(quick_start({"verify": "openai:gpt-4o"}), Scribe(bpe(), str))
+
+
+async def test_a_provider_gets_the_agents_settings_and_no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    config = quick_start({"verify": "openai:gpt-4o"}, agents={"temperature": 0.3, "max_tokens": 77, "timeout": 30.0})
+    chats = await open_chats(config, Scribe(bpe(), str))
+    chat: Any = chats["verify"]
+    assert (chat.temperature, chat.max_tokens, chat.request_timeout, chat.max_retries) == (0.3, 77, 10.0, 0)
+    assert describe(chats, config) == ["agents.verify: μ absent: loss.behaviour = 1 stands in"]
+
+
+async def test_a_copy_of_the_policy_needs_somewhere_to_be() -> None:
+    config = quick_start({"verify": "policy"}, engine={"kind": "vllm"})
+    with pytest.raises(ConfigError, match=r"agents\.models\.verify: policy: engine\.kind = vllm keeps no copy .* say vllm:URL"):
+        await open_chats(config, Scribe(bpe(), str))
+
+
+@pytest.mark.parametrize("answer", [{"data": []}, {"object": "list"}, ["?"], "hello"])
+async def test_a_server_that_is_no_vllm(answer: Any) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(answer)
+
+    async with served(handler) as url:
+        with pytest.raises(ConfigError, match=f"{url} is no vLLM server"):
+            await open_chats(quick_start({"verify": f"vllm:{url}"}), Scribe(bpe(), str))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False])
+async def test_a_helper_on_a_vllm_server(own: bool, vllm_server: str) -> None:
+    """The shipped policy as Knowledge agent, on a server of its own or as the base model of a policy that learns adapters.
+
+    Its own tokens and logprobs, at the agents' temperature, and the same again.
+    """
+    lora = {"engine": {"kind": "server", "urls": [vllm_server]}, "policy": {"lora_rank": 8}}
+    config = quick_start({"knowledge": f"vllm:{vllm_server}/v1"}) if own else quick_start({"knowledge": "policy"}, **lora)
+    engine = LocalEngine.load(config, OPERATORS)
+    chats = await open_chats(config, engine)
+    assert describe(chats, config) == ["agents.knowledge: μ recorded"]
+    prompt = "@6475{query}"
+    rollouts, traces = await traced(config, engine, chats, prompt)
+    check_mu(rollouts, traces, prompt, config.agents.temperature, base())
+    assert [t.segments for t in traces] == [t.segments for t in (await traced(config, engine, chats, prompt))[1]]
+
+
+def raw(path: str, answer: Any) -> None:
+    """Logprobs as a server gives them that was started without --logprobs-mode processed_logprobs."""
+    if path == "/inference/v1/generate":
+        for entry in answer["choices"][0]["logprobs"]["content"]:
+            entry["logprob"] = -0.01
+
+
+def another(path: str, answer: Any) -> None:
+    if path == "/detokenize":
+        answer["prompt"] = answer["prompt"][::-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hide", "edit", "why"),
+    [
+        (("/inference/v1/generate",), None, "was started without --enable-scale-out"),
+        ((), raw, "was started without --logprobs-mode processed_logprobs"),
+        ((), another, "has another tokenizer than the policy"),
+    ],
+)
+async def test_a_vllm_server_whose_logprobs_cannot_be_used(
+    hide: Sequence[str], edit: Callable[[str, Any], None] | None, why: str, vllm_server: str, tmp_path: Path
+) -> None:
+    """With a chat template its chat API is used, and the run says why; without one a missing flag is an error."""
+    async with proxy(vllm_server, hide=hide, edit=edit) as (url, _):
+        config = quick_start({"knowledge": f"vllm:{url}"})
+        if "started" in why:
+            with pytest.raises(ConfigError, match=f"{why}, and a model without a chat template"):
+                await open_chats(config, Scribe(bpe(), str))
+        else:
+            chats = await open_chats(config, Scribe(bpe(), str))
+            assert isinstance(chats["knowledge"], ChatOpenAI)
+            assert describe(chats, config) == [f"agents.knowledge: μ absent ({url} {why}): loss.behaviour = 1 stands in"]
+        config = quick_start({"knowledge": f"vllm:{url}"}, policy={"model": save_tiny(tmp_path, bpe(chat=True))})
+        chats = await open_chats(config, Scribe(bpe(), str))
+        assert describe(chats, config)[0].startswith(f"agents.knowledge: μ absent ({url} has another tokenizer than the policy)")
+
+
+# By hand: the problem's answer, what problem and policy said before, what a helper might reply, and whether that gives the answer away.
+SHOP = "A shop sells 12 boxes of 15 pens. It keeps 36 pens. How many pens are sold?"  # 12 * 15 - 36 = 144
+TRANSCRIPTS = [
+    ("144", SHOP, "Correct.", False),
+    ("144", SHOP, "Wrong: the pens kept must be subtracted, not added.", False),
+    ("144", SHOP, "Multiply the boxes by the pens per box, then take away what is kept.", False),
+    ("144", SHOP, "A product of a count and a size gives a total: total = n * k, for equal groups.", False),
+    ("144", SHOP, "12 * 15 = 180 is the number of all pens; next consider the 36.", False),
+    ("144", SHOP, "The shop sells 144 pens.", True),
+    ("144", SHOP, "Wrong: 180 - 36 = 144, not 146.", True),
+    ("144", SHOP, r"\boxed{144}", True),
+    ("144", SHOP, "144", True),
+    ("144", SHOP, "That is 144.0 pens.", True),
+    ("144", SHOP, "You should get 144/1.", True),
+    ("144", SHOP, "A dozen dozens is 144, by the way.", True),
+    ("144", SHOP, "1440 and 2144 and 14.4 are not of the right size.", False),
+    ("144", SHOP + " <verify>180 - 36 = 144</verify>", "Correct: 144.", False),  # the policy said it first
+    ("144", SHOP, "One hundred and forty-four.", False),  # in words: not found
+    ("3", "Solve x + 4 = 7.", "Subtract 4 from both sides, in 3 words: isolate x.", False),
+    ("3", "Solve x + 4 = 7.", "x = 3", True),
+    ("3", "Solve x + 4 = 7.", "x = 3 + 0", False),  # an intermediate line
+    ("3/4", "What share is left?", r"Compare with \frac{3}{4}.", True),
+    ("3/4", "What share is left?", "About 75 %.", False),  # a percentage of a fraction: not found
+    ("0.75", "What share is left?", "It is 3/4.", True),
+    ("x^2+1", "Expand.", "You need x^2 + 1 here.", True),
+    ("B", "Which option?", "The answer is B.", True),
+    ("B", "Which option?", "Book B says so.", False),
+]
+
+
+@pytest.mark.parametrize(("gold", "known", "reply", "leaked"), TRANSCRIPTS)
+def test_which_replies_give_the_answer_away(gold: str, known: str, reply: str, leaked: bool) -> None:
+    assert leaks(reply, gold, known) is leaked
+
+
+def test_the_prompts_ask_for_one_line_and_no_answer(root: Path) -> None:
+    prompts = Prompts.read(root / "prompts")
+    for name in ("verify", "knowledge", "reasoning"):
+        text = prompts.render(name, question="1+1?", query="2", transcript="so")
+        assert "Reply with one line" in text
+        assert len(text) < 800
+    assert "1+1?" in prompts.render("reasoning", question="1+1?")
+    assert "1+1?" not in prompts.render("verify", question="1+1?")  # the claim alone is checked
