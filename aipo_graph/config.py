@@ -275,7 +275,7 @@ class Evaluate(Section):
     samples: PositiveInt = 64
     """Samples per problem; the largest k of pass@k."""
     workers: PositiveInt = 2
-    """Processes."""
+    """Processes that sample, with engine.kind = local; vLLM is asked by one."""
 
 
 class Config(Section):
@@ -302,7 +302,9 @@ class Config(Section):
         if unknown := sorted(set(self.agents.models) - set(self.agents.use)):
             raise ValueError(f"agents.models.{unknown[0]}: agents.use has no {unknown[0]!r}; add it there (empty for a model alone)")
         if self.engine.kind == "vllm" and self.rollout.max_lag:
-            raise ValueError("rollout.max_lag = 1: engine.kind = vllm sleeps while the learner learns; use 0, or a server")
+            raise ValueError(
+                f"rollout.max_lag = {self.rollout.max_lag}: engine.kind = vllm sleeps while the learner learns; use 0, or a server"
+            )
         if self.train.minibatches > self.rollout.problems:
             raise ValueError(f"train.minibatches = {self.train.minibatches}: more than rollout.problems = {self.rollout.problems}")
         return self

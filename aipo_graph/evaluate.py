@@ -341,7 +341,7 @@ def _settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
         mode="json",
         include={
             "run": {"seed", "device"},
-            "policy": {"dtype"},
+            "policy": {"dtype", "thinking"},
             "task": {"name", "data", "heldout", "columns"},
             "rollout": {"graph", "solo", "prompts", "max_tokens", "max_consults", "max_supersteps", "temperature"},
             "agents": {"use", "models", "temperature", "max_tokens", "max_reply_tokens", "leak"},

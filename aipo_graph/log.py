@@ -229,15 +229,19 @@ def _take_lock(folder: Path) -> int:
     return lock
 
 
+PLACES = ("run.name", "run.dir", "engine.urls", "engine.launch", "engine.memory")
+"""Settings that may change between the starts of one run: where it lies, and where its servers are."""
+
+
 def _settle_config(folder: Path, config: Config) -> None:
-    """Write config.yaml, or check that the folder's own one says the same. Name and place of the folder may change."""
+    """Write config.yaml, or check that the folder's own one says the same, but for PLACES."""
     path = folder / "config.yaml"
     if not path.exists():
         write_whole(path, write_yaml(config))
         return
     before, now = _flat(read_yaml(path)[0]), _flat(config.model_dump(mode="json"))
     for key in dict.fromkeys([*now, *before]):
-        if key not in ("run.name", "run.dir") and before.get(key) != now.get(key):
+        if key not in PLACES and before.get(key) != now.get(key):
             raise ConfigError(
                 f"run folder {folder} was started with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
                 "choose another --run.name, or delete the folder"

@@ -31,6 +31,8 @@ READ = frozenset({"text", "reasoning", "thinking", "tool_call", "tool_use", "inv
 """Content blocks that hold nothing but text, or what a message says elsewhere, too."""
 MAX_DEPTH = 32
 """Nesting of a tool call's arguments."""
+DATE = "26 Jul 2024"
+"""What templates get as `date_string`, which Llama 3.2's would else take from the clock: a prompt must not depend on the day."""
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int] = ()) -> frozenset[int]:
@@ -72,6 +74,9 @@ class ChatFormat:
         question = [HumanMessage("?")]
         self.opening = self.render(question)[len(self.render(question, reply=False)) :]
         """What the template writes before a reply."""
+        inside, closed, _ = self.opening.partition(THINK)[2].partition(END_THINK)
+        self._unthought = inside if closed else ""
+        """What stands there for reasoning that was not asked for: two line breaks in Qwen3's."""
         template = str(tokenizer.chat_template)
         self._bare_calls = CALL not in template and '"parameters": ' in template
 
@@ -99,6 +104,7 @@ class ChatFormat:
                 tokenize=False,
                 add_generation_prompt=reply,
                 enable_thinking=self._thinking,
+                date_string=DATE,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             kinds = ", ".join(message.type for message in messages)
@@ -129,7 +135,8 @@ class ChatFormat:
     def _plain_reply(self, message: AIMessage, text: str) -> dict[str, Any]:
         content = "\n".join(filter(None, [text, *(str(call["args"]) for call in message.invalid_tool_calls)]))
         plain: dict[str, Any] = {"role": "assistant", "content": self._neutralise_tags(content)}
-        if reasoning := message.additional_kwargs.get("reasoning_content"):
+        # Told that there was none, Qwen3's template leaves the empty part out of the next prompt, and every tool call opens a new row.
+        if reasoning := message.additional_kwargs.get("reasoning_content") or self._unthought:
             plain["reasoning_content"] = self._neutralise_tags(str(reasoning))
         if message.tool_calls:
             plain["tool_calls"] = [
@@ -181,7 +188,7 @@ class ChatFormat:
         reasoning, content = self._split_reasoning(text)
         content = self._specials.sub("", content)
         bodies: list[str] = []
-        if self._bare_calls and content.lstrip().startswith("{"):
+        if self._bare_calls and re.match(r'\s*\{\s*"', content):  # not a set: {1, 2}
             bodies, content = [content], ""
         elif not self._bare_calls:
             first, *turns = content.split(CALL)
@@ -231,6 +238,8 @@ def _call(body: str, call_id: str) -> ToolCall:
     call = json.loads(body, object_pairs_hook=_object, parse_constant=_number, parse_float=_number)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         raise ValueError("not an object with a name")
+    if call.get("type") == "function":  # Llama 3 often copies it from the schema
+        del call["type"]
     arguments = call.get("arguments", call.get("parameters"))
     if not isinstance(arguments, dict) or len(call) != 2:
         raise ValueError("not an object of a name and arguments")

@@ -9,7 +9,9 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -24,6 +26,8 @@ from aipo_graph.errors import AipoError, ConfigError, EngineError
 from aipo_graph.types import TRAINED, Problem, Trace, derive_seed
 
 Mode = Literal["alone", "with_agents"]
+GRACE = 15
+"""Seconds in which a worker that was asked to end must have ended."""
 RETRIED = frozenset({"failed", "timeout"})
 """Statuses without a verdict on the policy, which another try may change."""
 
@@ -190,7 +194,9 @@ class Sampling:
             workers = config.evaluate.workers if config.engine.kind == "local" else 1  # vLLM batches what one process sends
             for _ in range(min(workers, len(todo))):
                 ours, theirs = spawn.Pipe(duplex=False)
-                worker = spawn.Process(target=_work, args=(config, parts, todo, self._taken, path, theirs), daemon=True)
+                # A daemon may have no children; vLLM in the process has.
+                daemon = config.engine.kind != "vllm"
+                worker = spawn.Process(target=_work, args=(config, parts, todo, self._taken, path, theirs), daemon=daemon)
                 worker.start()
                 theirs.close()
                 self._workers[ours] = worker
@@ -232,7 +238,7 @@ class Sampling:
         for worker in workers.values():
             worker.terminate()
         for connection, worker in workers.items():
-            worker.join(5)
+            worker.join(GRACE)
             if worker.is_alive():
                 worker.kill()
                 worker.join()
@@ -250,6 +256,8 @@ class Sampling:
 
 def _work(config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection) -> None:
     """A worker's life: take the next unit, sample it, write it, tell the parent how many; None at the end."""
+    if config.engine.kind == "vllm":  # it has processes of its own, which would be left behind
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         asyncio.run(_sample_all(config, parts, todo, taken, path, parent))
@@ -262,6 +270,8 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
         os._exit(1)
 
 
@@ -277,6 +287,8 @@ async def _sample_all(config: Config, parts: Sequence[Part], todo: Sequence[Unit
 
     torch.set_num_threads(config.run.threads)
     disable_progress_bar()
+    if all(part.mode == "alone" for part in parts):  # helpers need not be up for what runs without them
+        config = config.model_copy(update={"agents": config.agents.model_copy(update={"use": {}, "models": {}})})
     engine = await open_engine(config, config.policy.model)
     try:
         rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.table import Table
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.engines.chat import describe, open_chats
+from aipo_graph.engines.handover import sweep
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.open import open_engine
 from aipo_graph.errors import AipoError, TrainError
@@ -28,8 +29,9 @@ from aipo_graph.learn.learner import Learner
 from aipo_graph.load import model
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.passk import Values
-from aipo_graph.rollout.collect import LocalRollouts, Rollouts
+from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.stream import LocalRollouts
 from aipo_graph.rollout.sync import Probe
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Task, TraceGroup
@@ -58,31 +60,32 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
     ended = time.monotonic()
     finished, unhelped = False, 0
     with stop_signals() as stopping:
-        async for step in local.stream(learner.version, config.train.steps, drawn):
-            sampled, started = time.monotonic(), ended
-            metrics = rollout_metrics(step.groups, rollouts.agents, learner.version, step.discarded) | local.synced
-            unhelped = unhelped + 1 if _all_helped_failed(step.groups) else 0
-            if metrics["failed"] > config.rollout.max_failed or unhelped >= config.train.patience:
-                raise TrainError(_too_many_failed(config, step.groups, unhelped))
-            await engine.sleep()
-            metrics |= await asyncio.to_thread(learner.step, pack(step.groups, config.loss))
-            learned = time.monotonic()
-            await publish()
-            ended = time.monotonic()
-            metrics |= {"seconds/sample": sampled - started, "seconds/learn": learned - sampled, "seconds/publish": ended - learned}
-            metrics["tokens_per_second"] = metrics["tokens/policy"] / (ended - started)
-            log.step(learner.version, metrics, step.groups)
-            tokens += metrics["tokens/policy"]
-            finished = learner.version == config.train.steps or 0 < config.train.tokens <= tokens
-            regular = learner.version % config.run.checkpoint_every == 0
-            # One step ahead, only a regular checkpoint resumes with just the weights that the undisturbed run samples with.
-            stopped = stopping.is_set() and (regular or not config.rollout.max_lag)
-            if finished or stopped or regular:
-                warning = learner.save(log.folder / "checkpoints", {"finished": finished, "tokens": tokens, "drawn": step.drawn})
-                if warning:
-                    log.note(warning)
-            if finished or stopped:
-                break
+        async with aclosing(local.stream(learner.version, config.train.steps, drawn)) as steps:  # an error ends the step ahead, too
+            async for step in steps:
+                sampled, started = time.monotonic(), ended
+                metrics = rollout_metrics(step.groups, rollouts.agents, learner.version, step.discarded) | local.synced
+                unhelped = unhelped + 1 if _all_helped_failed(step.groups) else 0
+                if metrics["failed"] > config.rollout.max_failed or unhelped >= config.train.patience:
+                    raise TrainError(_too_many_failed(config, step.groups, unhelped))
+                await engine.sleep()
+                metrics |= await asyncio.to_thread(learner.step, pack(step.groups, config.loss))
+                learned = time.monotonic()
+                await publish()
+                ended = time.monotonic()
+                metrics |= {"seconds/sample": sampled - started, "seconds/learn": learned - sampled, "seconds/publish": ended - learned}
+                metrics["tokens_per_second"] = metrics["tokens/policy"] / (ended - started)
+                log.step(learner.version, metrics, step.groups)
+                tokens += metrics["tokens/policy"]
+                finished = learner.version == config.train.steps or 0 < config.train.tokens <= tokens
+                regular = learner.version % config.run.checkpoint_every == 0
+                # One step ahead, only a regular checkpoint resumes with just the weights that the undisturbed run samples with.
+                stopped = stopping.is_set() and (regular or not config.rollout.max_lag)
+                if finished or stopped or regular:
+                    warning = learner.save(log.folder / "checkpoints", {"finished": finished, "tokens": tokens, "drawn": step.drawn})
+                    if warning:
+                        log.note(warning)
+                if finished or stopped:
+                    break
     return finished
 
 
@@ -132,13 +135,20 @@ def run(config: Config, console: Console) -> None:
     path, task = model(config.policy.model), open_task(config)
     with RunLog(config, console) as log, launched(config, path, log.folder, console) as config:
         log.console.print(f"run folder {log.folder}")
+        sweep(log.folder)
+        learner = Learner(config, path, _device(config))
+        cursor = learner.restore(log.folder / "checkpoints")
         before = read_metrics(log.folder / "metrics.jsonl")
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
         with start(beside, path, log.folder / "evaluation" / "base", kinds=task.kinds) as base_evaluation:
             if config.engine.kind != "local":
                 base = follow(base_evaluation, console)
-            if not learn(config, path, task, log):
+            if not learn(config, path, task, learner, cursor, log):
                 return
+            del learner  # its memory is the evaluation's, which is another process
+            gc.unfreeze()
+            gc.collect()
+            torch.cuda.empty_cache()
             if config.engine.kind == "local":
                 base = follow(base_evaluation, console)
         with start(config, log.folder / "policy", log.folder / "evaluation" / "trained", kinds=task.kinds) as evaluation:
@@ -150,11 +160,12 @@ def run(config: Config, console: Console) -> None:
         console.print(f"policy, curves.png and summary.json are in {log.folder}")
 
 
-def learn(config: Config, path: str, task: Task, log: RunLog) -> bool:
-    """Trains to the end and exports the policy. Returns False where a signal stopped it before."""
-    device = config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    learner = Learner(config, path, device)
-    cursor = learner.restore(log.folder / "checkpoints")
+def _device(config: Config) -> str:
+    return config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Cursor, log: RunLog) -> bool:
+    """Trains from the cursor to the end and exports the policy. Returns False where a signal stopped it before."""
     finished = cursor.get("finished", False)
     log.resume_at(learner.version)
     if learner.version:

@@ -56,16 +56,17 @@ async def measure(config: Config) -> dict[str, list[float]]:
     engine = await open_engine(config, model(config.policy.model))
     rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
     learner = Learner(config, model(config.policy.model))
+    adapter = engine.takes == "adapter"
     gc.freeze()  # as in training
     rows: dict[str, list[float]] = {name: [] for name in ("graph", "engine", "ratio", "learner", "superstep")}
     await rollouts.run_step(0, 0)
     for step in range(REPEATS):
-        await engine.load_weights(learner.weights(), step)  # forgets cached prefixes
+        await engine.load_weights(learner.adapter() if adapter else learner.weights(), step)  # forgets cached prefixes
         started = time.perf_counter()
         groups = (await rollouts.run_step(step, step * config.rollout.problems)).groups
         graph_seconds = time.perf_counter() - started
         traces = [trace for group in groups for trace in group.traces]
-        await engine.load_weights(learner.weights(), step)
+        await engine.load_weights(learner.adapter() if adapter else learner.weights(), step)
         started = time.perf_counter()
         replayed = sum(await gather([replay(rollouts, trace) for trace in traces]))
         engine_seconds = time.perf_counter() - started

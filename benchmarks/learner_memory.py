@@ -5,6 +5,7 @@ against unchunked. `--tiny` runs all of it on the CPU with a tiny shape and writ
 the bytes saved for the backward pass, not a peak.
 """
 
+import gc
 import json
 import math
 import platform
@@ -87,6 +88,7 @@ def measure(config: Config, folder: str, device: str, batch: Batch) -> dict[str,
         learner = Learner(config, folder, device)
         memory = saved_bytes(learner, batch)
     else:
+        gc.collect()  # of the cell before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:

@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, Remove
 from langchain_core.tools import tool
 from langgraph.errors import GraphBubbleUp
 from langgraph.graph import END, START, MessagesState, StateGraph
-from langgraph.types import RetryPolicy, Send
+from langgraph.types import RetryPolicy, Send, interrupt
 from rollout_world import Exact, save_tiny, settings
 from test_messages import QWEN
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -33,6 +33,7 @@ from aipo_graph.load import load
 from aipo_graph.rollout import Graph, PolicyChatModel
 from aipo_graph.rollout.collect import Rollouts, gather
 from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.open import open_graph
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.open import open_task
@@ -469,6 +470,78 @@ async def test_what_cannot_be_honoured_is_named(tmp_path: Path, fault: str) -> N
         await run(build(tmp_path, messages_graph({"node": node}, [(START, "node")])))
 
 
+MADE_UP = '<tool_call>\n{"name": "knowledge", "arguments": {"expression": "1"}}\n</tool_call>'
+
+
+async def test_a_tool_that_the_policy_makes_up_is_no_author(tmp_path: Path) -> None:
+    rollouts = build(tmp_path, agent(), max_tokens=400)
+    raw = rollouts.tokenizer.chat._tokenizer
+    replies = [[*raw.encode(text, add_special_tokens=False), raw.eos_token_id] for text in (MADE_UP, CALL, "\\boxed{42}")]
+
+    async def generate(prompt_ids: Sequence[int], **_: Any) -> Completion:
+        ids = replies.pop(0)
+        return Completion(tuple(ids), (-0.5,) * len(ids), "stop", 0)
+
+    rollouts.engine.generate = generate
+    trace = await run(rollouts)
+    assert [s.author for s in trace.segments if s.source == "context"] == ["model", "model", "calculator"]
+    assert "knowledge is not a valid tool" in trace.segments[2].text
+
+
+OWN = """
+from dataclasses import dataclass
+
+from langchain_core.messages import SystemMessage
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.runtime import Runtime
+
+from aipo_graph.rollout import PolicyChatModel
+
+
+@dataclass
+class Manner:
+    words: str = "Be brief."
+
+
+async def node(state: MessagesState, runtime: Runtime[Manner]):
+    return {"messages": [await PolicyChatModel().ainvoke([SystemMessage(runtime.context.words), *state["messages"]])]}
+
+
+graph = StateGraph(MessagesState, context_schema=Manner)
+graph.add_node("node", node)
+graph.add_edge(START, "node")
+graph = graph.compile(checkpointer=InMemorySaver())
+"""
+
+
+async def test_a_graph_may_have_a_context_and_a_checkpointer_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    trace = await run(build(tmp_path, open_graph(f"{tmp_path}/own.py:graph")))
+    assert (trace.status, trace.path) == ("done", ("node",))
+    assert "Be brief." in trace.segments[0].text
+
+
+async def test_a_tool_that_raises_fails_its_trace_alone(tmp_path: Path) -> None:
+    """What the policy writes into a tool call must not end a run; what was sampled before stays to be read."""
+
+    async def tool(state: MessagesState) -> Any:
+        raise KeyError("no such city")
+
+    trace = await run(build(tmp_path, messages_graph({"say": say, "tool": tool}, [(START, "say"), ("say", "tool")])))
+    assert (trace.status, trace.trained, trace.error) == ("failed", False, "KeyError: 'no such city'")
+    assert [s.source for s in trace.segments] == ["context", "policy"]
+
+
+async def test_a_graph_that_waits_for_a_person_ends_the_run(tmp_path: Path) -> None:
+    async def approve(state: MessagesState) -> Any:
+        return {"messages": [HumanMessage(interrupt("yes?"))]}
+
+    graph = messages_graph({"say": say, "approve": approve}, [(START, "say"), ("say", "approve")])
+    with pytest.raises(GraphError, match=r"interrupted, and nobody is there to resume it: leave out interrupt\(\)"):
+        await run(build(tmp_path, graph))
+
+
 async def test_outside_a_run_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(GraphError, match="called outside a run: .* name its graph as rollout.graph"):
         await PolicyChatModel().ainvoke("x")
@@ -481,7 +554,7 @@ async def test_outside_a_run_it_says_so(tmp_path: Path) -> None:
         await run(rollouts)
 
 
-async def test_a_graph_may_have_a_context_of_its_own_and_no_reply(tmp_path: Path) -> None:
+async def test_a_graph_may_have_no_reply(tmp_path: Path) -> None:
     async def silent(state: MessagesState) -> Any:
         return None
 

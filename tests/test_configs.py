@@ -15,7 +15,7 @@ from aipo_graph.config import Config
 from aipo_graph.learn.memory import estimate
 from aipo_graph.load import find, load
 from aipo_graph.rollout import Agent
-from aipo_graph.rollout.collect import open_graph
+from aipo_graph.rollout.open import open_graph
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.tasks.datasets import MAPPINGS
 from aipo_graph.tasks.open import TASKS
@@ -102,7 +102,7 @@ def test_budgets_fit_together(large: str, root: Path) -> None:
 
 def test_each_agent_asks_the_helper_that_the_comment_serves(large: str, root: Path) -> None:
     text = (root / "configs" / f"{large}.yaml").read_text()
-    (port,) = re.findall(r"vllm serve \S+ --port (\d+)", text)
+    (port,) = re.findall(r"vllm serve \S+ --host 127.0.0.1 --port (\d+)", text)
     config = read(root / "configs" / f"{large}.yaml")
     assert set(config.agents.models) == {"verify", "knowledge", "reasoning"}
     assert set(config.agents.models.values()) == {f"vllm:http://localhost:{port}"}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 
 from aipo_graph.config import Config, TaskSection
 from aipo_graph.errors import ConfigError, TaskError
-from aipo_graph.tasks.datasets import MAPPINGS, DatasetTask
+from aipo_graph.tasks.datasets import MAPPINGS, DatasetTask, _text
 from aipo_graph.tasks.open import open_task
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -172,6 +173,7 @@ def test_the_held_out_twentieth_is_the_same_whatever_the_order_and_the_seed(tmp_
 
 def test_unusable_rows_are_counted_and_repeated_ones_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     bad = [{"question": " ", "answer": "1"}, {"question": "Why?", "answer": ""}, {"question": "How?", "answer": None}, {"answer": "1"}]
+    assert _text(math.nan) == _text(True) == ""  # pandas writes NaN for what is missing
     long = {"question": "Prove it.", "answer": "because " * 100}
     again = {"question": "What  is 3 +\n1?", "answer": "5"}
     of = task("dataset", data=write(tmp_path / "own.jsonl", *sums(60), *bad, long, again))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm_world import OPERATORS, settings
 
 from aipo_graph.engines.facts import Facts
@@ -31,6 +32,16 @@ def test_the_command_says_what_the_config_says(sections: dict[str, Any], there: 
     count = len(serve_environment(config))
     assert shlex.split(text)[count + 1 :] == serve_command(config, Facts.read(config, OPERATORS), 8123)[1:]
     assert ("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in text) == bool(config.policy.lora_rank)
+
+
+@pytest.mark.parametrize(("visible", "given"), [(None, "3"), ("2,5", "5"), ("GPU-a,GPU-b", "GPU-b")])
+def test_of_several_gpus_the_server_gets_the_last_alone(monkeypatch: pytest.MonkeyPatch, visible: str | None, given: str) -> None:
+    """Also where a scheduler has set which may be used: the learner is on the first of them."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4 if visible is None else 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert serve_environment(settings(run={"device": "cuda"}))["CUDA_VISIBLE_DEVICES"] == given
 
 
 def test_a_rank_beyond_vllm_is_refused() -> None:

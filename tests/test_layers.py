@@ -133,4 +133,4 @@ def test_broad_handlers_stand_at_the_two_boundaries_only() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ExceptHandler) and (node.type is None or getattr(node.type, "id", "") == "Exception")
     }
-    assert found <= {"aipo_graph/rollout/agents.py"}
+    assert found <= {"aipo_graph/rollout/agents.py", "aipo_graph/rollout/collect.py"}  # collect.py: the tools of a graph of messages

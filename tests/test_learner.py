@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -388,6 +389,16 @@ def test_export_is_a_hugging_face_directory_and_replaces_only_one(batch: Batch, 
     with pytest.raises(ConfigError, match="exists and is no model directory"):
         learner.export(tmp_path / "photos")
     assert (tmp_path / "photos" / "cat.png").exists()
+
+
+def test_export_writes_what_models_ship_as_generation_config(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_learner(base)
+    save_tokenizer(base)
+    (base / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": [1, 2]}')
+    tiny_learner(base).export(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (written["do_sample"], written["temperature"], written["eos_token_id"]) == (True, 0.6, [1, 2])
 
 
 def test_bad_model_directories_are_one_clear_line(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_logits_are_one_chunk_except_where_a_model_transforms_them(tmp_path: Pat
     assert sizes(estimate(config, tmp_path / "g"))["logits"] == 1000 * vocab * 4 * COPIES
 
 
-def test_the_samplers_share_follows_the_engine(tmp_path: Path) -> None:
+def test_the_samplers_share_follows_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model().save_pretrained(tmp_path)
 
     def names(**engine: object) -> set[str]:
@@ -133,6 +133,8 @@ def test_the_samplers_share_follows_the_engine(tmp_path: Path) -> None:
     assert names(kind="local") == {"sampler's weights", "sampler's cache"}
     assert names(kind="server", urls=["http://localhost:8000"]) == set()  # elsewhere
     assert names(kind="server", launch=True) == names(kind="vllm") == {"vLLM"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert (names(kind="server", launch=True), names(kind="vllm")) == (set(), {"vLLM"})  # a launched server takes the last GPU
     found = sizes(estimate(Config.model_validate({"engine": {"max_batch": 10}, "rollout": {"max_tokens": 50}}), tmp_path))
     assert found["sampler's weights"] == found["weights"]
     assert found["sampler's cache"] == 10 * 50 * 2 * 32 * 2 * 4  # rows, tokens, keys and values, width, layers, float32

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from aipo_graph.errors import ConfigError
 from aipo_graph.messages import ChatFormat
+from aipo_graph.rollout.tokens import Tokenizer
 
 QWEN = """{%- if tools %}<|im_start|>system
 {{ tools | tojson }}<|im_end|>
@@ -40,6 +41,12 @@ QWEN = """{%- if tools %}<|im_start|>system
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% if enable_thinking is defined and enable_thinking is false and force %}{% endif %}{% endif %}"""
 """Qwen3's manner: tool results in user turns, reasoning of turns before the last question left out."""
+QWEN3 = (
+    QWEN.replace("{% if m.reasoning_content and loop", "{% if (loop.last or m.reasoning_content) and loop")
+    .replace("{{ m.reasoning_content }}", "{{ (m.reasoning_content or '') | trim }}")
+    .replace("false and force %}", "false %}<think>\n\n</think>\n\n")
+)
+"""Its way with an empty reasoning part, too: written before a reply that is not to think, and after the last one alone."""
 OPENED = QWEN.replace("{% if enable_thinking is defined", "<think>\n{% if enable_thinking is defined")
 LLAMA = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.tool_calls %}{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}
@@ -75,6 +82,26 @@ def test_messages_are_rendered_as_the_template_says(qwen: ChatFormat) -> None:
         f"{CALL}<|im_end|>\n<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
     assert qwen.opening == "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_tool_loop_goes_on_from_what_was_sampled(thinking: bool) -> None:
+    qwen3 = ChatFormat(chat(QWEN3), thinking=thinking)
+    assert ("<think>" in qwen3.opening) != thinking
+    messages: list[BaseMessage] = [HumanMessage("1+1?")]
+    for _ in range(3):
+        seen = qwen3.render(messages, [CALCULATOR])
+        sampled = ("<think>\nhm\n</think>\n\n" if thinking else "") + f"{CALL}<|im_end|>"
+        messages += [qwen3.parse(sampled), ToolMessage("2", tool_call_id="1", name="calculator")]
+        added = qwen3.follow(messages, len(messages) - 2, seen, sampled, [CALCULATOR])
+        assert added == "\n<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n" + qwen3.opening
+    assert qwen3.follow([*messages, HumanMessage("sure?")], len(messages) - 2, seen, sampled, [CALCULATOR]) is None  # rewritten
+
+
+def test_no_prompt_depends_on_the_day() -> None:
+    dated = chat("{{ date_string if date_string is defined else strftime_now('%Y-%m-%d') }}: {{ messages[0].content }}")
+    assert ChatFormat(dated).render([HumanMessage("?")]) == "26 Jul 2024: ?"
+    assert Tokenizer(dated).render("?", "policy").text == "26 Jul 2024: ?"
 
 
 def test_special_tokens_of_the_template_become_their_ids(qwen: ChatFormat) -> None:
@@ -170,7 +197,10 @@ def test_llamas_bare_json_is_a_call_where_the_template_speaks_of_it(qwen: ChatFo
     text = '{"name": "calculator", "parameters": {"expression": "1+1"}}<|im_end|>'
     (call,) = ChatFormat(chat(LLAMA)).parse(text).tool_calls
     assert (call["name"], call["args"]) == ("calculator", {"expression": "1+1"})
-    assert ChatFormat(chat(LLAMA)).parse("{not json").invalid_tool_calls
+    (typed,) = ChatFormat(chat(LLAMA)).parse(text.replace("{", '{"type": "function", ', 1)).tool_calls
+    assert (typed["name"], typed["args"]) == (call["name"], call["args"])
+    assert ChatFormat(chat(LLAMA)).parse('{"not json').invalid_tool_calls
+    assert ChatFormat(chat(LLAMA)).parse("{1, 2}, so \\boxed{2}").content == "{1, 2}, so \\boxed{2}"
     assert qwen.parse(text).tool_calls == []
 
 

@@ -19,8 +19,10 @@ from aipo_graph.errors import ConfigError, GraphError, TaskError, ToolError
 from aipo_graph.learn.batch import pack
 from aipo_graph.load import model
 from aipo_graph.rollout import Agent, Context, State, agent_node, by_confidence, by_request, policy_node
-from aipo_graph.rollout.collect import LocalRollouts, Rollouts, Step, gather, open_agents, open_graph
+from aipo_graph.rollout.collect import Rollouts, Step, gather
 from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.open import open_agents, open_graph
+from aipo_graph.rollout.stream import LocalRollouts
 from aipo_graph.tasks import operators
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup, derive_seed
 
@@ -190,12 +192,12 @@ async def test_leaving_a_stream_early_stops_the_step_ahead() -> None:
     rollouts = on_operators(rollout=SMALL["rollout"] | {"max_lag": 1})
     stream = LocalRollouts(rollouts).stream(0, 9, 0)
     await anext(stream)
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
     assert len(asyncio.all_tasks()) <= 2  # this test and at most the engine's loop, which has nothing left to do
 
 
 def test_more_lag_than_one_engine_can_have() -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.max_lag = 2: the local engine samples at most 1 step ahead"):
+    with pytest.raises(ConfigError, match=r"rollout\.max_lag = 2: this process samples at most 1 step ahead"):
         LocalRollouts(on_operators(rollout=SMALL["rollout"] | {"max_lag": 2}))
 
 

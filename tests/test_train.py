@@ -17,7 +17,7 @@ import pytest
 from aipo_graph.load import data
 from aipo_graph.log import read_metrics
 
-TINY = {
+TINY: dict[str, int] = {
     "run.checkpoint_every": 2,
     "run.trace_groups": 4,
     "rollout.problems": 4,
@@ -92,14 +92,16 @@ def test_two_runs_of_one_config_are_equal_bit_for_bit(undisturbed: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path, lag: int) -> None:
+@pytest.mark.parametrize("settings", [{}, {"rollout__max_lag": 1}, {"rollout__redraws": 2}], ids=["plain", "lag", "redraws"])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path, settings: dict[str, int]) -> None:
     expected = undisturbed
-    if lag:
-        assert run(tmp_path / "..", run__dir=str(tmp_path / "whole"), rollout__max_lag=1).returncode == 0
+    if settings:
+        assert run(tmp_path / "..", run__dir=str(tmp_path / "whole"), **settings).returncode == 0
         expected = tmp_path / "whole" / "quickstart"
-    rng, folder = random.Random(lag), tmp_path / "runs" / "quickstart"
-    settings = {"rollout__max_lag": lag} if lag else {}
+    if "rollout__redraws" in settings:  # the cursor cannot be told from the step
+        last = max((expected / "checkpoints").glob("step-*"), key=lambda path: path.name)
+        assert json.loads((last / "state.json").read_text())["cursor"]["drawn"] > TINY["train.steps"] * TINY["rollout.problems"]
+    rng, folder = random.Random(str(settings)), tmp_path / "runs" / "quickstart"
     for _ in range(3):
         process = subprocess.Popen(
             command(**settings), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,18 @@ def test_ids_and_logprobs_are_those_of_the_weights_in_use(found: dict[str, Any],
     assert got["stopped"] == [got["version1"]["completions"][0][0][:2], "stop"]
     assert "while 1 requests" in got["while_sampling"]
     assert "own tokenizer" in got["foreign"]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_an_evaluation_samples_in_its_own_process(vllm_python: str, tmp_path: Path) -> None:
+    """vLLM has processes of its own, which not every process may start."""
+    sizes = ["--problems", "2", "--evaluate.problems_with_agents", "2", "--samples", "1", "--alone-only", "--out", str(tmp_path / "out")]
+    engine = ["--engine.kind", "vllm", "--engine.max_context", "384", "--engine.max_batch", "16", "--run.device", "cpu"]
+    command = [vllm_python, "-m", "aipo_graph.evaluate", "operators", *sizes, *engine]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["alone"]["failed"] == {}
 
 
 async def test_without_vllm_the_remedy_is_named() -> None:

@@ -181,6 +181,20 @@ async def test_an_adapter_is_sampled_from_and_requests_keep_theirs(vllm_server: 
         assert [path.name.rpartition("-")[2] for path in engine._handover.folder.iterdir()] == ["3"]
 
 
+async def test_weights_that_a_lora_run_evaluated_do_not_pass_for_the_servers_own(vllm_server: str, tmp_path: Path) -> None:
+    ids, trained = [*PROMPT, *PROMPT], tmp_path / "trained"
+    shutil.copytree(OPERATORS, trained)
+    perturbed(5).save_pretrained(trained)
+    lora = {"policy": {"lora_rank": RANK}, "rollout": {"max_tokens": 64}}
+    async with Client(vllm_server, 60) as other:
+        await other.call("POST", "/update_weight_version", {"new_version": "default"})  # as a server that was just started
+    engine = await open_engine(settings(vllm_server, **lora), str(trained))
+    assert gap(await engine.logprobs(ids), exact(perturbed(5), ids)) < CLOSE
+    await engine.close()
+    async with opened(vllm_server, **lora) as engine:
+        assert gap(await engine.logprobs(ids), exact(base(), ids)) < CLOSE
+
+
 async def test_weights_that_never_arrived_or_were_replaced_show(vllm_server: str) -> None:
     ids, model = [*PROMPT, *PROMPT], perturbed(5)
     async with opened(vllm_server) as engine, Client(vllm_server, 60) as other:

@@ -12,13 +12,15 @@ from aipo_graph.errors import EngineError
 ATTEMPTS = 3
 PATIENCE = 900.0
 """Seconds for a request that is no sampling: writing or loading weights takes minutes for large models."""
+IDLE = 2.0
+"""Seconds for which an unused connection is kept: less than vLLM's 5, after which it would be closed under a request."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 class Refused(EngineError):
     """An answer other than 2xx."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int = 0) -> None:  # 0: from a pickle, which brings the status afterwards
         super().__init__(message)
         self.status = status
 
@@ -36,7 +38,7 @@ class Client:
         self.load = self.runs = 0
         self._seconds = seconds
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
             headers={"Authorization": f"Bearer {key}"} if key else None,
         )
 

@@ -62,7 +62,9 @@ async def _settings(client: Client) -> dict[str, Any]:
     """Its own account of its settings, which it gives in dev mode only."""
     try:
         found = await client.call("GET", "/server_info?config_format=json")
-        return {**found["vllm_config"], "env": found["vllm_env"]}
+        if isinstance(found, dict) and "vllm_config" in found:
+            return {**found["vllm_config"], "env": found["vllm_env"]}
+        raise ConfigError(f"{client.url} is no vLLM server (its /server_info has no vllm_config); start one with `vllm serve`")
     except Refused as error:
         if error.status != 404:
             raise

@@ -17,6 +17,14 @@ from aipo_graph.engines.decoder import first_line
 from aipo_graph.engines.facts import Facts
 from aipo_graph.errors import EngineError
 
+PREFIX = "weights-"
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what killed processes left in a run's folder, which no other process may be training in."""
+    for left in folder.glob(f"{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
 
 class Handover:
     """A folder of versions, in the run's folder where there is one: servers on other machines must see it under the same path.
@@ -27,7 +35,7 @@ class Handover:
     def __init__(self, config: Config, facts: Facts) -> None:
         self._facts, self._policy = facts, config.policy
         run = Path(config.run.dir).absolute() / config.run.name
-        self.folder = Path(tempfile.mkdtemp(prefix="weights-", dir=run if run.is_dir() else None))
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=run if run.is_dir() else None))
         self.folder.chmod(0o755)  # the server may run as another user
 
     def write(self, name: str, weights: Iterable[tuple[str, Any]]) -> Path:

@@ -83,15 +83,18 @@ def serve_command(config: Config, facts: Facts, port: int, *, python: str = sys.
 
 
 def serve_environment(config: Config) -> dict[str, str]:
-    """What the server needs beside the command. Variables that the user has set stay."""
+    """What the server needs beside the command. Variables that the user has set stay, but of several GPUs it gets the last one alone: the
+    learner has the first."""
     found = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if config.policy.lora_rank:
         found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if not on_cuda(config):
         found["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    elif torch.cuda.device_count() > 1:
-        found["CUDA_VISIBLE_DEVICES"] = str(torch.cuda.device_count() - 1)
-    return {name: os.environ.get(name, value) for name, value in found.items()}
+    found = {name: os.environ.get(name, value) for name, value in found.items()}
+    if on_cuda(config) and (count := torch.cuda.device_count()) > 1:
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES") or str(count - 1)
+        found["CUDA_VISIBLE_DEVICES"] = devices.split(",")[-1]
+    return found
 
 
 def serve_text(config: Config, model_path: str, port: int = 8000) -> str:

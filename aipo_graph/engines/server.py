@@ -21,8 +21,8 @@ from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.types import Completion, Stop
 
 TOKENS, TEXT = "/inference/v1/generate", "/v1/completions"
-APART = 0.05
-"""Mean gap of logprobs between two servers past which they hold different weights; bfloat16 on equal machines stays below."""
+APART = {"float32": 1e-3, "bfloat16": 0.05}
+"""Mean gap of logprobs between two servers past which they hold different weights; equal machines stay below."""
 
 
 @dataclass(eq=False, slots=True)
@@ -56,6 +56,7 @@ class ServerEngine:
         self._names = names
         self._tokens = tokens
         self._nccl = nccl
+        self._apart = APART[config.policy.dtype]
         self._labels = wire.Labels(secrets.token_hex(4))
         self._handover = Handover(config, facts)
         self._adapter: str | None = None
@@ -70,7 +71,8 @@ class ServerEngine:
         facts = Facts.read(config, model_path)
         wire.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
         async with contextlib.AsyncExitStack() as stack:
-            clients = [await stack.enter_async_context(Client(url, config.rollout.timeout)) for url in urls]
+            different = dict.fromkeys(url.rstrip("/") for url in urls)
+            clients = [await stack.enter_async_context(Client(url, config.rollout.timeout)) for url in different]
             found = [await check_server(client, config, facts) for client in clients]
             names = {client.url: name for client, (name, _, _) in zip(clients, found, strict=True)}
             tokens = all([await tokens_route(client, names[client.url]) for client in clients])
@@ -87,7 +89,7 @@ class ServerEngine:
                 foreign = [client for client, (_, fresh, _) in zip(clients, found, strict=True) if not fresh]
                 await engine._reload(foreign, model_path, 0)
                 await engine._label([client for client in clients if client not in foreign], 0)
-            except EngineError:
+            except BaseException:
                 engine._handover.close()
                 raise
             stack.pop_all()
@@ -129,7 +131,7 @@ class ServerEngine:
         answers = await asyncio.gather(*(self._score(client, token_ids) for client in self._clients))
         for client, answer in zip(self._clients, answers, strict=True):
             gap = sum(abs(a - b) for a, b in zip(answers[0], answer, strict=True)) / len(answer)
-            if not gap <= APART:
+            if not gap <= self._apart:
                 pair = f"{self._clients[0].url} and {client.url}"
                 raise EngineError(
                     f"weights {self.version} are not on every server: logprobs of {pair} differ by {gap:.2g}; "
@@ -201,7 +203,8 @@ class ServerEngine:
         label = self._labels.of(version)
         if self.takes == "adapter":
             await self._switch(label, await asyncio.to_thread(self._handover.write, label, weights), version)
-        elif self._nccl and (tensors := list(weights)) and tensors[0][1].is_cuda:
+            return
+        if self._nccl and (tensors := list(weights)) and tensors[0][1].is_cuda:
             await self._transfer(tensors, version)
         else:
             path = await asyncio.to_thread(self._handover.write, label, weights)
@@ -237,9 +240,9 @@ class ServerEngine:
             await asyncio.gather(*(client.call("POST", "/resume") for client in clients), return_exceptions=True)
 
     async def _label(self, clients: Sequence[Client], version: int) -> None:
-        if self.takes == "weights":
-            body = {"new_version": self._labels.of(version)}
-            await _all(client.call("POST", "/update_weight_version", body) for client in clients)
+        """Also under adapters: a server without a label passes for one that still has the weights it was started with."""
+        body = {"new_version": self._labels.of(version)}
+        await _all(client.call("POST", "/update_weight_version", body) for client in clients)
 
     async def _switch(self, name: str, path: Path, version: int) -> None:
         """New requests name the new adapter; the one before is forgotten, its files go when its last request is done."""
@@ -248,7 +251,7 @@ class ServerEngine:
             await _all(client.call("POST", "/v1/unload_lora_adapter", {"lora_name": old}) for client in self._clients)
         body = {"lora_name": name, "lora_path": str(path)}
         await _all(client.call("POST", "/v1/load_lora_adapter", body) for client in self._clients)
-        self._adapter = name
+        self._adapter, self.version = name, version
         if old is not None and old != name:
             await _all(client.call("POST", "/v1/unload_lora_adapter", {"lora_name": old}) for client in self._clients)
         self._handover.keep(name, *(adapter for adapter, count in self._in_use.items() if count))

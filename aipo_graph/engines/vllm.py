@@ -50,6 +50,8 @@ class VllmEngine:
     async def open(cls, config: Config, model_path: str) -> Self:
         """Raises ConfigError where vLLM is not installed, EngineError where it does not start."""
         facts, cuda = Facts.read(config, model_path), on_cuda(config)
+        if cuda and config.run.device not in ("auto", "cuda", "cuda:0"):
+            raise ConfigError(f"run.device = {config.run.device}: vLLM takes the first GPU; use cuda, and choose with CUDA_VISIBLE_DEVICES")
         wire.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
         for name, value in _environment(cuda).items():
             os.environ.setdefault(name, value)  # vLLM reads them when it is imported
@@ -112,7 +114,7 @@ class VllmEngine:
         try:
             outputs = self._llm.generate(prompt, parameters, f"policy-{next(self._requests)}", lora_request=self._adapter)
             return [output async for output in outputs][-1]
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, vllm.exceptions.VLLMServerError) as error:
             raise EngineError(f"vLLM failed while sampling: {first_line(error)}") from error
         finally:
             self._under_way -= 1
@@ -149,7 +151,7 @@ class VllmEngine:
                 self._asleep = False
             await self._llm.reset_prefix_cache()
             await self._label(version)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, _vllm().exceptions.VLLMServerError) as error:
             raise EngineError(f"weights {version} were not taken by vLLM: {first_line(error)}; send the same model") from error
         self.version = version
 
@@ -236,8 +238,11 @@ def send_nccl(urls: Sequence[str], tensors: Sequence[tuple[str, Any]]) -> None:
 
     Raises EngineError where a server does not take part.
     """
+    import torch
+
     transfer = _vllm().distributed.weight_transfer
     try:
+        torch.cuda.set_device(tensors[0][1].device)  # of this thread: vLLM joins the group with it
         for url in urls:
             if url not in _nccl:
                 import requests  # vLLM's own client needs it
@@ -282,6 +287,7 @@ def _vllm() -> ModuleType:
         import vllm.distributed.weight_transfer.factory
         import vllm.distributed.weight_transfer.ipc_engine
         import vllm.distributed.weight_transfer.nccl_engine
+        import vllm.exceptions
         import vllm.lora.request
         import vllm.sampling_params
     except ImportError as error:

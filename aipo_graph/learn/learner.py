@@ -85,6 +85,8 @@ class Learner:
             seed = derive_seed(self.config.run.seed, "minibatches", self.version, epoch)
             for part in batch.minibatches(train.minibatches, seed):
                 sums, extra, reason = self._update(part, sums)
+                if self.device.type == "cuda" and self.config.engine.kind == "vllm":
+                    torch.cuda.empty_cache()  # vLLM's own process wakes up in the memory that this update has used
                 metrics |= extra
                 if reason:
                     return metrics | self._skip(reason)

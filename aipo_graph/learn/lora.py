@@ -29,7 +29,7 @@ def attach(model: PreTrainedModel, policy: Policy, seed: int) -> Any:
     alpha: Any = int(policy.lora_alpha) if policy.lora_alpha.is_integer() else policy.lora_alpha  # peft says int and takes both
     settings = LoraConfig(r=policy.lora_rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's, too
         try:
             return get_peft_model(model, settings).eval()
         except ValueError as error:

@@ -20,6 +20,7 @@ BOTH: tuple[Phase, ...] = ("sampling", "learning")
 COPIES = 3
 """Float32 copies of one chunk of logits alive at once, forward or backward: they and two temporaries."""
 BYTES = {"float32": 4, "bfloat16": 2}
+TITLE = "estimate; CUDA's context, fragmentation and other processes on the GPU (a helper's server) come on top"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def _sampler(config: Config, model: PreTrainedModel, whole: int, gpu: tuple[str,
             Part("sampler's weights", whole, BOTH, f"engine.kind = local, {config.policy.dtype}"),
             Part("sampler's cache", cache, BOTH, f"{rows} rows of {length:,} tokens; longer prompts and replies take more"),
         ]
-    if setting.kind == "server" and not setting.launch:
+    if setting.kind == "server" and (not setting.launch or torch.cuda.device_count() > 1):  # a launched one takes the last GPU
         return []
     phases: tuple[Phase, ...] = ("sampling",) if setting.kind == "vllm" else BOTH
     share = int(setting.memory * gpu[1]) if gpu else 0
@@ -178,7 +179,7 @@ def table(found: Estimate) -> Table | str:
     """For ``--dry-run``: the parts, the peak of each phase, and whether the GPU of this machine holds it; or the line that says why not."""
     if found.problem:
         return found.problem
-    result = Table("memory of the run", "", "sampling", "learning", title="estimate; CUDA's context and fragmentation come on top")
+    result = Table("memory of the run", "", "sampling", "learning", title=TITLE)
     result.columns[2].justify = result.columns[3].justify = "right"
     for part in found.parts:
         result.add_row(part.name, part.note, *(shown(part.bytes) if phase in part.phases else "" for phase in BOTH))

@@ -90,11 +90,16 @@ def save_model(
 ) -> None:
     """A Hugging Face model directory in ``dtype``, there whole or not at all; with ``adapter/`` beside the merged weights for LoRA.
 
+    A generation config that sets up sampling and leaves it off, which some models ship and transformers refuses to write, turns it on.
     ``source``: the model that the adapter belongs to. Raises ConfigError where the directory cannot be written.
     """
     directory = Path(directory)
     if directory.exists() and not (directory / "config.json").exists():
         raise ConfigError(f"export: {str(directory)!r} exists and is no model directory; give another name")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
     state = {name: tensor.to("cpu", getattr(torch, dtype) if tensor.is_floating_point() else None) for name, tensor in weights}
     try:
         with atomic_directory(directory) as temporary:
@@ -106,7 +111,7 @@ def save_model(
                 tokenizer.save_pretrained(temporary)
             if adapter is not None:
                 lora.save(adapter, temporary / "adapter", source)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"export: {str(directory)!r} cannot be written ({_line(error)})") from error
 
 

@@ -26,7 +26,7 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import StructuredTool
 
 from aipo_graph.errors import AgentError, AipoError, ConfigError, EngineError, ToolError
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.prompts import FIELDS, Prompts
 from aipo_graph.types import Reply, Request, derive_seed
 
 Tool = Callable[[str], Awaitable[str]]
@@ -183,7 +183,8 @@ class Agent:
             try:
                 reply = await self._answer(request, prompts)
             except AgentError as error:
-                self._breaker.record(error, self.pause)
+                answered = isinstance(error.__cause__, AgentError)  # to no avail, but it is up
+                self._breaker.record(None if answered else error, self.pause)
                 raise
             self._breaker.record(None, self.pause)
             return reply
@@ -220,8 +221,9 @@ class Agent:
     async def _converse(self, model: BaseChatModel, request: Request, prompts: Prompts) -> Reply:
         tools = {tool.__name__: tool for tool in self.tools}
         bound = model.bind_tools([StructuredTool.from_function(coroutine=tool) for tool in self.tools]) if tools else model
-        system = prompts.render(self.prompt or self.name, question=request.question, query=request.query, transcript=request.transcript)
-        messages: list[BaseMessage] = [SystemMessage(system), HumanMessage(request.query)]
+        asked = {name: FOREIGN.sub(" ", getattr(request, name)) for name in FIELDS}
+        system = prompts.render(self.prompt or self.name, **asked)
+        messages: list[BaseMessage] = [SystemMessage(system), HumanMessage(asked["query"].strip() or "?")]  # some refuse an empty one
         seeded = getattr(model, "seed", None) is not None
         used = 0
         for turn in range(self.max_turns):
@@ -235,12 +237,14 @@ class Agent:
                 raise AgentError(f"no answer within {used} tokens (raise agents.max_tokens)")
             for number, call in enumerate(calls):
                 shown = await _use(tools, call) if number < MOST_CALLS else f"error: more than {MOST_CALLS} calls at once"
-                messages.append(ToolMessage(shown, tool_call_id=call["id"] or ""))
+                messages.append(ToolMessage(FOREIGN.sub(" ", shown), tool_call_id=call["id"] or ""))
         raise AgentError(f"no answer within {self.max_turns} turns (raise Agent.max_turns)")
 
 
 MOST_CALLS = 16
 """Tool calls of one turn that are carried out."""
+FOREIGN = re.compile(r"<[|\uff5c][^\s<>]{1,64}[|\uff5c]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
+"""Control tokens of other models than the policy, which a server may read as such wherever they stand."""
 
 
 async def _call(model: Runnable[Any, Any], messages: list[BaseMessage], sampling: Mapping[str, Any]) -> AIMessage:
@@ -291,4 +295,4 @@ async def _use(tools: Mapping[str, Tool], call: Mapping[str, Any]) -> str:
     except Exception as error:  # the tool boundary
         if is_transient(error):
             raise
-        return f"error: {type(error).__name__}: {error}"
+        return f"error: {type(error).__name__}: {_line(error)}"

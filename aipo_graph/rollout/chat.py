@@ -195,7 +195,7 @@ class ChatRun(BaseCallbackHandler):
             if _same(messages[index], turn.message):
                 text = self._chat.follow(messages, index, turn.template, turn.text, tools)
                 if text is not None:
-                    start, parent, added = index, turn, self._between(messages[index + 1 :], node, text)
+                    start, parent, added = index, turn, self._between(messages[index + 1 :], tools, node, text)
                     break
         rewritten = any(turn.node == node or turn.messages[0] == messages[0] for index, turn in known if index > start)
         if parent is None or added is None or parent.completion is None:
@@ -204,10 +204,11 @@ class ChatRun(BaseCallbackHandler):
         prompt_ids = (*parent.prompt_ids, *parent.completion.token_ids, *added.token_ids)
         return Turn(node, ns, template, messages, parent, added, prompt_ids, rewritten)
 
-    def _between(self, messages: Sequence[BaseMessage], node: str, text: str) -> Segment:
-        """What stands between two replies; where that is one tool's results, the tool is the author."""
+    def _between(self, messages: Sequence[BaseMessage], tools: Sequence[Schema], node: str, text: str) -> Segment:
+        """What stands between two replies; where that is one tool's results, the tool is the author: not a name that the policy made up."""
         names = {message.name if isinstance(message, ToolMessage) else None for message in messages}
-        author = names.pop() if len(names) == 1 else None
+        known = {tool.get("function", {}).get("name") for tool in tools}
+        author = names.pop() if len(names) == 1 and names <= known else None
         return Segment("context", author or node, self._chat.encode(text), text)
 
     def settle(self) -> tuple[Segment, ...]:
@@ -289,6 +290,8 @@ class PolicyChatModel(BaseChatModel):
     Sampling is the run's: its temperature, token budget and seeds. `bind_tools` shows the policy the tools through its chat template;
     nothing forces it to call one, so a `tool_choice` other than "auto" is a GraphError, as is any other setting. In async nodes
     `ainvoke` and `astream`; in plain ones `invoke`. A reply is streamed once it is whole, in one chunk.
+
+    A tool or a node that raises fails its trace: let a tool answer a bad call with a text, which the policy can learn from.
     """
 
     max_tokens: int | None = None

@@ -1,7 +1,7 @@
 """Runs graphs over problems: one trace, one group, an endless stream of groups. Every token is checked against the ledger."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,20 +13,18 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphRecursionError, InvalidUpdateError
-from langgraph.graph import StateGraph
-from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import StreamMode
 
 from aipo_graph.config import Config
-from aipo_graph.errors import AgentError, ConfigError, ContextError, EngineError, GraphError, TaskError
-from aipo_graph.load import call, find, load, model
+from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, TaskError
+from aipo_graph.load import find, model
 from aipo_graph.rollout.agents import Agent
 from aipo_graph.rollout.chat import ChatRun, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
 from aipo_graph.rollout.ledger import Ledger
+from aipo_graph.rollout.open import open_agents, open_graph
 from aipo_graph.rollout.prompts import Prompts
-from aipo_graph.rollout.protocol import FEEDBACK, parse_request, writes_feedback
-from aipo_graph.rollout.sync import Probe, SyncCheck
+from aipo_graph.rollout.protocol import parse_request, writes_feedback
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.grading import leaks
 from aipo_graph.types import Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed
@@ -36,44 +34,6 @@ T = TypeVar("T")
 PROBE_TOKENS = 128
 MOST_PASSED_OVER = 10_000
 """Problems in a row that `task.max_prompt_tokens` may pass over."""
-
-
-def open_graph(path: str) -> Graph:
-    """The compiled graph behind a path: a graph, or a function without arguments that returns one. Raises ConfigError."""
-    found = load(path)
-    graph = call(path, found) if callable(found) and not isinstance(found, (StateGraph, CompiledStateGraph)) else found
-    if isinstance(graph, StateGraph):
-        graph = graph.compile()
-    if not isinstance(graph, CompiledStateGraph):
-        raise ConfigError(f"{path}: a {type(graph).__name__} is not a LangGraph graph; name a StateGraph or a function that returns one")
-    return graph
-
-
-def open_agents(paths: Mapping[str, str], config: Config, chats: Mapping[str, BaseChatModel] | None = None) -> dict[str, Agent]:
-    """The agents by name, each built by its factory from the config, with its language model where ``chats`` has one.
-
-    An empty path is a model alone. Raises ConfigError.
-    """
-    return {name: _open_agent(name, path, config, (chats or {}).get(name)) for name, path in paths.items()}
-
-
-def _open_agent(name: str, path: str, config: Config, chat: BaseChatModel | None) -> Agent:
-    if name == FEEDBACK:
-        raise ConfigError(f"agents.use.{name}: the tag <{FEEDBACK}> is that of every reply; give the agent another name")
-    if not path and chat is None:
-        raise ConfigError(f"agents.use.{name} is empty, a model alone, but agents.models names none; add agents.models.{name}")
-    agent = call(path, load(path), config) if path else Agent(name, model=chat)
-    if not isinstance(agent, Agent):
-        raise ConfigError(f"agents.use.{name}: {path} returned a {type(agent).__name__}, not an Agent")
-    settings = config.agents
-    return replace(
-        agent,
-        model=chat or agent.model,
-        attempts=settings.attempts,
-        timeout=settings.timeout,
-        max_tokens=settings.max_tokens * agent.max_turns,
-        concurrency=settings.concurrency,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +137,7 @@ class Rollouts:
                             if on_segments and len(segments) > known:
                                 on_segments(segments[known:])
                         else:
-                            path += chunk if chat else _nodes(chunk)
+                            path += _nodes(chunk, chat is not None)
         except GraphRecursionError:
             status, reason = "budget", f"more than {self.config.rollout.max_supersteps} supersteps"
         except TimeoutError as error:
@@ -193,13 +153,17 @@ class Rollouts:
         except InvalidUpdateError as error:
             remedy = "return what the state declares" if chat else "return append(segment, ...)"
             raise GraphError(f"a node's update is not usable ({str(error)[:120]}): {remedy}") from error
-        except KeyError as error:  # LangGraph's own for a route that leads nowhere
+        except AipoError:
+            raise
+        except Exception as error:  # the tool boundary of a graph of messages: its tools run on what the policy wrote
             name = error.args[0] if error.args else None
-            if name not in self.agents or name in graph.nodes:
+            if isinstance(error, KeyError) and name in self.agents and name not in graph.nodes:  # LangGraph's, for a route to nowhere
+                raise GraphError(
+                    f"the policy asked for agent {name!r}, but the graph has no node {name!r}: add one, or leave it out of agents.use"
+                ) from error
+            if chat is None:
                 raise
-            raise GraphError(
-                f"the policy asked for agent {name!r}, but the graph has no node {name!r}: add one, or leave it out of agents.use"
-            ) from error
+            status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error)[:300].split())}"
         if chat and status in ("done", "budget"):
             segments = chat.settle()
         ledger.check(segments, complete=status in ("done", "budget"))
@@ -215,13 +179,13 @@ class Rollouts:
         return ChatRun(ledger, self.tokenizer.chat, budget=self._budget.tokens, seed=seed, temperature=self.temperature)
 
     def _stream(self, graph: Graph, problem: Problem, context: Context, chat: ChatRun | None) -> AsyncIterator[Any]:
-        """The run's chunks. A graph of messages gets the question as a human message, and none of our context: it may have its own."""
+        """The run's chunks. A graph of messages gets the question as a human message, and not our context but its own schema's defaults."""
         settings: RunnableConfig = {"recursion_limit": self.config.rollout.max_supersteps}
         modes: list[StreamMode] = ["updates", "values"]
         if chat is None:
             return graph.astream({"problem": problem, "segments": ()}, settings, context=context, stream_mode=modes)
         settings["callbacks"] = [chat]
-        return graph.astream({"messages": [HumanMessage(problem.question)]}, settings, stream_mode=modes)
+        return graph.astream({"messages": [HumanMessage(problem.question)]}, settings, context={}, stream_mode=modes)
 
     def _answer(self, trace: Trace) -> str:
         """The text in which an answer counts; of a message, what it says without its reasoning and control tokens."""
@@ -303,63 +267,6 @@ def _has_signal(group: TraceGroup) -> bool:
     return len({trace.reward for trace in group.traces if trace.trained}) != 1
 
 
-class LocalRollouts:
-    """Rollouts in this process, one step after the other or, with `max_lag = 1`, one step ahead of the learner.
-
-    ``synced`` holds what the last load's probe said, for the log.
-    """
-
-    def __init__(self, rollouts: Rollouts) -> None:
-        if rollouts.config.rollout.max_lag > 1:
-            raise ConfigError(
-                f"rollout.max_lag = {rollouts.config.rollout.max_lag}: the local engine samples at most 1 step ahead; use 0 or 1"
-            )
-        self._rollouts = rollouts
-        self._published: tuple[Iterable[tuple[str, Any]], int, Probe | None] | None = None
-        self._check = SyncCheck(rollouts.config.policy.dtype)
-        self.synced: dict[str, float] = {}
-
-    async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int, probe: Probe | None = None) -> None:
-        """Publishes new weights: an engine that can takes them at once, another before it starts on the next step.
-
-        With a ``probe`` the engine's logprobs are compared with the learner's afterwards; EngineError if the load took no effect.
-        """
-        self._published = (weights, version, probe)
-        if self._rollouts.engine.in_flight:
-            await self._take()
-
-    async def stream(self, start: int, steps: int, drawn: int) -> AsyncIterator[Step]:
-        """Steps start … steps-1 in order, from training problem ``drawn`` on.
-
-        With `max_lag = 1` step s+1 is sampled while the caller learns from step s, except across a checkpoint, so that a resumed
-        run samples with just the weights that the undisturbed one did.
-        """
-        config = self._rollouts.config
-        ahead: asyncio.Task[Step] | None = None
-        try:
-            for number in range(start, steps):
-                if ahead is None:
-                    await self._take()
-                step = await (ahead or self._rollouts.run_step(number, drawn))
-                ahead, drawn = None, step.drawn
-                if config.rollout.max_lag and number + 1 < steps and (number + 1) % config.run.checkpoint_every:
-                    await self._take()
-                    ahead = asyncio.create_task(self._rollouts.run_step(number + 1, drawn))
-                yield step
-        finally:
-            if ahead is not None:
-                ahead.cancel()
-                await asyncio.wait({ahead})
-
-    async def _take(self) -> None:
-        """Loads what was published: while the caller of `stream` waits, unless the engine loads in flight; nobody changes weights."""
-        if self._published is not None:
-            (weights, version, probe), self._published = self._published, None
-            await self._rollouts.engine.load_weights(weights, version)
-            if probe is not None:
-                self.synced = self._check(probe, await self._rollouts.engine.logprobs(probe.token_ids), version)
-
-
 async def gather(runs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Runs all at once; the first error cancels the rest and is raised by itself."""
     try:
@@ -397,9 +304,11 @@ def _segments(state: Mapping[str, Any]) -> tuple[Segment, ...]:
     return tuple(state["segments"])
 
 
-def _nodes(updates: Mapping[str, Any]) -> list[str]:
-    """The nodes named by one chunk of updates. Raises GraphError for a node that wrote nothing that the state knows."""
+def _nodes(updates: Mapping[str, Any], in_chat: bool) -> list[str]:
+    """The nodes named by one chunk of updates. Raises GraphError for a node that waits for a person or, of segments, wrote nothing."""
+    if "__interrupt__" in updates:
+        raise GraphError("the graph was interrupted, and nobody is there to resume it: leave out interrupt(), interrupt_before and _after")
     for node, update in updates.items():
-        if update is None:
+        if update is None and not in_chat:
             raise GraphError(f"node {node!r} returned nothing that the state knows: return append(segment, ...), or append() for nothing")
     return list(updates)

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from aipo_graph.errors import ConfigError
-from aipo_graph.messages import ChatFormat, blank, special_ids
+from aipo_graph.messages import DATE, ChatFormat, blank, special_ids
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.types import Reply, Segment
 
@@ -85,7 +85,9 @@ class Tokenizer:
             bos = self._tokenizer.bos_token_id
             return Segment("context", author, ids if bos is None else (bos, *ids), text=text, thread=thread)
         messages = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking)
+        rendered = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking, date_string=DATE
+        )
         ids = tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
         return Segment("context", author, ids, text=str(rendered), thread=thread)
 

@@ -5,6 +5,7 @@ No code of a data set is ever run: `datasets` 5 refuses loading scripts, and rea
 
 import functools
 import logging
+import math
 import random
 import re
 from collections import Counter
@@ -237,7 +238,9 @@ def _text(cell: Any) -> str:
     """Text, a number, or the user's last message, as text; anything else is none."""
     if isinstance(cell, list):
         cell = next((m.get("content") for m in reversed(cell) if isinstance(m, dict) and m.get("role") == "user"), None)
-    return str(cell).strip() if isinstance(cell, (str, int, float)) and not isinstance(cell, bool) else ""
+    if isinstance(cell, bool) or (isinstance(cell, float) and not math.isfinite(cell)):
+        return ""
+    return str(cell).strip() if isinstance(cell, (str, int, float)) else ""
 
 
 def _rows(setting: str, source: str, columns: Mapping[str, str], repeats: bool) -> Iterator[Mapping[str, Any]]:

@@ -1,0 +1,56 @@
+"""The graphs and agents that a config names by path."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from langchain_core.language_models import BaseChatModel
+from langgraph.graph import StateGraph
+from langgraph.graph.state import CompiledStateGraph
+
+from aipo_graph.config import Config
+from aipo_graph.errors import ConfigError
+from aipo_graph.load import call, load
+from aipo_graph.rollout.agents import Agent
+from aipo_graph.rollout.graph import Graph
+from aipo_graph.rollout.protocol import FEEDBACK
+
+
+def open_graph(path: str) -> Graph:
+    """The compiled graph behind a path: a graph, or a function without arguments that returns one. Raises ConfigError.
+
+    Its checkpointer is left out: a trace runs once, from its start, and nothing of it is to be kept beside it.
+    """
+    found = load(path)
+    graph = call(path, found) if callable(found) and not isinstance(found, (StateGraph, CompiledStateGraph)) else found
+    if isinstance(graph, StateGraph):
+        graph = graph.compile()
+    if not isinstance(graph, CompiledStateGraph):
+        raise ConfigError(f"{path}: a {type(graph).__name__} is not a LangGraph graph; name a StateGraph or a function that returns one")
+    return graph.copy({"checkpointer": None})
+
+
+def open_agents(paths: Mapping[str, str], config: Config, chats: Mapping[str, BaseChatModel] | None = None) -> dict[str, Agent]:
+    """The agents by name, each built by its factory from the config, with its language model where ``chats`` has one.
+
+    An empty path is a model alone. Raises ConfigError.
+    """
+    return {name: _open_agent(name, path, config, (chats or {}).get(name)) for name, path in paths.items()}
+
+
+def _open_agent(name: str, path: str, config: Config, chat: BaseChatModel | None) -> Agent:
+    if name == FEEDBACK:
+        raise ConfigError(f"agents.use.{name}: the tag <{FEEDBACK}> is that of every reply; give the agent another name")
+    if not path and chat is None:
+        raise ConfigError(f"agents.use.{name} is empty, a model alone, but agents.models names none; add agents.models.{name}")
+    agent = call(path, load(path), config) if path else Agent(name, model=chat)
+    if not isinstance(agent, Agent):
+        raise ConfigError(f"agents.use.{name}: {path} returned a {type(agent).__name__}, not an Agent")
+    settings = config.agents
+    return replace(
+        agent,
+        model=chat or agent.model,
+        attempts=settings.attempts,
+        timeout=settings.timeout,
+        max_tokens=settings.max_tokens * agent.max_turns,
+        concurrency=settings.concurrency,
+    )
