@@ -1,8 +1,8 @@
 """`make bench`: tokens/s of the engine alone, of the same requests through the whole graph, and of the learner; ms per superstep.
 
 The engine alone answers exactly the requests that the graph runs made (same prompts, seeds, stops and lengths, each trace's one after
-the other) with no graph, agent or grader around it. Repeats are interleaved; medians and ranges are shown. Through vLLM:
-`python benchmarks/bench.py configs/quickstart.yaml --engine.kind server --engine.urls http://localhost:8000`.
+the other) with no graph, agent or grader around it. Repeats are interleaved; medians and ranges are shown. `bench_vllm.py` does the
+same with vLLM.
 """
 
 import asyncio
@@ -23,7 +23,6 @@ from rich.table import Table
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.engines.chat import open_chats
-from aipo_graph.engines.launch import launched
 from aipo_graph.engines.open import open_engine
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
@@ -56,28 +55,27 @@ async def measure(config: Config) -> dict[str, list[float]]:
     engine = await open_engine(config, model(config.policy.model))
     rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
     learner = Learner(config, model(config.policy.model))
-    adapter = engine.takes == "adapter"
     gc.freeze()  # as in training
     rows: dict[str, list[float]] = {name: [] for name in ("graph", "engine", "ratio", "learner", "superstep")}
     await rollouts.run_step(0, 0)
     for step in range(REPEATS):
-        await engine.load_weights(learner.adapter() if adapter else learner.weights(), step)  # forgets cached prefixes
+        await engine.load_weights(learner.weights(), step)  # forgets cached prefixes
         started = time.perf_counter()
         groups = (await rollouts.run_step(step, step * config.rollout.problems)).groups
         graph_seconds = time.perf_counter() - started
         traces = [trace for group in groups for trace in group.traces]
-        await engine.load_weights(learner.adapter() if adapter else learner.weights(), step)
+        await engine.load_weights(learner.weights(), step)
         started = time.perf_counter()
         replayed = sum(await gather([replay(rollouts, trace) for trace in traces]))
         engine_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        learner.step(pack(groups, config.loss))
-        learner_seconds = time.perf_counter() - started
+        if config.engine.kind == "local":
+            started = time.perf_counter()
+            learner.step(pack(groups, config.loss))
+            rows["learner"].append(sum(len(s.token_ids) for t in traces for s in t.segments) / (time.perf_counter() - started))
         sampled = sum(len(s.token_ids) for t in traces for s in t.segments if s.source == "policy")
         rows["graph"].append(sampled / graph_seconds)
         rows["engine"].append(replayed / engine_seconds)
         rows["ratio"].append(sampled / graph_seconds * engine_seconds / replayed)
-        rows["learner"].append(sum(len(s.token_ids) for t in traces for s in t.segments) / learner_seconds)
         rows["superstep"].append(1000 * (graph_seconds - engine_seconds) / sum(len(t.path) for t in traces))
     await engine.close()
     return rows
@@ -95,18 +93,23 @@ NAMES = {
 def main(argv: list[str]) -> None:
     config, _ = cli.parse(argv or [str(find("configs/quickstart.yaml"))], Config, prog="python benchmarks/bench.py", doc=__doc__)
     torch.set_num_threads(config.run.threads)
-    with launched(config, model(config.policy.model), Path(config.run.dir)) as served:
-        rows = asyncio.run(measure(served))
+    report(config, asyncio.run(measure(config)), "bench.json")
+
+
+def report(config: Config, rows: dict[str, list[float]], file: str) -> None:
+    """Shows medians and ranges, and writes all repeats to ``results/``."""
     table = Table("", "median", "min", "max", title=f"{REPEATS} repeats of {config.rollout.problems} x {config.rollout.traces} traces")
     for name, label in NAMES.items():
+        if not rows[name]:
+            continue
         values = [statistics.median(rows[name]), min(rows[name]), max(rows[name])]
         table.add_row(label, *(f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in values))
     Console().print(table)
     hardware = f"{os.cpu_count()} cores, {torch.get_num_threads()} in use, {platform.machine()}, torch {torch.__version__}"
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
-    report = {"date": date.today().isoformat(), "hardware": hardware, "policy": config.policy.model, "rows": rows}
-    (folder / ("bench.json" if config.engine.kind == "local" else "bench_vllm.json")).write_text(json.dumps(report, indent=1) + "\n")
+    written = {"date": date.today().isoformat(), "hardware": hardware, "policy": config.policy.model, "rows": rows}
+    (folder / file).write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
