@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 MODEL ?= $(firstword $(wildcard runs/quickstart/policy) operators)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm train test lint types demo evaluate bench clean
+.PHONY: help setup vllm train test lint types demo evaluate bench vllmbench faults clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,12 @@ evaluate: $(READY)  ## pass@k alone and with agents; MODEL=folder
 
 bench: $(READY)  ## Measure tokens/s of engine, graph and learner
 	$(PY) benchmarks/bench.py $(ARGS)
+
+vllmbench: vllm  ## Measure tokens/s of bare vLLM, and of its traces through the graph
+	.venv-vllm/bin/python benchmarks/bench_vllm.py $(ARGS)
+
+faults: $(READY)  ## Measure what becomes of consults and rewards when helpers fail
+	$(PY) benchmarks/faults.py $(ARGS)
 
 clean:  ## Remove caches and builds; .venv and runs stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

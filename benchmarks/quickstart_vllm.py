@@ -1,4 +1,4 @@
-"""The quick start through vLLM, beside the embedded engine: `python benchmarks/vllm.py [--seeds 0] [--only local server …]`.
+"""The quick start through vLLM, beside the embedded engine: `python benchmarks/quickstart_vllm.py [--seeds 0] [--only local server …]`.
 
 Each run is `python -m aipo_graph.train configs/quickstart.yaml` with another engine, adapter or helper, one after the other, resumable:
 `local` and `server` train all weights, `local_lora` and `server_lora` adapters. In `lm_helper` a small language model that vLLM serves
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     results = {method: {seed: train(method, seed, options.python) for seed in options.seeds} for method in options.only}
     hardware = f"{os.cpu_count()} cores, {platform.machine()}"
-    command = " ".join(["python benchmarks/vllm.py", *argv])
+    command = " ".join(["python benchmarks/quickstart_vllm.py", *argv])
     report = {"date": date.today().isoformat(), "hardware": hardware, "command": command, "results": results}
     DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / "vllm.json").write_text(json.dumps(report, indent=1) + "\n")
