@@ -44,7 +44,16 @@ class ServerEngine:
     """
 
     def __init__(
-        self, config: Config, facts: Facts, clients: Sequence[Client], names: dict[str, str], *, tokens: bool, nccl: bool, context: int
+        self,
+        config: Config,
+        facts: Facts,
+        clients: Sequence[Client],
+        names: dict[str, str],
+        *,
+        tokens: bool,
+        nccl: bool,
+        lora: bool,
+        context: int,
     ) -> None:
         self.eos_ids = facts.eos_ids
         self.version = 0
@@ -56,6 +65,7 @@ class ServerEngine:
         self._names = names
         self._tokens = tokens
         self._nccl = nccl
+        self._lora = lora
         self._apart = APART[config.policy.dtype]
         self._labels = wire.Labels(secrets.token_hex(4))
         self._handover = Handover(config, facts)
@@ -84,7 +94,8 @@ class ServerEngine:
             lengths = [int(settings["model_config"]["max_model_len"]) for _, _, settings in found]
             transfers = [(settings.get("weight_transfer_config") or {}).get("backend") for _, _, settings in found]
             nccl = all(backend == "nccl" for backend in transfers) and importlib.util.find_spec("vllm") is not None
-            engine = cls(config, facts, clients, names, tokens=tokens, nccl=nccl, context=min(facts.context, *lengths))
+            lora = any(settings.get("lora_config") for _, _, settings in found)
+            engine = cls(config, facts, clients, names, tokens=tokens, nccl=nccl, lora=lora, context=min(facts.context, *lengths))
             try:
                 foreign = [client for client, (_, fresh, _) in zip(clients, found, strict=True) if not fresh]
                 await engine._reload(foreign, model_path, 0)
@@ -142,16 +153,17 @@ class ServerEngine:
     async def _score(self, client: Client, token_ids: Sequence[int]) -> tuple[float, ...]:
         parameters = wire.scoring(len(token_ids))
         check_request(token_ids, 1, 0.0, vocab_size=self._facts.vocab_size, context=self.max_context)
-        if self._adapter is not None:
+        if self._lora:
             return tuple(await asyncio.gather(*(self._score_next(client, token_ids[:t], token_ids[t]) for t in range(1, len(token_ids)))))
         answer = await self._ask(client, None, token_ids, parameters)
         entries = answer["prompt_logprobs"] if self._tokens else answer["choices"][0]["prompt_logprobs"]
         return tuple(entry["logprob"] for entry in wire.prompt_scores(token_ids, entries))
 
     async def _score_next(self, client: Client, prompt: Sequence[int], token: int) -> float:
-        """One token under the adapter. Prompt logprobs of an adapter beside other requests end vLLM 0.32's engine (its mapping of rows
-        to adapters is the batch's, not the prompt's), and only completions return the logprob of a given token."""
-        body = {"model": self._adapter, "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0, "logprobs": 0}
+        """One token, on a server with adapters. Prompt logprobs beside other requests end its engine (vLLM 0.32 maps the batch's rows to
+        adapters, not the prompt's), and only completions return the logprob of a given token."""
+        body: dict[str, Any] = {"model": self._adapter or self._names[client.url], "prompt": list(prompt)}
+        body |= {"max_tokens": 1, "temperature": 0.0, "logprobs": 0}
         body |= {"logprob_token_ids": [token], "return_tokens_as_token_ids": True}
         answer = await client.sample(TEXT, body)
         return float(answer["choices"][0]["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
