@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,30 +131,36 @@ async def test_loaded_weights_are_sampled_from(vllm_server: str) -> None:
 
 
 async def test_a_request_that_spans_an_update_carries_both_versions(vllm_server: str) -> None:
-    old, new, prefix = perturbed(5), perturbed(6), len(PROMPT) - 1
+    """Requests without a pause, and updates until one of them has met one: each token has the logprob of the weights that it names."""
+    models, prefix = [perturbed(5), perturbed(6)], len(PROMPT) - 1
     async with opened(vllm_server) as engine:
-        await engine.load_weights(old.named_parameters(), 1)
-
+        await engine.load_weights(models[1].named_parameters(), 1)
         completions: list[Completion] = []
+        met = asyncio.Event()
 
         async def sampling(number: int) -> None:
-            while engine.version == 1:
-                seed = 100 * number + len(completions)
+            while not met.is_set():
+                seed = 10_000 * number + len(completions)
                 completions.append(await engine.generate(PROMPT, seed=seed, max_tokens=370, temperature=2.0))
 
         requests = [asyncio.create_task(sampling(number)) for number in range(30)]
-        while not completions:
-            await asyncio.sleep(0.005)
-        await engine.load_weights(new.named_parameters(), 2)
+        for version in range(2, 22):
+            await asyncio.sleep(0.1)
+            await engine.load_weights(models[version % 2].named_parameters(), version)
+            if any(completion.updates for completion in completions):
+                break
+        met.set()
         await asyncio.gather(*requests)
     spanning = [completion for completion in completions if completion.updates]
     assert spanning
     for completion in spanning:
-        ((cut, version),) = completion.updates
-        assert (completion.version, version, 0 < cut < len(completion.token_ids)) == (1, 2, True)
+        spans = [(0, completion.version), *completion.updates, (len(completion.token_ids), -1)]
         ids = [*PROMPT, *completion.token_ids]
-        assert gap(completion.logprobs[:cut], exact(old, ids, 2.0)[prefix:][:cut]) < CLOSE
-        assert gap(completion.logprobs[cut:], exact(new, ids, 2.0)[prefix:][cut:]) < CLOSE  # no token of the old weights' cache
+        for (start, version), (end, following) in pairwise(spans):
+            assert start < end
+            assert version != following
+            right = exact(models[version % 2], ids, 2.0)[prefix:]  # no token of the old weights' cache
+            assert gap(completion.logprobs[start:end], right[start:end]) < CLOSE
 
 
 async def test_an_adapter_is_sampled_from_and_requests_keep_theirs(vllm_server: str) -> None:
@@ -341,9 +348,9 @@ async def test_runs_stay_on_one_server_and_are_spread(vllm_server: str) -> None:
 
 async def test_servers_that_disagree_are_named(vllm_server: str) -> None:
     def shifted(path: str, answer: Any) -> None:
-        for entry in answer.get("prompt_logprobs") or ():
-            for found in (entry or {}).values():
-                found["logprob"] -= 0.2
+        for choice in answer.get("choices", ()) if path == "/v1/completions" else ():
+            for entry in choice["logprobs"]["top_logprobs"]:
+                entry.update({token: logprob - 0.2 for token, logprob in entry.items()})
 
     async with proxy(vllm_server) as (left, _), proxy(vllm_server, edit=shifted) as (right, _):
         config = settings(left, engine={"urls": [left, right]}, rollout={"max_tokens": 64})
