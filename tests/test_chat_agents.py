@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm_world
 from aiohttp import web
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage, SystemMessage
@@ -18,6 +19,7 @@ from vllm_world import OPERATORS, base, exact, gap, proxy, served
 from aipo_graph.config import Config
 from aipo_graph.engines.chat import EngineChatModel, describe, open_chats
 from aipo_graph.engines.local import LocalEngine
+from aipo_graph.engines.open import open_engine
 from aipo_graph.errors import ConfigError
 from aipo_graph.messages import ChatFormat
 from aipo_graph.rollout import Agent
@@ -244,6 +246,7 @@ async def test_a_helper_on_a_vllm_server(own: bool, vllm_server: str) -> None:
 
     Its own tokens and logprobs, at the agents' temperature, and the same again.
     """
+    await (await open_engine(vllm_world.settings(vllm_server), OPERATORS)).close()  # other tests leave their weights there
     lora = {"engine": {"kind": "server", "urls": [vllm_server]}, "policy": {"lora_rank": 8}}
     config = quick_start({"knowledge": f"vllm:{vllm_server}/v1"}) if own else quick_start({"knowledge": "policy"}, **lora)
     engine = LocalEngine.load(config, OPERATORS)
