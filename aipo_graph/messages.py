@@ -35,6 +35,11 @@ DATE = "26 Jul 2024"
 """What templates get as `date_string`, which Llama 3.2's would else take from the clock: a prompt must not depend on the day."""
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Text of token ids, control tokens included, nothing tidied."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int] = ()) -> frozenset[int]:
     """Ids of control tokens. Not all_special_ids alone: header and end-of-turn tokens of many models are special without being named."""
     added = tokenizer.added_tokens_decoder
@@ -81,7 +86,7 @@ class ChatFormat:
         self._bare_calls = CALL not in template and '"parameters": ' in template
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decode(self._tokenizer, token_ids)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of the template's text; special tokens in it become their own."""

@@ -18,6 +18,7 @@ from rich.table import Table
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.engines.chat import describe, open_chats
+from aipo_graph.engines.decoder import torch_device
 from aipo_graph.engines.handover import sweep
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.open import open_engine
@@ -136,7 +137,7 @@ def run(config: Config, console: Console) -> None:
     with RunLog(config, console) as log, launched(config, path, log.folder, console) as config:
         log.console.print(f"run folder {log.folder}")
         sweep(log.folder)
-        learner = Learner(config, path, _device(config))
+        learner = Learner(config, path, torch_device(config))
         cursor = learner.restore(log.folder / "checkpoints")
         before = read_metrics(log.folder / "metrics.jsonl")
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
@@ -158,10 +159,6 @@ def run(config: Config, console: Console) -> None:
             log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, base, trained)})
         console.print(result_table(base, trained))
         console.print(f"policy, curves.png and summary.json are in {log.folder}")
-
-
-def _device(config: Config) -> str:
-    return config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Cursor, log: RunLog) -> bool:

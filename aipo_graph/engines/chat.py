@@ -22,7 +22,7 @@ from aipo_graph.engines.fit import PROBE
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.load import model, nearest
-from aipo_graph.messages import ChatFormat
+from aipo_graph.messages import ChatFormat, decode
 from aipo_graph.types import Completion, Engine, Generate, Reply, Stop
 
 EXTRA = "pip install 'aipo-graph[agents]'"
@@ -113,7 +113,7 @@ class EngineChatModel(BaseChatModel):
         return tuple(ids) if bos is None else (bos, *ids)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, token_ids)
 
     def _reply(self, token_ids: Sequence[int], logprobs: Sequence[float], text: str) -> Reply:
         """The text with the run of sampled ids that is exactly it, or with none. Decodes O(log n) times."""

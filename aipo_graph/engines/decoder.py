@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from aipo_graph.config import Config
 from aipo_graph.errors import EngineError
 
 LAYERS = {"full_attention", "sliding_attention"}
@@ -160,6 +161,11 @@ class Decoder:
         apart = (plain.float().log_softmax(-1) - stepped.float().log_softmax(-1)).abs().max().item()
         if not apart <= (1e-3 if self.model.dtype == torch.float32 else 0.5):
             raise EngineError(f"the local engine cannot sample {name}: with a cache its logprobs move by {apart:.2g}")
+
+
+def torch_device(config: Config) -> str:
+    """`run.device`, with auto made cuda where there is one, else cpu."""
+    return config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def first_line(error: BaseException) -> str:

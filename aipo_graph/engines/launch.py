@@ -19,6 +19,7 @@ from rich.console import Console
 
 from aipo_graph.config import Config
 from aipo_graph.engines.client import Client
+from aipo_graph.engines.decoder import torch_device
 from aipo_graph.engines.facts import Facts
 from aipo_graph.errors import ConfigError, EngineError
 
@@ -57,7 +58,7 @@ def prefill_budget(context: int) -> int:
 
 
 def on_cuda(config: Config) -> bool:
-    return config.run.device.startswith("cuda") or (config.run.device == "auto" and torch.cuda.is_available())
+    return torch_device(config).startswith("cuda")
 
 
 def max_rank(rank: int) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo_graph.config import Config
 from aipo_graph.engines.barrier import Barrier, Party
-from aipo_graph.engines.decoder import Decoder, draw, first_line
+from aipo_graph.engines.decoder import Decoder, draw, first_line, torch_device
 from aipo_graph.engines.facts import check_request, context_of, end_ids
 from aipo_graph.engines.stops import StopRule, Stops
 from aipo_graph.errors import EngineError
+from aipo_graph.messages import decode
 from aipo_graph.types import Completion, Stop
 
 PREFILL_TOKENS = 16384
@@ -108,9 +110,7 @@ class LocalEngine:
     @classmethod
     def load(cls, config: Config, model_path: str) -> "LocalEngine":
         """The policy at ``model_path`` (directory or hub name) on ``run.device``. Raises EngineError if it does not load."""
-        device = config.run.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch_device(config)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_path)
             dtype = getattr(torch, config.policy.dtype)
@@ -122,11 +122,10 @@ class LocalEngine:
             raise EngineError(f"the weights of {model_path!r} lack {len(missing)} tensors, {missing[0]} among them")
         eos = end_ids(model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id, tokenizer.eos_token_id)
 
-        def decode(token_ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
         engine, context = config.engine, context_of(config, model.config.get_text_config(), model_path)
-        return cls(model, eos, decode, max_batch=engine.max_batch, deterministic=engine.deterministic, max_context=context)
+        return cls(
+            model, eos, partial(decode, tokenizer), max_batch=engine.max_batch, deterministic=engine.deterministic, max_context=context
+        )
 
     async def generate(
         self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from aipo_graph.errors import ConfigError
-from aipo_graph.messages import DATE, ChatFormat, blank, special_ids
+from aipo_graph.messages import DATE, ChatFormat, blank, decode, special_ids
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.types import Reply, Segment
 
@@ -53,7 +53,7 @@ class Tokenizer:
             ) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decode(self._tokenizer, token_ids)
 
     @cached_property
     def chat(self) -> ChatFormat:
