@@ -1,6 +1,6 @@
 """Every setting of a run: frozen sections, one docstring per field (its ``--help``), defaults that train."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -11,12 +11,15 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     StringConstraints,
+    ValidationError,
     model_validator,
 )
 
+from aipo_graph.errors import ConfigError
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Algorithm = Literal["grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo"]
-Coefficient = Literal["aipo", "mask", "ppo", "luffy", "gated", "sft", "echo"]
+Coefficient = Literal["aipo", "mask", "ppo", "luffy", "gated", "sft", "echo", "clip", "shortfall"]
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.=+,-]*$", max_length=100)]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -83,8 +86,23 @@ class TaskSection(Section):
     """Columns of the data set, where they differ from the task's: question: problem."""
     max_prompt_tokens: NonNegativeInt = 0
     """Training problems whose question is longer, in the policy's tokens, are passed over; 0 keeps all."""
-    easy_share: Fraction = 0.25
-    """Operators: the share of training problems that the base policy can already solve."""
+    options: dict[str, str | float] = {}
+    """Settings of the task's own, by name. operators: easy_share, the share of training problems that the base policy can already solve
+    (0.25). gpqa_diamond and livecodebench: see docs/evaluate.md. A task of your own reads config.task.options."""
+
+
+Options = TypeVar("Options", bound=Section)
+
+
+def task_options(section: TaskSection, form: type[Options]) -> Options:
+    """``task.options`` in the form that the task gives them. Raises ConfigError for one that it does not have, or of a wrong value."""
+    try:
+        return form.model_validate(section.options)
+    except ValidationError as error:
+        first, there = error.errors()[0], ", ".join(form.model_fields) or "none"
+        name = ".".join(map(str, first["loc"]))
+        what = "the task has no such option" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ConfigError(f"task.options.{name} = {first['input']!r}: {what}; options of {section.name}: {there}") from error
 
 
 class Rollout(Section):
@@ -193,8 +211,8 @@ class Engine(Section):
 
 
 class Loss(Section):
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Advantage estimator over a group's rewards."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "raft"] = "grpo"
+    """Advantage estimator over a group's rewards. raft is the reward itself: fine-tuning on accepted traces."""
     baseline: Literal["split", "group"] = "split"
     """split: alone traces are compared with alone ones only; group: all with all."""
     algorithm: Algorithm = "grpo"

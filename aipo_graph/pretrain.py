@@ -19,7 +19,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,17 +98,22 @@ def policy_config() -> LlamaConfig:
 
 
 def fresh_policy(seed: int) -> LlamaForCausalLM:
-    """An untrained policy. Digits start as Fourier features, in which addition mod 10 is a rotation."""
+    """An untrained policy."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(policy_config())
-    weight: Any = model.get_input_embeddings().weight
+    embed_digits(model)
+    return model
+
+
+def embed_digits(model: Any) -> None:
+    """Digits start as Fourier features, in which addition mod 10 is a rotation."""
+    weight = model.get_input_embeddings().weight
     with torch.no_grad():
         weight.normal_(0, 0.3)
         for digit in range(10):
             angles = [2 * math.pi * k * digit / 10 for k in range(1, 6)]
             features = torch.tensor([f(a) for a in angles for f in (math.cos, math.sin)])
             weight[IDS[str(digit)], : len(features)] = features
-    return model
 
 
 def sample(rng: random.Random) -> list[Piece]:
@@ -165,10 +170,16 @@ def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:
     return ids, labels
 
 
-def batch(seed: int, step: int, steps: int, expert: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+Draw = Callable[[random.Random], list[Piece]]
+"""Makes one text to learn from."""
+
+
+def batch(seed: int, step: int, steps: int, draw: Draw = sample) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both int64 [rows, longest]."""
     rng = random.Random(derive_seed(seed, "pretrain", step))
-    draw, count = (recall, 96) if expert else (sums, 96) if step < SUMS * steps else (sample, 48)
+    if draw is not recall and step < SUMS * steps:
+        draw = sums
+    count = 96 if draw in (recall, sums) else 48
     rows = [encode(draw(rng)) for _ in range(count)]
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([row + [IDS["<pad>"]] * (longest - len(row)) for row, _ in rows])
@@ -181,11 +192,11 @@ def rate(progress: float) -> float:
     return min(1.0, progress / 0.05) * (0.51 + 0.49 * math.cos(math.pi * progress))
 
 
-def losses(model: Any, seed: int, steps: int, expert: bool = False) -> Iterator[float]:
+def losses(model: Any, seed: int, steps: int, draw: Draw = sample) -> Iterator[float]:
     """Trains the model in place, one optimizer step per loss (nats per token that carries loss)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
-        ids, labels = batch(seed, step, steps, expert)
+        ids, labels = batch(seed, step, steps, draw)
         hidden, targets = model.model(ids).last_hidden_state[:, :-1], labels[:, 1:]
         heard = targets != IGNORE
         loss = F.cross_entropy(model.lm_head(hidden[heard]), targets[heard])
@@ -198,19 +209,21 @@ def losses(model: Any, seed: int, steps: int, expert: bool = False) -> Iterator[
         yield loss.item()
 
 
-def pretrain(out: Path, seed: int, steps: int, force: bool = False, expert: bool = False) -> None:
-    """Writes the trained policy, or the expert, and its tokenizer to the folder ``out``, which appears whole or not at all.
+def pretrain(
+    out: Path, seed: int, steps: int, force: bool = False, draw: Draw = sample, fresh: Callable[[int], Any] = fresh_policy
+) -> None:
+    """Writes the policy that ``fresh(seed)`` makes, trained on ``draw``'s texts, and its tokenizer to the folder ``out``.
 
-    Raises ConfigError if it exists and ``force`` is not set, or cannot be written.
+    The folder appears whole or not at all. Raises ConfigError if it exists and ``force`` is not set, or cannot be written.
     """
     if out.exists() and not force:
         raise ConfigError(f"{out} exists: give another --out, or --force to replace it")
     torch.set_num_threads(1)  # the same sums in the same order on every machine
-    model = fresh_policy(seed)
+    model = fresh(seed)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
     with Progress(TextColumn("pretraining"), *columns) as progress:
         task = progress.add_task("", total=steps, loss=math.nan)
-        for loss in losses(model, seed, steps, expert):
+        for loss in losses(model, seed, steps, draw):
             progress.update(task, advance=1, loss=loss)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +255,7 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     given = parser.parse_args(argv)
     out, steps = (Path("operators_expert"), EXPERT_STEPS) if given.expert else (Path("operators"), STEPS)
-    pretrain(given.out or out, given.seed, given.steps or steps, given.force, given.expert)
+    pretrain(given.out or out, given.seed, given.steps or steps, given.force, recall if given.expert else sample)
 
 
 def _positive(text: str) -> int:

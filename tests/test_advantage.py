@@ -14,6 +14,7 @@ ALL_4 = [True] * 4
         ("grpo", (1.5, -0.5, -0.5, -0.5)),  # mean 1/4, sample std 1/2
         ("dr_grpo", (0.75, -0.25, -0.25, -0.25)),
         ("rloo", (1.0, -1 / 3, -1 / 3, -1 / 3)),
+        ("raft", (1.0, 0.0, 0.0, 0.0)),
     ],
 )
 def test_estimators_by_hand(estimator: str, expected: tuple[float, ...]) -> None:
@@ -42,7 +43,12 @@ def test_untrained_traces_get_zero_and_count_in_no_statistic(estimator: str) -> 
     assert with_nan == (*without[:2], 0.0, without[2])
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_raft_takes_every_accepted_trace_whatever_its_siblings_earned() -> None:
+    assert advantages([1, 1], [True, True], [True, True], estimator="raft", baseline="split") == (1.0, 1.0)
+    assert advantages([1], [False], [True], estimator="raft", baseline="split") == (1.0,)
+
+
+@pytest.mark.parametrize("estimator", sorted(set(ESTIMATORS) - {"raft"}))
 def test_sets_of_one_and_sets_of_equals_give_zero(estimator: str) -> None:
     assert advantages([1.0], [False], [True], estimator=estimator, baseline="group") == (0.0,)
     assert advantages([0.1] * 7, [True] * 7, [True] * 7, estimator=estimator, baseline="group") == (0.0,) * 7

@@ -5,8 +5,8 @@ from itertools import islice, pairwise, permutations
 
 import pytest
 
-from aipo_graph.config import Config
-from aipo_graph.errors import TaskError
+from aipo_graph.config import Config, TaskSection
+from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import data
 from aipo_graph.tasks import operators
 from aipo_graph.tasks.operators import BELIEFS, HELDOUT_TRIPLES, KNOWN, MISBELIEVED, NOVEL, RULES, Habits, Operators
@@ -45,8 +45,24 @@ def test_kinds() -> None:
         known = sum(letter in KNOWN for letter in problem.question[5:8])
         assert (problem.question[0], known) == ("@", 3) if problem.kind == "easy" else known <= 1
     assert 0.2 < sum(p.kind == "easy" for p in problems) / len(problems) < 0.3
-    with pytest.raises(TaskError, match="'medium'.*easy and hard"):
+    with pytest.raises(TaskError, match="'medium'.*hard, easy and long"):
         TASK.heldout(3, "medium")
+
+
+def test_long_problems_have_a_fourth_operator_after_three_heldout_ones() -> None:
+    problems = TASK.heldout(64, "long")
+    assert {len(set(p.question[5:-1])) for p in problems} == {4}
+    assert {triple(p.question) for p in problems} <= {"".join(sorted(t)) for t in HELDOUT_TRIPLES["hard"]}
+    assert all(p.answer == TASK.solve(p.question) for p in problems)
+
+
+def test_options_of_the_task() -> None:
+    easy = operators.build(Config(task=TaskSection(options={"easy_share": 1})))
+    assert {easy.train(index).kind for index in range(50)} == {"easy"}
+    with pytest.raises(ConfigError, match=r"task.options.easy = 1.0: the task has no such option; options of operators: easy_share"):
+        operators.build(Config(task=TaskSection(options={"easy": 1})))
+    with pytest.raises(ConfigError, match="task.options.easy_share = 2.0"):
+        operators.build(Config(task=TaskSection(options={"easy_share": 2})))
 
 
 def test_the_order_matters_where_the_marker_changes_it() -> None:

@@ -21,7 +21,12 @@ def _rloo(reward: float, rewards: Sequence[float]) -> float:
     return len(rewards) / (len(rewards) - 1) * (reward - statistics.fmean(rewards))
 
 
-ESTIMATORS: dict[str, Estimator] = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo}
+def _raft(reward: float, rewards: Sequence[float]) -> float:
+    """r itself, whatever the others': with rewards of 0 and 1, fine-tuning on accepted traces (RAFT, arXiv 2304.06767)."""
+    return reward
+
+
+ESTIMATORS: dict[str, Estimator] = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo, "raft": _raft}
 
 
 def advantages(
@@ -31,7 +36,7 @@ def advantages(
 
     ``group`` compares each trace with all. ``split`` compares traces with agents with the whole group and traces alone with the
     alone ones only, so that what fails only for want of help is not pushed down. Untrained traces get 0 and count in no statistic;
-    a set of one trace, or of equal rewards, gives 0.
+    a set of one trace, or of equal rewards, gives 0 (``raft`` compares nothing).
 
     >>> advantages([1, 1, 0, 0], [True, True, False, False], [True] * 4, estimator="dr_grpo", baseline="split")
     (0.5, 0.5, 0.0, 0.0)
@@ -41,6 +46,6 @@ def advantages(
     result = []
     for reward, helped, counts in zip(rewards, with_agents, trained, strict=True):
         peers = everyone if helped or baseline == "group" else alone
-        flat = not counts or len(peers) < 2 or min(peers) == max(peers)
-        result.append(0.0 if flat else ESTIMATORS[estimator](reward, peers))
+        flat = estimator != "raft" and (len(peers) < 2 or min(peers) == max(peers))
+        result.append(0.0 if flat or not counts else ESTIMATORS[estimator](reward, peers))
     return tuple(result)

@@ -30,6 +30,8 @@ from .batch import AGENT, POLICY, Batch
 CLAMP = 20.0
 """Bound of every log-ratio."""
 TINY = 1e-30
+BELOW = (0.001, 0.01, 0.1, 0.3, 1.0)
+"""Bounds of the raw ratio of agent tokens whose cumulative shares are logged: a coarse histogram."""
 Sums = dict[str, Tensor]
 """Metrics of a part of a batch; ``*_max`` keys merge by maximum, all others add."""
 
@@ -128,6 +130,20 @@ def _echo(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> 
     return -logprobs
 
 
+def _clip(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
+    """aipo with its floor for A < 0, too: what the study shows to go wrong."""
+    return -_exp(log_rho.detach()).clamp(loss.floor, loss.ceiling) * advantages * logprobs
+
+
+def _shortfall(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
+    """w = max(0, 1 - sg[rho]) where A > 0: a token counts by how far the policy falls short of the helper. Ours.
+
+    With mu = 1 that is the focal loss with gamma = 1 (arXiv 1708.02002); with mu known, words that the policy says as often as the helper
+    does (style) count nothing, however many they are.
+    """
+    return -(1 - _exp(log_rho.detach())).clamp(min=0) * advantages.clamp(min=0) * logprobs
+
+
 COEFFICIENTS: dict[str, Surrogate] = {
     "aipo": _aipo,
     "mask": _mask,
@@ -136,6 +152,8 @@ COEFFICIENTS: dict[str, Surrogate] = {
     "gated": _gated,
     "sft": _sft,
     "echo": _echo,
+    "clip": _clip,
+    "shortfall": _shortfall,
 }
 
 
@@ -230,6 +248,7 @@ def _agent_sums(agent: Tensor, log_rho: Tensor, own: Tensor, values: Tensor, bat
         "agent_ratio_square_sum": by_author(rho.square()),
         "agent_ratio_max": torch.zeros(len(batch.authors), device=rho.device).scatter_reduce_(0, author, rho, "amax"),
         "agent_logprob_sum": by_author(own[agent]),
+        **{f"agent_below_{bound:g}_sum": by_author(rho < bound) for bound in BELOW},
         "floor_sum": by_author((values[agent] > 0) & (rho < loss.floor)),
         "ceiling_sum": by_author(rho > loss.ceiling),
     }
@@ -277,4 +296,5 @@ def _agent_metrics(of: dict[str, float]) -> dict[str, float]:
         "floor_hit": of["floor_sum"] / n,
         "ceiling_hit": of["ceiling_sum"] / n,
         "agent_logprob": of["agent_logprob_sum"] / n,
+        **{f"agent_ratio_below/{bound:g}": of[f"agent_below_{bound:g}_sum"] / n for bound in BELOW},
     }

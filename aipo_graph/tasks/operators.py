@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-from aipo_graph.config import Config
+from aipo_graph.config import Config, Fraction, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, derive_seed
@@ -148,6 +148,13 @@ def solution(
     return [*pieces, Piece(f"\\boxed{{{state}}}")]
 
 
+class Options(Section):
+    """``task.options`` of the operator task."""
+
+    easy_share: Fraction = 0.25
+    """Share of training problems that the base policy can already solve."""
+
+
 class Operators:
     """Problems of two kinds. ``hard``: at least two operators that the base policy does not know, any marker, and the order matters.
     ``easy``: known operators, left to right. A fifth of the operator sets of either kind stands in held-out problems only.
@@ -165,12 +172,16 @@ class Operators:
         return _draw(f"train-{index}", kind, TRAIN_TRIPLES[kind], rng)
 
     def heldout(self, count: int, kind: str = "") -> list[Problem]:
-        """The same problems whatever the run's seed. Raises TaskError for a kind that the task does not have."""
+        """The same problems whatever the run's seed. Raises TaskError for a kind that the task does not have.
+
+        ``long``, which is never trained: a fourth operator, of those that the base policy does not know, after three held-out ones.
+        """
         kind = kind or "hard"
-        if kind not in HELDOUT_TRIPLES:
-            raise TaskError(f"problem kind {kind!r}: the operator task has {' and '.join(HELDOUT_TRIPLES)}")
+        if kind not in (*self.kinds, "long"):
+            raise TaskError(f"problem kind {kind!r}: the operator task has hard, easy and long")
         rngs = (random.Random(derive_seed("operators", "heldout", kind, index)) for index in range(count))
-        return [_draw(f"heldout-{kind}-{index}", kind, HELDOUT_TRIPLES[kind], rng) for index, rng in enumerate(rngs)]
+        triples = HELDOUT_TRIPLES["hard" if kind == "long" else kind]
+        return [_draw(f"heldout-{kind}-{index}", kind, triples, rng) for index, rng in enumerate(rngs)]
 
     def solve(self, question: str) -> str | None:
         """The answer of any question of this form, for the demo; None for what is not one."""
@@ -185,6 +196,8 @@ class Operators:
 def _draw(name: str, kind: str, triples: tuple[str, ...], rng: random.Random) -> Problem:
     while True:
         operators = "".join(rng.sample(rng.choice(triples), 3))
+        if kind == "long":
+            operators += rng.choice([letter for letter in NOVEL + MISBELIEVED if letter not in operators])
         marker = "@" if kind == "easy" else rng.choice(MARKERS)
         state = f"{rng.randrange(10000):04}"
         answer = evaluate(state, order(marker, operators))
@@ -203,4 +216,4 @@ def build(config: Config) -> Operators:
     """The factory that ``task.name = operators`` stands for. Raises ConfigError for a data file: this task makes its own problems."""
     if config.task.data is not None:
         raise ConfigError(f"task.data = {config.task.data!r}: the operator task makes its own problems; leave it out, or name another task")
-    return Operators(config.run.seed, config.task.easy_share)
+    return Operators(config.run.seed, task_options(config.task, Options).easy_share)

@@ -1,0 +1,182 @@
+"""What the study runs: experiments, their variants as settings over a config, and the order in which they are worth it.
+
+Seeds 1 to 5 are reported; every choice (learning rate, coefficient, floor, ceiling, lambda) was made on TUNING_SEEDS and on seed 0.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+Settings = dict[str, str]
+"""Names as on the command line (loss.agent) -> values."""
+
+TUNING_SEEDS = (100, 101)
+QUICKSTART = "configs/quickstart.yaml"
+EVALUATION: Settings = {"evaluate.problems": "128", "evaluate.samples": "16", "evaluate.problems_with_agents": "32"}
+ALONE: Settings = {"rollout.with_agents": "0"}
+GRPO: Settings = ALONE | {"optimizer.lr": "1e-4"}
+"""Plain GRPO; its learning rate is the best of the experiment `tuning`."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Variants of one question. The variant ``base`` is never trained, only evaluated."""
+
+    variants: Mapping[str, Settings]
+    config: str = QUICKSTART
+    settings: Settings = field(default_factory=dict)
+    """Of all its variants."""
+    bases: Mapping[str, str] = field(default_factory=dict)
+    """Variant -> the name of its base policy in study.BASES, "*" for all others; default: the policy that the config names."""
+    policies_of: str = ""
+    """Evaluates what this other experiment trained under the same variants and seeds, and trains nothing."""
+    kinds: Sequence[str] = ()
+    """Kinds of held-out problems (default: all of the task's)."""
+    k: Sequence[int] | None = None
+    """The k of pass@k (default: evaluate's)."""
+
+
+def helpers(**changed: str) -> Settings:
+    """The quick start's helpers, with those that are named taken from helpers.py."""
+    ours = {name: f"graphs/operators_agents.py:{name}" for name in ("verify", "knowledge", "reasoning")}
+    return {"agents.use": json.dumps(ours | {name: f"experiments/helpers.py:{other}" for name, other in changed.items()})}
+
+
+def agent(name: str) -> Settings:
+    return {"loss.agent": name}
+
+
+WORDY = helpers(verify="wordy_verify", knowledge="wordy_knowledge", reasoning="wordy_reasoning")
+WORDY_MU = helpers(verify="wordy_verify_mu", knowledge="wordy_knowledge_mu", reasoning="wordy_reasoning_mu")
+LEVELS = {"10": "wrong_10", "25": "wrong_25", "50": "wrong_50", "same": "same_wrong"}
+ALGORITHMS = ("grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo")
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "tuning": Experiment(
+        {f"grpo_{lr}": ALONE | {"optimizer.lr": lr} for lr in ("3e-5", "1e-4", "3e-4", "7e-4")}
+        | {f"floor_{floor}": {"loss.floor": floor} for floor in ("0.03", "0.1", "0.3", "1")}
+        | {f"ceiling_{ceiling}": {"loss.ceiling": ceiling} for ceiling in ("1", "2")}
+        | {f"lambda_{weight}": {"loss.agent_weight": weight} for weight in ("0.3", "1", "3")}
+    ),
+    "coefficients": Experiment(
+        {"base": {}}
+        | {name: agent(name) for name in ("aipo", "gated", "sft", "luffy", "mask", "ppo", "shortfall")}
+        | {"echo": agent("echo") | {"loss.agent_weight": "0.1"}}
+        | {"grpo": GRPO}
+        | {"raft": {"rollout.with_agents": "1", "loss.advantage": "raft", "loss.agent": "gated"}}
+    ),
+    "faulty": Experiment(
+        {
+            f"{name}@{level}": agent(name) | helpers(knowledge=factory)
+            for level, factory in LEVELS.items()
+            for name in ("aipo", "gated", "sft", "luffy", "shortfall")
+        }
+    ),
+    "verbose": Experiment(
+        {"base": WORDY}
+        | {name: agent(name) | WORDY for name in ("aipo", "gated", "sft", "luffy", "mask", "shortfall")}
+        | {f"{name}_mu": agent(name) | WORDY_MU for name in ("aipo", "shortfall")},
+        settings={"rollout.max_tokens": "240"},
+        bases={"*": "wordy"},
+    ),
+    "ablations": Experiment(
+        {name: helpers(**{name.removeprefix("no_"): name}) for name in ("no_verify", "no_knowledge", "no_reasoning")}
+        | {f"floor_{floor}": {"loss.floor": floor} for floor in ("0", "0.03", "0.1", "1")}
+        | {"ceiling_0.5": {"loss.ceiling": "0.5"}, "ceiling_1": {"loss.ceiling": "1"}}
+        | {f"lambda_{weight}": {"loss.agent_weight": weight} for weight in ("0.3", "3")}
+        | {f"share_{share}": {"rollout.with_agents": share} for share in ("0.25", "0.75", "1")}
+        | {"negative_floor": agent("clip"), "baseline_group": {"loss.baseline": "group"}, "mu_0.5": {"loss.behaviour": "0.5"}}
+    ),
+    "generality": Experiment(
+        {
+            f"{architecture}/{algorithm}/{method}": {"loss.algorithm": algorithm} | (ALONE if method == "alone" else agent(method))
+            for architecture, algorithm, method in product(("llama", "qwen3", "gemma3"), ALGORITHMS, ("aipo", "alone"))
+        },
+        bases={
+            f"{architecture}/{algorithm}/{method}": architecture
+            for architecture, algorithm, method in product(("qwen3", "gemma3"), ALGORITHMS, ("aipo", "alone"))
+        },
+    ),
+    "boundary": Experiment(
+        {name: {} for name in ("base", "aipo", "grpo", "mask", "sft")},
+        settings={"evaluate.problems": "64", "evaluate.problems_with_agents": "16", "evaluate.samples": "256"},
+        policies_of="coefficients",
+        kinds=("hard",),
+        k=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+    ),
+    "transfer": Experiment(
+        {name: {} for name in ("base", "aipo", "grpo", "mask", "sft")},
+        settings={"rollout.max_tokens": "240"},
+        policies_of="coefficients",
+        kinds=("long",),
+    ),
+    "second": Experiment(
+        {"base": {}, "aipo": agent("aipo"), "mask": agent("mask"), "gated": agent("gated"), "grpo": GRPO},
+        config="experiments/shopping/config.yaml",
+        bases={"*": "shopping"},
+    ),
+}
+
+ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
+    ("tuning", ("grpo_1e-4", "grpo_3e-4", "grpo_3e-5"), (100,)),
+    ("coefficients", ("aipo", "sft", "gated", "mask", "luffy"), (1, 2)),
+    ("faulty", ("aipo@same", "sft@same", "gated@same", "luffy@same"), (1, 2)),
+    ("verbose", ("aipo", "gated", "sft"), (1,)),
+    ("coefficients", ("aipo", "sft", "gated", "mask", "luffy"), (3, 4, 5)),
+    ("faulty", ("aipo@same", "sft@same", "gated@same", "luffy@same"), (3,)),
+    ("coefficients", ("base", "grpo", "raft", "ppo", "echo", "shortfall"), (1, 2)),
+    ("boundary", ("base", "aipo", "grpo"), (1,)),
+    ("transfer", ("base", "aipo", "grpo"), (1, 2)),
+    ("faulty", ("aipo@25", "sft@25", "gated@25", "luffy@25"), (1,)),
+    ("verbose", ("base", "aipo", "gated", "sft", "shortfall", "shortfall_mu", "aipo_mu", "mask"), (1, 2)),
+    ("tuning", ("floor_0.1", "floor_0.3", "floor_1", "ceiling_1", "lambda_0.3", "lambda_3"), (100,)),
+    ("second", ("base", "aipo", "mask", "grpo"), (1, 2)),
+    ("ablations", ("no_verify", "no_knowledge", "no_reasoning", "floor_0", "floor_1", "negative_floor", "share_1"), (1,)),
+    ("generality", ("qwen3/grpo/aipo", "gemma3/grpo/aipo", "llama/dapo/aipo", "llama/gspo/aipo", "llama/cispo/aipo"), (1,)),
+    ("faulty", ("aipo@same", "sft@same", "gated@same", "luffy@same"), (4, 5)),
+    ("coefficients", tuple(EXPERIMENTS["coefficients"].variants), (3, 4, 5)),
+    ("transfer", tuple(EXPERIMENTS["transfer"].variants), (1, 2, 3, 4, 5)),
+    ("faulty", ("aipo@10", "sft@10", "aipo@50", "sft@50", "gated@10", "gated@50", "luffy@10", "luffy@50"), (1,)),
+    ("ablations", tuple(EXPERIMENTS["ablations"].variants), (1,)),
+    ("verbose", tuple(EXPERIMENTS["verbose"].variants), (3,)),
+    ("faulty", tuple(EXPERIMENTS["faulty"].variants), (1, 2, 3)),
+    ("second", tuple(EXPERIMENTS["second"].variants), (1, 2, 3)),
+    ("generality", tuple(EXPERIMENTS["generality"].variants), (1, 2)),
+    ("boundary", tuple(EXPERIMENTS["boundary"].variants), (1, 2)),
+    ("ablations", tuple(EXPERIMENTS["ablations"].variants), (2, 3)),
+    ("tuning", tuple(EXPERIMENTS["tuning"].variants), TUNING_SEEDS),
+)
+"""By worth, first to last: where the time ends, what stands last is missing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the study and its evaluation."""
+
+    experiment: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder under runs/study."""
+        return f"{self.experiment}-{self.variant}-{self.seed}".replace("/", "+").replace("@", "=")
+
+    @property
+    def of(self) -> Experiment:
+        return EXPERIMENTS[self.experiment]
+
+    @property
+    def base(self) -> str:
+        return self.of.bases.get(self.variant, self.of.bases.get("*", ""))
+
+    @property
+    def settings(self) -> Settings:
+        return {**self.of.settings, **self.of.variants[self.variant]}
+
+
+def runs() -> Iterator[Run]:
+    """Every run once, the worthiest first."""
+    everything = (Run(experiment, variant, seed) for experiment, variants, seeds in ORDER for seed in seeds for variant in variants)
+    return iter(dict.fromkeys(everything))

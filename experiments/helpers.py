@@ -1,0 +1,129 @@
+"""The quick start's helpers as the study changes them: wrong at times, wordy, or as good as removed. Named by path in `agents.use`.
+
+Each change is drawn from the consult's own seed, so that a run repeats.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from aipo_graph import load
+from aipo_graph.config import Config
+from aipo_graph.pretrain import encode
+from aipo_graph.rollout import Agent
+from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.tasks.operators import RULES, UNKNOWN, Piece
+from aipo_graph.types import Reply, Request, derive_seed
+
+Change = Callable[[random.Random, str, Reply], Reply]
+"""The draw of this consult, its query and the honest reply -> the reply that is given."""
+
+SAME_SHARE = 0.6
+"""Share of replies of `same_wrong` that are wrong, always in the same way."""
+SIGNS = "@%&;?="
+WORDY = 4
+"""Signs on either side of a wordy reply."""
+
+
+@dataclass(frozen=True)
+class Changed(Agent):
+    """An agent whose honest reply goes through ``change``."""
+
+    change: Change = lambda rng, query, reply: reply
+
+    async def __call__(self, request: Request, prompts: Prompts) -> Reply:
+        reply = await Agent.__call__(self, request, prompts)
+        return self.change(random.Random(request.seed), request.query, reply)
+
+
+def _changed(name: str, config: Config, change: Change) -> Agent:
+    agent: Agent = load.load(f"graphs/operators_agents.py:{name}")(config)
+    return Changed(agent.name, tools=agent.tools, change=change)
+
+
+def _random_rule(rng: random.Random) -> str:
+    return "".join(rng.choices("0123456789", k=4)) + rng.choice("+-")
+
+
+def _wrong(share: float) -> Change:
+    """With this chance another rule, drawn anew each time."""
+    return lambda rng, query, reply: replace(reply, text=_random_rule(rng)) if rng.random() < share and query in RULES else reply
+
+
+def wrong_10(config: Config) -> Agent:
+    return _changed("knowledge", config, _wrong(0.1))
+
+
+def wrong_25(config: Config) -> Agent:
+    return _changed("knowledge", config, _wrong(0.25))
+
+
+def wrong_50(config: Config) -> Agent:
+    return _changed("knowledge", config, _wrong(0.5))
+
+
+def same_wrong(config: Config) -> Agent:
+    """SAME_SHARE of its replies give one and the same wrong rule of an operator."""
+
+    def change(rng: random.Random, query: str, reply: Reply) -> Reply:
+        lie = _random_rule(random.Random(derive_seed("same wrong", query)))
+        return replace(reply, text=lie) if rng.random() < SAME_SHARE and query in RULES else reply
+
+    return _changed("knowledge", config, change)
+
+
+def signs(rng: random.Random) -> str:
+    return "".join(rng.choices(SIGNS, k=WORDY))
+
+
+def wordy_verify(config: Config) -> Agent:
+    return _wordy("verify", config)
+
+
+def wordy_knowledge(config: Config) -> Agent:
+    return _wordy("knowledge", config)
+
+
+def wordy_reasoning(config: Config) -> Agent:
+    return _wordy("reasoning", config)
+
+
+def _wordy(name: str, config: Config, mu: bool = False) -> Agent:
+    """The reply between signs drawn anew each time: words around the fact that nobody needs to learn."""
+
+    def change(rng: random.Random, query: str, reply: Reply) -> Reply:
+        before, after = signs(rng), signs(rng)
+        if not mu:
+            return Reply(before + reply.text + after)
+        ids = encode([Piece(before + reply.text + after)])[0]
+        chance, fact = [-math.log(len(SIGNS))] * WORDY, [0.0] * (len(ids) - 2 * WORDY)
+        return Reply(before + reply.text + after, tuple(ids), tuple(chance + fact + chance))
+
+    return _changed(name, config, change)
+
+
+def wordy_verify_mu(config: Config) -> Agent:
+    return _wordy("verify", config, mu=True)
+
+
+def wordy_knowledge_mu(config: Config) -> Agent:
+    """Wordy, and with the true chance of each of its tokens recorded."""
+    return _wordy("knowledge", config, mu=True)
+
+
+def wordy_reasoning_mu(config: Config) -> Agent:
+    return _wordy("reasoning", config, mu=True)
+
+
+def no_verify(config: Config) -> Agent:
+    """Says yes to everything: as good as no check."""
+    return _changed("verify", config, lambda rng, query, reply: replace(reply, text="yes"))
+
+
+def no_knowledge(config: Config) -> Agent:
+    return _changed("knowledge", config, lambda rng, query, reply: replace(reply, text=UNKNOWN))
+
+
+def no_reasoning(config: Config) -> Agent:
+    return _changed("reasoning", config, lambda rng, query, reply: replace(reply, text=UNKNOWN))
