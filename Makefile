@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 MODEL ?= $(firstword $(wildcard runs/quickstart/policy) operators)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm train test lint types demo evaluate bench vllmbench faults clean
+.PHONY: help setup vllm train test lint types demo evaluate study report bench vllmbench faults clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,12 @@ demo: $(READY)  ## Show one trace as it happens; MODEL=folder, ARGS='"question" 
 
 evaluate: $(READY)  ## pass@k alone and with agents; MODEL=folder
 	$(PY) -m aipo_graph.evaluate $(MODEL) $(ARGS)
+
+study: $(READY)  ## Run what is left of the study (hours); ARGS="--only coefficients --seeds 1 2"
+	$(PY) -m experiments.study $(ARGS)
+
+report: $(READY)  ## Make docs/results.md and its figures from the stored results of the study
+	$(PY) -m experiments.report $(ARGS)
 
 bench: $(READY)  ## Measure tokens/s of engine, graph and learner
 	$(PY) benchmarks/bench.py $(ARGS)

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
+from aipo_graph.evaluate import MODES
+from aipo_graph.sampling import Mode
+
 Settings = dict[str, str]
 """Names as on the command line (loss.agent) -> values."""
 
@@ -33,6 +36,7 @@ class Experiment:
     """Evaluates what this other experiment trained under the same variants and seeds, and trains nothing."""
     kinds: Sequence[str] = ()
     """Kinds of held-out problems (default: all of the task's)."""
+    modes: Sequence[Mode] = MODES
     k: Sequence[int] | None = None
     """The k of pass@k (default: evaluate's)."""
 
@@ -100,9 +104,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "boundary": Experiment(
         {name: {} for name in ("base", "aipo", "grpo", "mask", "sft")},
-        settings={"evaluate.problems": "64", "evaluate.problems_with_agents": "16", "evaluate.samples": "256"},
+        settings={"evaluate.problems": "48", "evaluate.samples": "256"},
         policies_of="coefficients",
         kinds=("hard",),
+        modes=("alone",),
         k=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     ),
     "transfer": Experiment(
@@ -126,7 +131,7 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("coefficients", ("aipo", "sft", "gated", "mask", "luffy"), (3, 4, 5)),
     ("faulty", ("aipo@same", "sft@same", "gated@same", "luffy@same"), (3,)),
     ("coefficients", ("base", "grpo", "raft", "ppo", "echo", "shortfall"), (1, 2)),
-    ("boundary", ("base", "aipo", "grpo"), (1,)),
+    ("boundary", ("base", "aipo", "grpo"), (1, 2, 3)),
     ("transfer", ("base", "aipo", "grpo"), (1, 2)),
     ("faulty", ("aipo@25", "sft@25", "gated@25", "luffy@25"), (1,)),
     ("verbose", ("base", "aipo", "gated", "sft", "shortfall", "shortfall_mu", "aipo_mu", "mask"), (1, 2)),
@@ -143,7 +148,7 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("faulty", tuple(EXPERIMENTS["faulty"].variants), (1, 2, 3)),
     ("second", tuple(EXPERIMENTS["second"].variants), (1, 2, 3)),
     ("generality", tuple(EXPERIMENTS["generality"].variants), (1, 2)),
-    ("boundary", tuple(EXPERIMENTS["boundary"].variants), (1, 2)),
+    ("boundary", tuple(EXPERIMENTS["boundary"].variants), (1, 2, 3, 4, 5)),
     ("ablations", tuple(EXPERIMENTS["ablations"].variants), (2, 3)),
     ("tuning", tuple(EXPERIMENTS["tuning"].variants), TUNING_SEEDS),
 )

@@ -85,7 +85,7 @@ def result(run: Run, extra: Mapping[str, str]) -> Row:
     else:
         policy = train(config, folder)
     task = open_task(config)
-    trained = evaluate(config, policy, folder / "evaluation" / "trained", kinds=run.of.kinds or task.kinds, k=run.of.k)
+    trained = evaluate(config, policy, folder / "evaluation" / "trained", modes=run.of.modes, kinds=run.of.kinds or task.kinds, k=run.of.k)
     del trained["model"]  # where it lay on this machine
     rows = read_metrics(folder / "metrics.jsonl")
     kept = [name for name in CURVE if any(name in row for row in rows)]

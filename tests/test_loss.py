@@ -113,7 +113,7 @@ def test_agent_coefficients_by_hand(name: str, a: float, expected: float) -> Non
 
 
 def test_shortfall_asks_nothing_where_the_policy_is_surer_than_the_helper() -> None:
-    _, sums, gradient = parts(Loss(agent="shortfall", behaviour=0.1), batch_of(a0=0.8, a1=0.0))  # exp(-1) / 0.1 > 1
+    _, _, gradient = parts(Loss(agent="shortfall", behaviour=0.1), batch_of(a0=0.8, a1=0.0))  # exp(-1) / 0.1 > 1
     first, second = (batch_of().source == AGENT).nonzero()[:2].tolist()
     assert gradient[tuple(first)] != 0
     assert gradient[tuple(second)] == 0

@@ -1,0 +1,98 @@
+"""The study: its grid, its helpers, and a short version of it through the real command, resumed."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from aipo_graph import cli
+from aipo_graph.config import Config
+from aipo_graph.pretrain import tokenizer
+from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.tasks.operators import OPERATORS, RULES
+from aipo_graph.types import Reply, Request
+from experiments import helpers, study
+from experiments.grid import EXPERIMENTS, TUNING_SEEDS, Run, runs
+
+
+async def replies(agent: helpers.Changed, query: str, count: int = 400) -> list[Reply]:
+    return [await agent(Request(agent.name, query, seed=seed), Prompts.empty()) for seed in range(count)]
+
+
+def test_every_run_is_a_config_and_no_seed_both_chooses_and_reports(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    everything = list(runs())
+    assert {run.experiment for run in everything} == set(EXPERIMENTS)
+    assert len({run.name for run in everything}) == len(everything)
+    for run in {(run.experiment, run.variant): run for run in everything}.values():
+        assert study.config_of(run, {}).run.name == run.name
+    assert {run.seed for run in everything if run.experiment == "tuning"} <= set(TUNING_SEEDS)
+    assert {run.seed for run in everything if run.experiment != "tuning"}.isdisjoint({0, *TUNING_SEEDS})
+
+
+async def test_wrong_replies_come_at_their_share_and_again_with_the_same_seed() -> None:
+    agent = helpers.wrong_25(Config())
+    said = [reply.text for reply in await replies(agent, "B")]
+    assert said == [reply.text for reply in await replies(agent, "B")]
+    assert 0.17 < sum(text != RULES["B"] for text in said) / len(said) < 0.33
+    assert len(set(said)) > 50
+
+
+async def test_same_wrong_tells_one_lie_per_operator() -> None:
+    agent = helpers.same_wrong(Config())
+    for letter in OPERATORS:
+        said = Counter(reply.text for reply in await replies(agent, letter, 200))
+        assert len(said) == 2
+        assert 0.28 < said[RULES[letter]] / 200 < 0.52
+
+
+async def test_wordy_replies_hold_the_fact_and_their_recorded_chances() -> None:
+    for reply in await replies(helpers.wordy_knowledge_mu(Config()), "B", 20):
+        assert reply.text[helpers.WORDY : -helpers.WORDY] == RULES["B"]
+        assert reply.token_ids is not None
+        assert reply.logprobs is not None
+        assert tokenizer().decode(list(reply.token_ids)) == reply.text
+        assert math.exp(sum(reply.logprobs)) == pytest.approx(len(helpers.SIGNS) ** (-2 * helpers.WORDY))
+    assert (await replies(helpers.wordy_knowledge(Config()), "B", 1))[0].logprobs is None
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "faulty.jsonl").write_text('{"experiment": "faulty"}\n')
+    assert cli.main(study.main, ["--results", str(tmp_path), "--list"]) == 2
+    assert "faulty.jsonl:1: not a result of the study; delete the line" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    short = {
+        "train.steps": 45, "optimizer.warmup_steps": 20, "run.dir": tmp_path / "runs", "run.trackers": "[]",
+        "evaluate.problems": 48, "evaluate.problems_with_agents": 4, "evaluate.samples": 8,
+    }  # fmt: skip
+    words = [
+        "--only",
+        "coefficients",
+        "--seeds",
+        "1",
+        "--results",
+        str(tmp_path),
+        *(w for pair in short.items() for w in ("--set", *map(str, pair))),
+    ]
+    assert cli.main(study.main, [*words, "--variants", "aipo", "mask"]) == 0
+    before = (tmp_path / "coefficients.jsonl").read_text()
+    rows = {row["variant"]: row for row in map(json.loads, before.splitlines())}
+    aipo, mask = (rows[name]["trained"]["alone"]["pass@1"] for name in ("aipo", "mask"))
+    assert mask < 0.02
+    assert aipo > 0.2
+    assert len(rows["aipo"]["curve"]["reward/alone/hard"]) == 45
+    assert cli.main(study.main, [*words, "--variants", "aipo", "mask", "base"]) == 0
+    after = (tmp_path / "coefficients.jsonl").read_text()
+    assert after.startswith(before)
+    assert [json.loads(line)["variant"] for line in after.removeprefix(before).splitlines()] == ["base"]
+
+
+def test_a_run_is_one_folder(tmp_path: Path) -> None:
+    assert Run("generality", "qwen3/grpo/aipo", 1).name == "generality-qwen3+grpo+aipo-1"
+    assert Run("faulty", "aipo@same", 2).name == "faulty-aipo=same-2"
