@@ -214,8 +214,17 @@ def test_data_that_cannot_be_used_is_named_with_the_remedy(tmp_path: Path, rows:
 
 def test_nothing_left_to_train_on(tmp_path: Path):
     path = write(tmp_path / "own.jsonl", *sums(5))
+    of = task("dataset", data=path, heldout=path)
+    assert len(of.heldout(9)) == 5, "an evaluation needs no training problems"
     with pytest.raises(TaskError, match="each of its 5 problems is held out"):
-        task("dataset", data=path, heldout=path)
+        of.train(0)
+
+
+def test_training_problems_are_not_read_to_evaluate_held_out_ones(tmp_path: Path):
+    of = task("dataset", data="openai/gsm8k:main:train", heldout=write(tmp_path / "own.jsonl", *sums(5)))
+    assert len(of.heldout(9)) == 5
+    with pytest.raises(ConfigError, match="task.data = 'openai/gsm8k:main:train'"):
+        of.train(0)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +233,14 @@ def test_nothing_left_to_train_on(tmp_path: Path):
         (None, "task.name = 'dataset': name the problems with task.data"),
         ("nowhere.jsonl", "no file 'nowhere.jsonl'"),
         ("nowhere.parquet", "no file 'nowhere.parquet'"),
-        ("mine.csv", "task.data = 'mine.csv': name a .jsonl or .parquet file, or a hub data set with its split"),
+        ("mine.csv", "no file 'mine.csv'"),
+        ("{scripted}/damaged.csv", "not a .csv file in UTF-8 with a first line of columns: 'utf-8' codec can't decode"),
+        ("mine.txt", "task.data = 'mine.txt': name a .jsonl, .csv or .parquet file, or a hub data set with its split"),
         ("openai/gsm8k", "hub data set with its split, NAME:SPLIT or NAME:CONFIG:SPLIT"),
-        ("openai/gsm8k:main:train", r"Couldn't reach 'openai/gsm8k' on the Hub.*log in \(hf auth login\), or download it"),
+        (
+            "openai/gsm8k:main:train",
+            r"Couldn't reach 'openai/gsm8k' on the Hub.*log in \(hf auth login\), or download it and give a .* columns question, answer",
+        ),
         ("{folder}:nope", r"Unknown split \"nope\". Should be one of \['train'\]"),
         ("{folder}:nope:train", r"BuilderConfig 'nope' not found. Available: \['default'\]"),
         ("{scripted}/damaged.parquet", "Either the file is corrupted or this is not a parquet file"),
@@ -239,6 +253,7 @@ def test_a_source_that_cannot_be_opened_is_named_with_the_remedy(tmp_path: Path,
     scripted.mkdir()
     write(folder / "train.jsonl", *sums(3))
     (scripted / "damaged.parquet").write_bytes(b"PAR1 but no more")
+    (scripted / "damaged.csv").write_bytes(b"question,answer\n\xff,1\n")
     (scripted / "scripted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     where = data and data.format(folder=folder, scripted=scripted)
     with pytest.raises(ConfigError, match=said) as caught:
@@ -260,7 +275,7 @@ def test_without_the_extra_the_remedy_is_named(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("What is ")
-    assert "ConfigError: task.data = 'openai/gsm8k:main:train': needs the extra data: pip install 'aipo-graph[data]'" in done.stderr
+    assert "ConfigError: task.heldout = 'openai/gsm8k:main:test': needs the extra data: pip install 'aipo-graph[data]'" in done.stderr
 
 
 def test_every_mapping_is_a_task_and_names_question_and_answer():

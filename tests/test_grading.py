@@ -106,6 +106,8 @@ SAME = [
     ("yes", "Yes"),
     ("+5", "5"),
     ("0", "0.0"),
+    ("60 miles per hour", "60 mph"),
+    ("2516", "2516_8"),  # the question names the base
 ]
 # Pairs that differ, known traps of graders among them: chains, hedges, tiny constants, units, equations without real solutions, anagrams.
 DIFFERENT = [
@@ -135,7 +137,6 @@ DIFFERENT = [
     ("10^{20}+1", "10^{20}"),
     (r"11\sqrt{2}", r"11\sqrt{3}"),
     ("7/0", "7"),
-    ("60 miles per hour", "60 mph"),
     ("5 hours", "5 minutes"),
     ("(0.5,3)", "(0.5,3]"),
     ("1e-16", "2e-16"),
@@ -150,6 +151,20 @@ DIFFERENT = [
     ("", "1"),
     (" ", "1"),
     ("x", "5"),
+    ("5", "x+y=5"),
+    ("2<x<7", "(2,7)"),  # it may be a point
+    ("1<x>2", r"(1,\infty)"),
+    ("x<3<5", r"(-\infty,3)"),
+    ("x<3, x>5", r"(-\infty,3)"),
+    (r"\mathbb{R}", r"(0,\infty)"),
+    (r"5 \approx 6", "5"),
+    ("10", "1010_2"),
+    ("B_8", "8_8"),
+    (r"0.\overline{9}8", "1"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "[1,2]"),
+    ("a=1, a=2", "a=1, b=2"),
+    ("2+2 = 5 = 4", "4"),
+    ("-8 y^{2}", "-8x^2"),
 ]
 BOMBS = [
     "9^{9^{9^9}}",

@@ -1,8 +1,9 @@
-r"""Problems from a data set: the Hugging Face hub's, or a local .parquet or .jsonl file. The answer is what the policy boxes last.
+r"""Problems from a data set: the Hugging Face hub's, or a local .parquet, .jsonl or .csv file. The answer is what the policy boxes last.
 
 No code of a data set is ever run: `datasets` 5 refuses loading scripts, and reads Parquet, JSON and the like as data.
 """
 
+import csv
 import functools
 import logging
 import math
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from aipo_graph.config import Config
+from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import data, find
 from aipo_graph.tasks import grading
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CORPUS = data("word_problems_corpus.jsonl")
 BATCH = 1000
+LOCAL = ".jsonl, .csv or .parquet"
 _HUB = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[\]]+))?:(?P<split>[^:\[\]]+(?:\[.*\])?)")
 _DAPO_OPENING = re.compile(r"\A\s*Solve the following math problem step by step\. The last line[^\n]*\n+")
 _DAPO_CLOSING = re.compile(r"\n+Remember to put your answer on its own line[^\n]*\s*\Z")
@@ -67,14 +69,21 @@ class Layout:
     data: str = ""
     heldout: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """question, answer, id, kind -> column; ``a.b`` is field b of column a. Of a list of messages, the user's last one is read."""
+    """question, answer, id, kind, and what ``compose`` reads -> column; ``a.b`` is field b of column a. Of a list of messages, the user's
+    last one is read."""
     gold: Callable[[str], str] = stated
     """The answer's cell to the gold answer; "" if it holds none."""
     question: Callable[[str], str] = str.strip
+    compose: Callable[[Mapping[str, str]], tuple[str, str]] | None = None
+    """All cells to question and gold answer, where one column each does not hold them."""
     repeats: bool = False
     """The file repeats each problem many times: rows of an id that was seen are passed over unread."""
     heldout_of: int = 20
     """Without held-out problems of its own, one question in so many is held out, by a hash of its text."""
+
+    def read(self, cells: Mapping[str, str]) -> tuple[str, str]:
+        """Question and gold answer of one row."""
+        return self.question(cells["question"]), self.gold(cells["answer"]).strip()
 
 
 MAPPINGS: Mapping[str, Layout] = {
@@ -107,38 +116,54 @@ MAPPINGS: Mapping[str, Layout] = {
     ),
     "dataset": Layout(columns={"question": "question", "answer": "answer"}),
 }
-"""task.name -> layout. Our word problems are 120 from hand-written patterns, in GSM8K's columns."""
+"""task.name -> layout, of what can be trained on. Our word problems are 120 from hand-written patterns, in GSM8K's columns."""
 
 
 class DatasetTask:
     """The task over one data set and, if given, one of held-out problems.
 
     Rows without a question or without a readable answer are left out and counted in the log, repeated questions collapse, and a
-    question that is held out is not trained on. Raises ConfigError, TaskError: not to be found or read, no such column, nothing left.
+    question that is held out is not trained on. With held-out problems of their own, training problems are read when the first is asked
+    for, so that an evaluation needs none. Raises ConfigError, TaskError: not to be found or read, no such column, nothing left.
     """
 
     kinds = ("",)
 
     def __init__(self, name: str, layout: Layout, required: frozenset[str], seed: int = 0) -> None:
-        self._name, self._seed = name, seed
-        problems = _read(name, "task.data", layout.data, layout, required)
+        self._name, self._seed, self._layout, self._required = name, seed, layout, required
         if layout.heldout:
             heldout = _read(name, "task.heldout", layout.heldout, layout, required)
         else:
-            heldout = {key: p for key, p in problems.items() if _address(name, key) % layout.heldout_of == 0}
+            heldout = {key: p for key, p in self._problems.items() if _address(name, key) % layout.heldout_of == 0}
         self._heldout = [heldout[key] for key in sorted(heldout, key=lambda key: _address(name, key))]
-        self._train = [problem for key, problem in problems.items() if key not in heldout]
+        self._not_trained = frozenset(heldout)
         if not self._heldout:
-            raise TaskError(f"{layout.data}: none of its {len(problems)} problems is held out by their hash; add more, or say task.heldout")
-        if not self._train:
-            raise TaskError(f"{layout.data}: each of its {len(problems)} problems is held out; give other training or held-out problems")
-        if layout.heldout and len(self._train) < len(problems):
-            lost = len(problems) - len(self._train)
-            log.warning("%s: %d of %d problems left out of training, since they are held out", layout.data, lost, len(problems))
+            count = len(self._problems)
+            raise TaskError(f"{layout.data}: none of its {count} problems is held out by their hash; add more, or say task.heldout")
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
+    @functools.cached_property
+    def _problems(self) -> dict[str, Problem]:
+        if not self._layout.data:
+            raise ConfigError(
+                f"task.name = {self._name!r} has held-out problems alone: nothing to train on; train on another task, or name training "
+                "problems in its columns with task.data"
+            )
+        return _read(self._name, "task.data", self._layout.data, self._layout, self._required)
+
+    @functools.cached_property
+    def _train(self) -> list[Problem]:
+        source, problems = self._layout.data, self._problems
+        kept = [problem for key, problem in problems.items() if key not in self._not_trained]
+        if not kept:
+            raise TaskError(f"{source}: each of its {len(problems)} problems is held out; give other training or held-out problems")
+        if self._layout.heldout and len(kept) < len(problems):
+            lost = len(problems) - len(kept)
+            log.warning("%s: %d of %d problems left out of training, since they are held out", source, lost, len(problems))
+        return kept
+
     def train(self, index: int) -> Problem:
-        """The index-th training problem: each epoch holds every one once, in an order of its own."""
+        """The index-th training problem: each epoch holds every one once, in an order of its own. Raises ConfigError if there are none."""
         epoch, position = divmod(index, len(self._train))
         return self._train[self._order(epoch)[position]]
 
@@ -161,14 +186,22 @@ class DatasetTask:
 
 def build(config: Config) -> DatasetTask:
     """The task of a run: the layout that ``task.name`` names, with what ``task.data``, ``task.heldout`` and ``task.columns`` say."""
-    task, layout = config.task, MAPPINGS[config.task.name]
-    source = task.data or layout.data
-    if not source:
-        raise ConfigError(f"task.name = {task.name!r}: name the problems with task.data, a .jsonl or .parquet file or a hub data set")
+    task_options(config.task, Section)
+    return open_layout(config, MAPPINGS[config.task.name])
+
+
+def open_layout(config: Config, layout: Layout) -> DatasetTask:
+    """The task over a layout, with what the config says otherwise of its sources and columns. Raises ConfigError, TaskError."""
+    task, own = config.task, set(layout.columns) - {"id", "kind"}
     layout = replace(
-        layout, data=source, heldout=task.heldout or layout.heldout, columns=dict([*layout.columns.items(), *task.columns.items()])
+        layout,
+        data=task.data or layout.data,
+        heldout=task.heldout or layout.heldout,
+        columns=dict([*layout.columns.items(), *task.columns.items()]),
     )
-    return DatasetTask(task.name, layout, frozenset({"question", "answer", *task.columns}), config.run.seed)
+    if not (layout.data or layout.heldout):
+        raise ConfigError(f"task.name = {task.name!r}: name the problems with task.data, a {LOCAL} file or a hub data set")
+    return DatasetTask(task.name, layout, frozenset({*own, *task.columns}), config.run.seed)
 
 
 def _address(name: str, question: str) -> int:
@@ -185,7 +218,7 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
         if count == 0:
             columns = _columns(source, row, layout.columns, required)
         cells = {what: _text(_cell(row, column)) for what, column in columns.items()}
-        question, gold = layout.question(cells["question"]), layout.gold(cells["answer"]).strip()
+        question, gold = (layout.compose or layout.read)(cells)
         key = " ".join(question.split())
         if reason := _fault(key, gold):
             left_out[reason] += 1
@@ -213,12 +246,12 @@ def _fault(question: str, gold: str) -> str:
 def _columns(source: str, row: Mapping[str, Any], wanted: Mapping[str, str], required: frozenset[str]) -> dict[str, str]:
     """The columns that the data has. Raises ConfigError for one that it lacks, unless it is a layout's own id or kind."""
     found = {what: column for what, column in wanted.items() if _has(row, column)}
-    lacking = next((what for what in ("question", "answer", "id", "kind") if what in required and what not in found), None)
+    lacking = next((what for what in wanted if what in required and what not in found), None)
     if lacking:
         there = [name for key, value in row.items() for name in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])]
-        raise ConfigError(
-            f"{source}: no column {wanted[lacking]!r}; the columns there: {', '.join(there)[:300]}; say task.columns: {{{lacking}: COLUMN}}"
-        )
+        known = lacking in ("question", "answer", "id", "kind")
+        remedy = f"say task.columns: {{{lacking}: COLUMN}}" if known else f"name one of them {wanted[lacking]} in the file"
+        raise ConfigError(f"{source}: no column {wanted[lacking]!r}; the columns there: {', '.join(there)[:300]}; {remedy}")
     return found
 
 
@@ -248,7 +281,10 @@ def _rows(setting: str, source: str, columns: Mapping[str, str], repeats: bool) 
         for _, record in records(find(source)):
             yield record
         return
-    dataset = _open(setting, source)
+    if source.endswith(".csv"):
+        yield from _table(setting, source)
+        return
+    dataset = _open(setting, source, columns)
     tops = {column if column in dataset.column_names else column.partition(".")[0] for column in columns.values()}
     if len(dataset) and tops <= set(dataset.column_names):
         dataset = dataset.select_columns(sorted(tops))
@@ -260,13 +296,22 @@ def _rows(setting: str, source: str, columns: Mapping[str, str], repeats: bool) 
     yield from _plain_rows(dataset)
 
 
+def _table(setting: str, source: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a .csv file, every cell the text that stands there: 0.50 stays 0.50, and None a word."""
+    try:
+        with open(find(source), encoding="utf-8-sig", newline="") as file:
+            yield from csv.DictReader(file, restkey="")
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{setting} = {source!r}: not a .csv file in UTF-8 with a first line of columns: {error}") from error
+
+
 def _plain_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
     """Rows as Arrow has them: images and sounds are not decoded."""
     for batch in dataset.with_format("arrow").iter(BATCH):
         yield from batch.to_pylist()
 
 
-def _open(setting: str, source: str) -> Any:
+def _open(setting: str, source: str, columns: Mapping[str, str]) -> Any:
     """A `datasets.Dataset`. Raises ConfigError: the extra is missing, the name is none, what the hub or the file said."""
     request: dict[str, str | None]
     if source.endswith(".parquet"):
@@ -274,11 +319,13 @@ def _open(setting: str, source: str) -> Any:
         remedy = "write the file again"
     elif parts := _HUB.fullmatch(source):
         request = {"path": parts["name"], "name": parts["config"], "split": parts["split"]}
-        remedy = "check the name, log in (hf auth login), or download it and give the .parquet file"
-    else:
-        raise ConfigError(
-            f"{setting} = {source!r}: name a .jsonl or .parquet file, or a hub data set with its split, NAME:SPLIT or NAME:CONFIG:SPLIT"
+        wanted = ", ".join(column for what, column in columns.items() if what not in ("id", "kind"))
+        remedy = (
+            f"check the name, accept its terms on the hub if it has some and log in (hf auth login), or download it and give a "
+            f"{LOCAL} file with the columns {wanted}: {setting}: FILE"
         )
+    else:
+        raise ConfigError(f"{setting} = {source!r}: name a {LOCAL} file, or a hub data set with its split, NAME:SPLIT or NAME:CONFIG:SPLIT")
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError

@@ -1,7 +1,7 @@
 r"""Whether an untrusted answer equals the gold one, and whether a helper's reply gives the gold away.
 
-The order is cheapest and surest first: last box, plain form, equal text, integers, choice letters, units, numbers, sequences
-element by element; only what is left is parsed, by math-verify, in a worker process that can be killed. What the answer causes
+The order is cheapest and surest first: last box, plain form, equal text, integers, choice letters, words, bases, numbers, units,
+sequences element by element; only what is left is parsed, by math-verify, in a worker process that can be killed. What the answer causes
 (refused, out of CPU time or memory, a crashed worker) is a wrong answer; what we cause is a TaskError: no score.
 """
 
@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from aipo_graph.errors import TaskError, ToolError
+from aipo_graph.tasks import forms
 from aipo_graph.tools import sandbox, symbolic
 from aipo_graph.tools.notation import LONGEST, Written, compact, latex, number, plain, refusal, without_unit
 
@@ -22,9 +23,12 @@ ROUNDED_DIGITS = 4
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _INTEGER = re.compile(r"([-+]?)(\d+|\d{1,3}(?:,\d{3})+)", re.ASCII)
-_CHOICE = re.compile(r"(?:option|choice|answer)?\s*(?:\(([A-J])\)|([A-J]))\s*(?:[.:)]\s*(.*)|)", re.IGNORECASE | re.DOTALL)
-_NAMED = re.compile(r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w\}?)?(?:\([a-z]\))?\s?(?:=|\\in(?![a-z]))\s?")
+_CHOICE = re.compile(
+    r"(?:(?:the )?(?:option|choice|(?:correct |final )?answer)(?: is|\s*:)?)?\s*(?:\(([A-J])\)|([A-J]))\s*(?:[.:)]\s*(.*)|)",
+    re.IGNORECASE | re.DOTALL,
+)
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]*")
+_ARTICLE = re.compile(r"(?:an?|the) (?=.)", re.IGNORECASE)
 
 
 def last_box(text: str) -> str | None:
@@ -54,8 +58,7 @@ async def grade(text: str, gold: str, workers: sandbox.Workers = sandbox.SHARED)
 
 async def equal(answer: str, gold: str, workers: sandbox.Workers = sandbox.SHARED) -> bool:
     """Whether an untrusted answer states the gold one. Raises TaskError on an empty gold answer, or if the grader itself failed."""
-    boxed = last_box(gold)
-    gold = gold if boxed is None else boxed
+    answer, gold = (text if (box := last_box(text)) is None else box for text in (answer, gold))
     if not gold.strip():
         raise TaskError("the gold answer is empty: correct the data set")
     if not answer.strip() or len(answer) > 2 * LONGEST + len(gold):
@@ -70,7 +73,7 @@ async def _equal(answer: str, gold: str, workers: sandbox.Workers) -> bool:
     verdict = _quick(answer, gold)
     if verdict is not None:
         return verdict
-    answer, gold = _without_names(answer, gold)
+    answer, gold = forms.in_one_form(*forms.without_names(answer, gold))
     (answer, unit), (gold, gold_unit) = without_unit(answer), without_unit(gold)
     if unit and gold_unit and unit != gold_unit:
         return False
@@ -82,7 +85,7 @@ async def _equal(answer: str, gold: str, workers: sandbox.Workers) -> bool:
         return await _same_sequence(one, two, workers)
     if one[0] != two[0] and "{" in one[0] + two[0]:
         return False
-    if refusal(answer) or refusal(gold) or answer.count("=") != gold.count("="):
+    if refusal(answer) or refusal(gold) or any(answer.count(sign) != gold.count(sign) for sign in ("=", r"\approx")):
         return False
     try:
         return bool(await workers.run(_same, latex(answer), latex(gold), timeout=CPU_SECONDS))
@@ -111,7 +114,9 @@ def _quick(answer: str, gold: str) -> bool | None:
     if choice := re.fullmatch(r"\(([A-J])\)|([A-J])", two):
         return _choice(answer) == (choice[1] or choice[2])
     if _WORD.fullmatch(gold) and (len(two) > 3 or " " in two):
-        return one.casefold() == two.casefold()
+        return _ARTICLE.sub("", answer, count=1).casefold() == _ARTICLE.sub("", gold, count=1).casefold()
+    if (based := forms.based(one)) and (gold_based := forms.based(two)):
+        return based == gold_based
     written, gold_written = number(answer), number(gold)
     if written and gold_written:
         return _same_number(written, gold_written)
@@ -154,18 +159,6 @@ def _rounds_to(answer: Written, value: Fraction, gold: Fraction) -> bool:
     return abs(value - gold) <= answer.half_place
 
 
-def _without_names(answer: str, gold: str) -> tuple[str, str]:
-    # "x = 5" for "5" and the other way round. Anything else with an equals sign, 1=2=5, keeps it.
-    one, two = _NAMED.match(answer), _NAMED.match(gold)
-    if one and two and compact(one[0]) != compact(two[0]):
-        return answer, gold
-    if one and (two or not re.search(r"=|\\in(?![a-z])", gold)):
-        answer = answer[one.end() :]
-    if two and (one or not re.search(r"=|\\in(?![a-z])", answer)):
-        gold = gold[two.end() :]
-    return answer.strip(), gold.strip()
-
-
 def _sequence(text: str) -> tuple[str, list[str]]:
     r"""Brackets and elements: ``("(]", ["1", "2"])`` for an interval, ``("\{\}", ...)`` for a set, ``("", ...)`` for a bare list.
 
@@ -178,9 +171,7 @@ def _sequence(text: str) -> tuple[str, list[str]]:
     parts = [part.strip() for part in _split(inner)]
     if len(parts) == 1 and not brackets and text.count(r"\pm") == 1:
         parts = [text.replace(r"\pm", "+").lstrip("+ "), text.replace(r"\pm", "-")]
-    if len(parts) > 1 and not brackets:
-        parts = [_NAMED.sub("", part, count=1) for part in parts]
-    elif len(parts) == 1 and brackets in ("()", "[]"):
+    if len(parts) == 1 and brackets in ("()", "[]"):
         brackets = ""
     return brackets, parts if all(parts) or len(parts) == 1 else [text]
 
@@ -215,8 +206,16 @@ async def _same_sequence(one: tuple[str, list[str]], two: tuple[str, list[str]],
     (brackets, answers), (gold_brackets, golds) = one, two
     if len(answers) != len(golds) or len(golds) > MOST_ELEMENTS:
         return False
+    ordered = False
+    if not (brackets or gold_brackets) and (named := forms.names(answers)) and (gold_named := forms.names(golds)):
+        if sorted(named) != sorted(gold_named):
+            return False
+        if len(set(named)) == len(named):  # x=1, x=2 are two solutions; a=1, b=2 are one
+            answers, ordered = [answers[named.index(name)] for name in gold_named], True
+    answers = answers if brackets else [forms.NAMED.sub("", part, count=1) for part in answers]
+    golds = golds if gold_brackets else [forms.NAMED.sub("", part, count=1) for part in golds]
     unordered = (r"\{\}", "")
-    if brackets in unordered and gold_brackets in unordered:
+    if brackets in unordered and gold_brackets in unordered and not ordered:
         left = list(answers)
         for gold in golds:
             for answer in left:

@@ -3,12 +3,15 @@
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import call, load, nearest
+from aipo_graph.tasks.benchmarks import BENCHMARKS
 from aipo_graph.tasks.datasets import MAPPINGS
 from aipo_graph.types import Task
 
 TASKS = {
     "operators": "aipo_graph.tasks.operators:build",
     **dict.fromkeys(MAPPINGS, "aipo_graph.tasks.datasets:build"),
+    **dict.fromkeys(BENCHMARKS, "aipo_graph.tasks.benchmarks:build"),
+    "livecodebench": "aipo_graph.tasks.livecodebench:build",
 }
 """Short name -> factory; anything with a colon is a path of its own."""
 

@@ -30,22 +30,28 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\{,\}", ","),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\{([^{}\\]*)\\over(?![A-Za-z])([^{}\\]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\varnothing(?![A-Za-z])|\\\{\s{0,9}\\\}", r"\\emptyset "),
         (r"\\leq?(?:slant)?(?![A-Za-z])", r"\\le "),
         (r"\\geq?(?:slant)?(?![A-Za-z])", r"\\ge "),
         (r"\\neq?(?![A-Za-z])", r"\\ne "),
         (r"\\div(?![A-Za-z])", "/"),
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\[lr]vert(?![A-Za-z])", "|"),
         (r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf|textit|mathit|operatorname)\s{0,9}\{([^{}]*)\}", r" \1 "),
         (r"\^\s{0,9}(?:\{\s{0,9}\\circ\s{0,9}\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", " degree "),
         (r"\\%", "%"),
         (r"\s+(?:or|and)\s+", ", "),
         (r"(?<=[\w)}])\s{0,9}\*\*\s{0,9}(?=[\w({-])", "^"),
+        (r"(?<=[\w)}])\s{1,9}\^", "^"),
         (r"\\frac\s{0,9}(\d)\s{0,9}(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s{0,9}(\d)\s{0,9}\{", r"\\frac{\1}{"),
         (r"(\\frac\{[^{}]*\})\s{0,9}(\d)", r"\1{\2}"),
-        (r"\\sqrt\s{0,9}([0-9A-Za-z])", r"\\sqrt{\1}"),
+        # TeX would end the root of \sqrt 51 after the 5; whoever writes it does not mean that.
+        (r"\\sqrt\s{0,9}([0-9]{1,9}|[A-Za-z])", r"\\sqrt{\1}"),
     ]
 ]
 _CURRENCY = {"$": "dollar", "£": "pound", "€": "euro"}
@@ -64,9 +70,9 @@ _UNIT_NAMES = {
     "meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km", "kilometre": "km",
     "gram": "g", "kilogram": "kg", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "foot": "ft", "feet": "ft",
     "inch": "in", "inches": "in", "mile": "mi", "liter": "l", "litre": "l", "milliliter": "ml", "yard": "yd", "dollar": "dollar",
-    "usd": "dollar", "cent": "cent", "degree": "degree", "deg": "degree",
+    "usd": "dollar", "cent": "cent", "degree": "degree", "deg": "degree", "mph": "mi/h", "kph": "km/h",
 }  # fmt: skip
-UNITS = frozenset(_UNIT_NAMES) | frozenset(_UNIT_NAMES.values()) | frozenset(["lb", "oz", "mph", "kph", "units"])
+UNITS = frozenset(_UNIT_NAMES) | frozenset(_UNIT_NAMES.values()) | frozenset(["lb", "oz", "units"])
 
 
 def plain(text: str) -> str:
@@ -177,6 +183,16 @@ _NUMBER = re.compile(
 )
 
 
+_REPEATING = re.compile(r"(?<![\d.,}])(\d{0,9})\.(\d{0,9})\\(?:overline|bar)\s?\{(\d{1,9})\}(?![\d.,{])")
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    # 0.1\overline{6} is (16 - 1)/90.
+    whole, fixed, period = match.groups()
+    top = int(whole + fixed + period) - int(whole + fixed or "0")
+    return rf"\frac{{{top}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
+
+
 def number(text: str) -> Written | None:
     r"""The number that a text in plain form is, or None: integers, decimals, fractions, mixed and scientific numbers, percent.
 
@@ -190,6 +206,7 @@ def number(text: str) -> Written | None:
 
 @functools.lru_cache(maxsize=8192)
 def _number(text: str) -> Written | None:
+    text = _REPEATING.sub(_as_fraction, text)
     match = _NUMBER.fullmatch(re.sub(r"^\((.*)\)$", r"\1", text.strip()).strip())
     if match is None or not (match["top"] or match["top2"] or re.search(r"\d", match["decimal"] or "")):
         return None
@@ -224,7 +241,7 @@ def without_unit(text: str) -> tuple[str, str]:
     if any(word in _NOT_UNITS for word in re.split(r"[\s/]+", match[3].lower()) if word != "in" or len(words) > 1):
         return text, ""
     known = all(word.partition("^")[0] in UNITS or word in ("square", "cubic", "per") for word in words)
-    spaced_words = bool(match[2]) and number(match[1]) is not None and len(words[0]) > 1
+    spaced_words = bool(match[2]) and number(match[1]) is not None and len(words[0].partition("^")[0]) > 1
     if not spaced_words and not (known and (match[2] or len(words[0]) > 1)):
         return text, ""
     if words[0] in ("square", "cubic", "sq") and len(words) == 2:
