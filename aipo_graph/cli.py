@@ -34,8 +34,10 @@ class Options:
     dry_run: bool
 
 
-def parse(argv: Sequence[str], cls: type[C], *, prog: str, doc: str = "", default: str = "") -> tuple[C, Options]:
-    """Settings of ``cls`` from defaults, then a YAML file, then the command line.
+def parse(
+    argv: Sequence[str], cls: type[C], *, prog: str, doc: str = "", default: str = "", overlay: Path | None = None
+) -> tuple[C, Options]:
+    """Settings of ``cls`` from defaults, then a YAML file, then ``overlay`` (another one), then the command line.
 
     The file is the positional argument, or ``--config FILE`` where ``cls`` has positional fields of its own; without either it is
     ``default``, where one is given. Raises ConfigError in one line: the key, its value, the place, the remedy. ``--help`` prints
@@ -49,14 +51,21 @@ def parse(argv: Sequence[str], cls: type[C], *, prog: str, doc: str = "", defaul
     given = _command_line(argv, cls, prog, doc, default)
     file, dry_run = given.pop("config", default), given.pop("dry-run", False) is True
     path = find(file) if file else None
-    values, lines = read_yaml(path) if path else ({}, {})
-    if path:
-        values = {key: {} if value is None else value for key, value in values.items()}  # a section whose lines are all comments
-        _resolve_paths(values, path.parent)
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for layer in (path, overlay):
+        if layer:
+            above, lines = read_yaml(layer)
+            above = {key: {} if value is None else value for key, value in above.items()}  # a section whose lines are all comments
+            _resolve_paths(above, layer.parent)
+            if isinstance(task := above.get("task"), dict) and "name" in task:  # one task's data, columns and options are no other's
+                values.pop("task", None)
+            values = _merge(cls, values, above)
+            places |= {key: f"{layer}:{line}" for key, line in lines.items()}
     try:
         return cls.model_validate(_merge(cls, values, given)), Options(path, dry_run)
     except ValidationError as error:
-        raise ConfigError(_explain(error, cls, set(_flatten(given)), lines, path)) from error
+        raise ConfigError(_explain(error, cls, set(_flatten(given)), places)) from error
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -239,7 +248,7 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
 # --- what is wrong with a value
 
 
-def _explain(error: ValidationError, cls: type[BaseModel], given: set[str], lines: Mapping[str, int], path: Path | None) -> str:
+def _explain(error: ValidationError, cls: type[BaseModel], given: set[str], places: Mapping[str, str]) -> str:
     """One line for the first of the errors: key, value, what is allowed, where it was given, how many more there are."""
     errors = error.errors(include_url=False)
     first = errors[0]
@@ -250,8 +259,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], given: set[str], line
     if stem in given:
         place = " (on the command line)"
     else:
-        line = next((lines[k] for k in (key, stem, key.rpartition(".")[0]) if k in lines), None)
-        place = f" ({path}:{line})" if path and line else ""
+        found = next((places[k] for k in (key, stem, key.rpartition(".")[0]) if k in places), None)
+        place = f" ({found})" if found else ""
     if first["type"] == "extra_forbidden":
         text = f"no setting {key!r}{_nearest_key(key, [*cls.model_fields, *(known for known, _ in _leaves(cls))])}"
     elif first["type"] == "value_error":

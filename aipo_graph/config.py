@@ -77,9 +77,10 @@ class Policy(Section):
 
 class TaskSection(Section):
     name: str = "operators"
-    """operators, word_problems, gsm8k, math, dapo_math, openr1_math, dataset (give task.columns), or a factory (my_task.py:build)."""
+    """operators, word_problems, gsm8k, math, dapo_math, openr1_math, dataset (give task.columns), to evaluate alone aime2024, aime2025,
+    math500, gpqa_diamond and livecodebench, or a factory (my_task.py:build)."""
     data: str | None = None
-    """Training problems: a local .parquet or .jsonl file, or a hub data set as NAME:SPLIT or NAME:CONFIG:SPLIT; default: the task's own."""
+    """Training problems: a local .parquet, .jsonl or .csv file, or a hub data set, NAME:SPLIT or NAME:CONFIG:SPLIT; default: the task's."""
     heldout: str | None = None
     """Held-out problems, named like task.data; default: the task's own, else a fixed twentieth of the data."""
     columns: dict[Literal["question", "answer", "id", "kind"], str] = {}

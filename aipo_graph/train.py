@@ -23,13 +23,14 @@ from aipo_graph.engines.handover import sweep
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.open import open_engine
 from aipo_graph.errors import AipoError, TrainError
-from aipo_graph.evaluate import cell, follow, size, start
+from aipo_graph.evaluate import follow, start
+from aipo_graph.evaluation.passk import Values
+from aipo_graph.evaluation.tables import cell, size
 from aipo_graph.learn import memory
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
 from aipo_graph.load import model
 from aipo_graph.log import RunLog, read_metrics
-from aipo_graph.passk import Values
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.rollout.stream import LocalRollouts
@@ -134,6 +135,7 @@ def run(config: Config, console: Console) -> None:
     torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     path, task = model(config.policy.model), open_task(config)
+    task.train(0)  # data that cannot be trained on is refused before anything is loaded
     with RunLog(config, console) as log, launched(config, path, log.folder, console) as config:
         log.console.print(f"run folder {log.folder}")
         sweep(log.folder)

@@ -55,7 +55,8 @@ def train(method: str, seed: int, tokens: float) -> Summary:
         subprocess.run([*command, *METHODS[method][1], *budget], check=True)
     values: Summary = json.loads(summary.read_text())
     for policy in ("base", "trained"):
-        del values[policy]["model"]  # where it lay on this machine
+        for place in ("model", "protocol"):  # where it lay on this machine
+            values[policy].pop(place, None)
     return values
 
 

@@ -65,7 +65,8 @@ def train(method: str, seed: int, python: str) -> Summary:
             subprocess.run([*command, *extra], check=True)
     values: Summary = json.loads((folder / "summary.json").read_text())
     for policy in ("base", "trained"):
-        del values[policy]["model"]  # where it lay on this machine
+        for place in ("model", "protocol"):  # where it lay on this machine
+            values[policy].pop(place, None)
     rows = read_metrics(folder / "metrics.jsonl")
     found = {name: [row[name] for row in rows if row.get(name) is not None] for name in rows[-1]}
     values["series"] = {name: max(found[name]) for name in ("sync_gap_max", "mismatch_ratio_max") if found.get(name)}

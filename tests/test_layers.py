@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "evaluate", "demo", "pretrain", "draw", "sampling", "passk", "cluster"}
+COMMANDS = {"train", "evaluate", "evaluation", "demo", "pretrain", "draw", "cluster"}
 """On top of everything, and imported by nothing below them."""
 
 # Part of the package -> parts of the package that it may import, beside itself.

@@ -1,17 +1,16 @@
-"""What samples say: pass@k, its uncertainty, and the summary of an evaluation, as pure functions."""
+"""Estimators over samples and problems, as pure functions: pass@k, maj@k, intervals, a paired test."""
 
+import functools
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from aipo_graph.errors import TaskError
-from aipo_graph.sampling import Key, Part, Sample
-from aipo_graph.types import derive_seed
-
 RESAMPLES = 2000
+FLIPS = 10_000
+EXACT_FLIPS = 12
+"""Up to so many problems that differ, every pattern of signs is counted."""
 Values = dict[str, Any]
 Rates = dict[str, float]
 """Problem -> its estimate."""
@@ -28,6 +27,62 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} of {c} right among {n} samples is not defined")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+@functools.lru_cache(maxsize=65536)
+def maj_at_k(right: tuple[int, ...], wrong: tuple[int, ...], silent: int, k: int) -> float:
+    """The chance that the most frequent answer of k samples is right, over all subsets of k: the expectation, without drawing any.
+
+    Args:
+        right, wrong: how many samples gave each right and each wrong answer.
+        silent: how many gave none; they have no vote. A tie is broken at random, so that each of t answers counts 1/t; no vote is wrong.
+
+    Majority voting is that of Wang et al. 2022 (arXiv 2203.11171). Raises ValueError for k > n.
+
+    >>> round(maj_at_k((2,), (1,), 0, 1), 6), maj_at_k((2,), (1,), 0, 3), maj_at_k((1,), (1,), 1, 3)
+    (0.666667, 1.0, 0.5)
+    """
+    n = sum(right) + sum(wrong) + silent
+    if not 1 <= k <= n:
+        raise ValueError(f"maj@{k} of {n} samples is not defined")
+    if k == n:
+        most = max((*right, *wrong), default=0)
+        return right.count(most) / (right.count(most) + wrong.count(most)) if most else 0.0
+    chance = 0.0
+    for index, size in enumerate(right):
+        others = (*right[:index], *right[index + 1 :], *wrong)
+        for votes in range(1, min(size, k) + 1):
+            chance += _binomial(size, votes, k / n) * _leads(others, silent, votes, k, n)
+    # Counts of a subset of k are independent binomials (of any share; k/n keeps them in range), given that they add up to k.
+    return chance / _binomial(n, k, k / n)
+
+
+def _leads(others: tuple[int, ...], silent: int, votes: int, k: int, n: int) -> float:
+    """E[1 / (1 + ties)] where no other answer has more than ``votes`` and all others have k - votes samples together.
+
+    1 / (1 + t) is the integral of y^t over [0, 1], so each tied answer is a factor y; Gauss-Legendre is exact for such polynomials.
+    """
+    free = silent + sum(size for size in others if size < votes)
+    nodes, weights = np.polynomial.legendre.leggauss(k // votes // 2 + 1)
+    y, weights = (nodes + 1) / 2, weights / 2
+    rest = k - votes
+    chances = np.tile([_binomial(free, count, k / n) for count in range(rest + 1)], (len(y), 1))  # [nodes, samples taken so far]
+    for size in (size for size in others if size >= votes):
+        grown = np.zeros_like(chances)
+        for count in range(min(votes, rest) + 1):
+            share = _binomial(size, count, k / n) * (y[:, None] if count == votes else 1.0)
+            grown[:, count:] += share * chances[:, : rest + 1 - count]
+        chances = grown
+    return float(weights @ chances[:, rest])
+
+
+@functools.lru_cache(maxsize=65536)
+def _binomial(n: int, count: int, p: float) -> float:
+    """The chance of ``count`` of n, for 0 < p < 1; by logarithms, for factorials overflow."""
+    if count > n:
+        return 0.0
+    log_ways = math.lgamma(n + 1) - math.lgamma(count + 1) - math.lgamma(n - count + 1)
+    return math.exp(log_ways + count * math.log(p) + (n - count) * math.log1p(-p))
 
 
 def bootstrap(values: Sequence[float], seed: int, level: float = 0.95) -> tuple[float, float]:
@@ -47,73 +102,20 @@ def bootstrap(values: Sequence[float], seed: int, level: float = 0.95) -> tuple[
     return float(low), float(high)
 
 
-def summarise(parts: Sequence[Part], samples: Mapping[Key, Sample], k: Sequence[int], seed: int) -> Values:
-    """``alone``, ``with_agents`` and their paired ``difference`` of the first kind, the other kinds under ``kinds``.
+def sign_flip(differences: Sequence[float], seed: int) -> float:
+    """The two-sided p of paired differences over problems: how often random signs give a sum at least as far from 0.
 
-    Raises TaskError if every trace of a part failed.
+    Where each is -1, 0 or 1 (greedy decoding) this is McNemar's exact test. Up to EXACT_FLIPS differences other than 0 it counts all
+    patterns; beyond, FLIPS draws and the observed one, a function of the seed. 1.0 where nothing differs.
+
+    >>> sign_flip([1, 1, 1, 0, 1, 1], seed=0)
+    0.0625
     """
-    kinds: dict[str, Values] = {}
-    rates: dict[tuple[str, str, str], Rates] = {}
-    for part in parts:
-        found = [samples[key] for p in part.problems for n in range(part.samples) if (key := (part.name, p.id, n)) in samples]
-        values = kinds.setdefault(part.kind, {}).setdefault(part.mode, {"problems": len(part.problems), "intervals": {}})
-        names = {"greedy": 1} if part.greedy else {f"pass@{n}": n for n in k if n <= part.samples}
-        for name, n in names.items():
-            rates[part.kind, part.mode, name] = found_rates = _rates(found, n)
-            values[name], values["intervals"][name] = _mean(found_rates, seed, part.kind, name)
-        _add_totals(values, part, found)
-    for kind, modes in kinds.items():
-        if len(modes) == 2:
-            shared = [name for name in modes["alone"]["intervals"] if name in modes["with_agents"]["intervals"]]
-            modes["difference"] = _difference(
-                {name: (rates[kind, "with_agents", name], rates[kind, "alone", name]) for name in shared}, seed, kind
-            )
-    first, *others = kinds
-    return {"kind": first, **kinds[first], "kinds": {kind: kinds[kind] for kind in others}}
-
-
-def _rates(samples: Sequence[Sample], k: int) -> Rates:
-    """pass@k of each problem with at least k scored samples."""
-    scored, solved = Counter(s.problem for s in samples if s.scored), Counter(s.problem for s in samples if s.scored and s.solved)
-    return {problem: pass_at_k(n, solved[problem], k) for problem, n in scored.items() if n >= k}
-
-
-def _mean(rates: Rates, seed: int, *address: str) -> tuple[float | None, tuple[float, float] | None]:
-    values = list(rates.values())
-    if not values:
-        return None, None
-    return sum(values) / len(values), bootstrap(values, derive_seed(seed, "bootstrap", *address))
-
-
-def _difference(pairs: Mapping[str, tuple[Rates, Rates]], seed: int, kind: str) -> Values:
-    """With agents minus alone, on the problems that both have."""
-    values: Values = {"intervals": {}, "problems": {}}
-    for name, (helped, alone) in pairs.items():
-        paired = {problem: rate - alone[problem] for problem, rate in helped.items() if problem in alone}
-        values[name], values["intervals"][name] = _mean(paired, seed, kind, name, "difference")
-        values["problems"][name] = len(paired)
-    return values
-
-
-def _add_totals(values: Values, part: Part, found: Sequence[Sample]) -> None:
-    """Counts of one part, added to those of its mode: samples, tokens, consults per trace, failures by reason."""
-    scored = Counter(s.problem for s in found if s.scored)
-    failed = Counter(f"{s.status}: {s.error.partition(':')[0]}" if s.error else s.status for s in found if not s.scored)
-    if not scored:
-        errors = Counter(s.error or s.status for s in found).most_common(1)
-        raise TaskError(f"no trace of {part.name} could be scored: all {len(found)} failed, most with {errors[0][0] if errors else '?'}")
-    values["tokens"] = values.get("tokens", 0) + sum(s.tokens for s in found)
-    values["failed"] = dict(Counter(values.get("failed", {})) + failed)
-    if part.greedy and "samples" in values:
-        return
-    kept = [s for s in found if s.scored]
-    values["samples"] = part.samples
-    values["incomplete"] = sum(scored[p.id] < part.samples for p in part.problems)
-    values["tokens_per_trace"] = sum(s.tokens for s in kept) / len(kept)
-    values["consults_per_trace"] = {
-        agent: {
-            "calls": sum(s.consults.get(agent, (0, 0))[0] for s in kept) / len(kept),
-            "tokens": sum(s.consults.get(agent, (0, 0))[1] for s in kept) / len(kept),
-        }
-        for agent in sorted({agent for s in kept for agent in s.consults})
-    }
+    given = np.array([value for value in differences if value != 0], dtype=np.float64)
+    observed = abs(given.sum()) - 1e-9
+    if len(given) <= EXACT_FLIPS:
+        patterns = (np.arange(2 ** len(given))[:, None] >> np.arange(len(given))) & 1
+        return float((abs((1 - 2 * patterns) @ given) >= observed).mean())
+    rng = np.random.default_rng(seed)
+    hits = sum(int((abs(rng.choice((-1.0, 1.0), size=(1000, len(given))) @ given) >= observed).sum()) for _ in range(FLIPS // 1000))
+    return (hits + 1) / (FLIPS + 1)

@@ -1,159 +1,37 @@
 """Samples held-out problems in worker processes, into a file that survives a kill: the engine room of `evaluate.py`."""
 
 import asyncio
-import errno
-import fcntl
 import gc
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, NoReturn, Self
 
-from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from aipo_graph.config import Config
-from aipo_graph.errors import AipoError, ConfigError, EngineError
-from aipo_graph.types import TRAINED, Problem, Trace, derive_seed
+from aipo_graph.errors import AipoError, ConfigError, ContextError, EngineError
+from aipo_graph.evaluation.samples import Key, Part, Sample, append, ballot
+from aipo_graph.types import Problem, Trace, derive_seed
 
-Mode = Literal["alone", "with_agents"]
 GRACE = 15
 """Seconds in which a worker that was asked to end must have ended."""
 RETRIED = frozenset({"failed", "timeout"})
 """Statuses without a verdict on the policy, which another try may change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One of the things that an evaluation samples: a kind of problem, alone or with agents, at T or greedily."""
-
-    kind: str
-    mode: Mode
-    samples: int
-    """Per problem; 1 where greedy."""
-    problems: tuple[Problem, ...]
-    greedy: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}/{self.mode}" + "/greedy" * self.greedy
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One line of samples.jsonl: what a trace came to. ``consults``: agent -> (calls, tokens of its replies)."""
-
-    part: str
-    problem: str
-    sample: int
-    status: str
-    solved: bool
-    tokens: int
-    """Sampled by the policy."""
-    consults: Mapping[str, tuple[int, int]]
-    error: str | None = None
-
-    @property
-    def scored(self) -> bool:
-        return self.status in TRAINED
-
-
-SAMPLE = TypeAdapter(Sample)
-Key = tuple[str, str, int]
+MEASURED = 8
+"""Problems per part, those with the longest questions, whose prompts are measured."""
 Report = Callable[[int, int, int], None]
 """Called as samples come, with how many are done, of how many, and how many of them failed."""
 Unit = tuple[int, list[tuple[int, int]]]
 """A part's index, and (problem index, sample number) of the traces that run together."""
-
-
-class Store:
-    """samples.jsonl of one evaluation: its settings in the first line, then a line per sample. Held by one process.
-
-    Raises ConfigError where another process has it, or it was made with other settings (the first differing key is named).
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.path = folder / "samples.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ConfigError(f"{folder} cannot hold an evaluation: {error.strerror}; choose another --out") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check(to_json({"settings": settings}) + b"\n")
-        except BlockingIOError:
-            self.close()
-            raise ConfigError(f"{folder}: another process is evaluating there; wait for it, or choose another --out") from None
-        except ConfigError:
-            self.close()
-            raise
-
-    def _check(self, header: bytes) -> None:
-        """Drops a half line at the end, then compares the first line with this evaluation's."""
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        first, _, rest = data[:whole].partition(b"\n")
-        if first + b"\n" == header:
-            os.ftruncate(self._file, whole)
-            return
-        try:
-            before, now = json.loads(first or b'{"settings": {}}')["settings"], json.loads(header)["settings"]
-            different = next((key for key in [*now, *before] if before.get(key) != now.get(key)), "settings")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{self.path}:1: not the first line of an evaluation; choose another --out") from error
-        if rest:
-            raise ConfigError(
-                f"{self.path.parent} holds an evaluation with {different} = {before.get(different)!r}, not {now.get(different)!r}; "
-                "choose another --out, or delete it"
-            )
-        os.ftruncate(self._file, 0)
-        append(self._file, header)
-
-    def read(self) -> dict[Key, Sample]:
-        """The samples so far. Lines that cannot be read are left out, so that theirs are drawn again."""
-        found: dict[Key, Sample] = {}
-        with self.path.open("rb") as lines:
-            for line in lines:
-                try:
-                    sample = SAMPLE.validate_json(line)
-                except ValidationError:
-                    continue
-                found[sample.part, sample.problem, sample.sample] = sample
-        return found
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-def append(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-
-
-def model_digest(model: str) -> str:
-    """SHA-256 over a model directory's JSON and safetensors files; of a hub model, its name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    total = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 def units(parts: Sequence[Part], done: Mapping[Key, Sample], size: int) -> list[Unit]:
@@ -180,9 +58,12 @@ class Sampling:
     """Worker processes that sample units until none is left; in the background until `finish` is called.
 
     A context manager: leaving it ends the workers. They also end by themselves when this process does, however it does.
+
+    Args:
+        whole: refuse a model whose context cannot hold the longest prompt and all of `rollout.max_tokens`.
     """
 
-    def __init__(self, config: Config, parts: Sequence[Part], todo: Sequence[Unit], path: Path) -> None:
+    def __init__(self, config: Config, parts: Sequence[Part], todo: Sequence[Unit], path: Path, *, whole: bool = False) -> None:
         self.total = sum(len(traces) for _, traces in todo)
         self._done = self._failed = 0
         self._workers: dict[Connection, Any] = {}
@@ -196,7 +77,7 @@ class Sampling:
                 ours, theirs = spawn.Pipe(duplex=False)
                 # A daemon may have no children; vLLM in the process has.
                 daemon = config.engine.kind != "vllm"
-                worker = spawn.Process(target=_work, args=(config, parts, todo, self._taken, path, theirs), daemon=daemon)
+                worker = spawn.Process(target=_work, args=(config, parts, todo, self._taken, path, theirs, whole), daemon=daemon)
                 worker.start()
                 theirs.close()
                 self._workers[ours] = worker
@@ -254,13 +135,15 @@ class Sampling:
 # --- in a worker
 
 
-def _work(config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection) -> None:
+def _work(
+    config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection, whole: bool = False
+) -> None:
     """A worker's life: take the next unit, sample it, write it, tell the parent how many; None at the end."""
     if config.engine.kind == "vllm":  # it has processes of its own, which would be left behind
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        asyncio.run(_sample_all(config, parts, todo, taken, path, parent))
+        asyncio.run(_sample_all(config, parts, todo, taken, path, parent, whole))
         parent.send(None)
     except (AipoError, OSError) as error:
         parent.send(error)
@@ -275,9 +158,12 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-async def _sample_all(config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection) -> None:
+async def _sample_all(
+    config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection, whole: bool = False
+) -> None:
     # Imported here because only workers need them: the parent starts (and refuses) without waiting for torch.
     import torch
+    from tqdm import tqdm  # type: ignore[import-untyped]
     from transformers.utils.logging import disable_progress_bar
 
     from aipo_graph.engines.chat import open_chats
@@ -285,6 +171,7 @@ async def _sample_all(config: Config, parts: Sequence[Part], todo: Sequence[Unit
     from aipo_graph.rollout.collect import Rollouts
     from aipo_graph.tasks.open import open_task
 
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is terminated would leave behind
     torch.set_num_threads(config.run.threads)
     disable_progress_bar()
     if all(part.mode == "alone" for part in parts):  # helpers need not be up for what runs without them
@@ -292,9 +179,43 @@ async def _sample_all(config: Config, parts: Sequence[Part], todo: Sequence[Unit
     engine = await open_engine(config, config.policy.model)
     try:
         rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
+        if whole:
+            await _check_context(rollouts, parts)
         await _sample_units(rollouts, parts, todo, taken, path, parent)
     finally:
         await engine.close()
+
+
+class _Ruler:
+    """An engine that measures each run's first prompt and samples nothing."""
+
+    longest = 0
+
+    async def generate(self, prompt_ids: Sequence[int], **_: object) -> NoReturn:
+        self.longest = max(self.longest, len(prompt_ids))
+        raise ContextError("measured")
+
+    @contextmanager
+    def run(self, key: str) -> Iterator[None]:
+        yield
+
+    busy = run
+
+
+async def _check_context(rollouts: Any, parts: Sequence[Part]) -> None:
+    """Raises ConfigError where the context cannot hold the longest prompt and `rollout.max_tokens`: samples would be cut short."""
+    ruler, budget, context = _Ruler(), rollouts.config.rollout.max_tokens, rollouts.engine.max_context
+    measured = replace(rollouts, engine=ruler)
+    for part in parts:
+        for problem in sorted(part.problems, key=lambda problem: len(problem.question))[-MEASURED:]:
+            await measured.run_graph(problem, seed=0, with_agents=part.mode == "with_agents")
+    if (room := context - ruler.longest) < budget:
+        remedy = f"give --rollout.max_tokens {room}" if room > 0 else "there is no room for an answer"
+        limit = "engine.max_context" if rollouts.config.engine.max_context else f"{rollouts.config.policy.model}: its context"
+        raise ConfigError(
+            f"{limit} is {context} tokens, the longest prompt has {ruler.longest} and rollout.max_tokens is {budget}; "
+            f"{remedy}, or take a model with a longer context"
+        )
 
 
 async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection) -> None:
@@ -332,11 +253,15 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Uni
 
 
 def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
+    from aipo_graph.rollout.collect import final_text
+    from aipo_graph.tasks.grading import last_box
+
     consults: dict[str, tuple[int, int]] = {}
     for segment in trace.segments:
         if segment.source == "agent":
             calls, tokens = consults.get(segment.author, (0, 0))
             consults[segment.author] = (calls + 1, tokens + len(segment.token_ids))
+    answered = trace.trained and trace.scores.get("answered", 1.0)  # a task may know that the box is not where an answer counts
     return Sample(
         part.name,
         trace.problem_id,
@@ -346,4 +271,7 @@ def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
         sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
         consults,
         trace.error and trace.error[:500],
+        answer=ballot(last_box(final_text(trace.segments))) if answered else "",
+        leaks=int(trace.scores.get("leaks", 0)),
+        violation=bool(trace.scores.get("violation")),
     )
