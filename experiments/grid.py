@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from aipo_graph.evaluate import MODES
-from aipo_graph.sampling import Mode
+from aipo_graph.evaluation.samples import Mode
+from aipo_graph.evaluation.tables import MODES
 
 Settings = dict[str, str]
 """Names as on the command line (loss.agent) -> values."""
@@ -53,7 +53,7 @@ def agent(name: str) -> Settings:
 
 WORDY = helpers(verify="wordy_verify", knowledge="wordy_knowledge", reasoning="wordy_reasoning")
 WORDY_MU = helpers(verify="wordy_verify_mu", knowledge="wordy_knowledge_mu", reasoning="wordy_reasoning_mu")
-LEVELS = {"10": "wrong_10", "25": "wrong_25", "50": "wrong_50", "same": "same_wrong"}
+LEVELS = {"10": "wrong_10", "25": "wrong_25", "50": "wrong_50", "same30": "same_30", "same40": "same_40", "same60": "same_60"}
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo")
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -62,6 +62,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         | {f"floor_{floor}": {"loss.floor": floor} for floor in ("0.03", "0.1", "0.3", "1")}
         | {f"ceiling_{ceiling}": {"loss.ceiling": ceiling} for ceiling in ("1", "2")}
         | {f"lambda_{weight}": {"loss.agent_weight": weight} for weight in ("0.3", "1", "3")}
+        | {f"agent_{name}": agent(name) for name in ("gated", "shortfall", "sft")}
     ),
     "coefficients": Experiment(
         {"base": {}}
@@ -123,32 +124,37 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
 }
 
+REPORTED = (1, 2, 3, 4, 5)
 ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("tuning", ("grpo_1e-4", "grpo_3e-4", "grpo_3e-5"), (100,)),
     ("coefficients", ("aipo", "sft", "gated", "mask", "luffy"), (1, 2)),
-    ("faulty", ("aipo@same", "sft@same", "gated@same", "luffy@same"), (1, 2)),
-    ("verbose", ("aipo", "gated", "sft"), (1,)),
-    ("coefficients", ("aipo", "sft", "gated", "mask", "luffy"), (3, 4, 5)),
-    ("faulty", ("aipo@same", "sft@same", "gated@same", "luffy@same"), (3,)),
-    ("coefficients", ("base", "grpo", "raft", "ppo", "echo", "shortfall"), (1, 2)),
-    ("boundary", ("base", "aipo", "grpo"), (1, 2, 3)),
+    ("coefficients", ("base", "grpo"), (1,)),
+    ("coefficients", ("aipo", "mask", "grpo"), REPORTED),
+    ("verbose", ("base", "aipo", "gated", "sft", "shortfall", "shortfall_mu"), (1,)),
+    ("faulty", ("aipo@same30", "sft@same30", "gated@same30", "luffy@same30"), (1,)),
+    ("second", ("base", "aipo", "mask", "grpo"), (1,)),
+    ("coefficients", ("sft", "gated"), (3, 4, 5)),
+    ("faulty", ("aipo@same30", "sft@same30", "gated@same30"), (2, 3)),
+    ("coefficients", ("raft", "ppo", "echo", "shortfall"), (1,)),
+    ("ablations", ("no_verify", "no_knowledge", "no_reasoning", "floor_0", "floor_1", "negative_floor"), (1,)),
+    ("boundary", ("base", "aipo", "grpo"), (1,)),
     ("transfer", ("base", "aipo", "grpo"), (1, 2)),
     ("faulty", ("aipo@25", "sft@25", "gated@25", "luffy@25"), (1,)),
-    ("verbose", ("base", "aipo", "gated", "sft", "shortfall", "shortfall_mu", "aipo_mu", "mask"), (1, 2)),
-    ("tuning", ("floor_0.1", "floor_0.3", "floor_1", "ceiling_1", "lambda_0.3", "lambda_3"), (100,)),
-    ("second", ("base", "aipo", "mask", "grpo"), (1, 2)),
-    ("ablations", ("no_verify", "no_knowledge", "no_reasoning", "floor_0", "floor_1", "negative_floor", "share_1"), (1,)),
+    ("verbose", ("aipo", "gated", "sft", "shortfall", "shortfall_mu", "aipo_mu"), (1, 2)),
     ("generality", ("qwen3/grpo/aipo", "gemma3/grpo/aipo", "llama/dapo/aipo", "llama/gspo/aipo", "llama/cispo/aipo"), (1,)),
-    ("faulty", ("aipo@same", "sft@same", "gated@same", "luffy@same"), (4, 5)),
-    ("coefficients", tuple(EXPERIMENTS["coefficients"].variants), (3, 4, 5)),
-    ("transfer", tuple(EXPERIMENTS["transfer"].variants), (1, 2, 3, 4, 5)),
-    ("faulty", ("aipo@10", "sft@10", "aipo@50", "sft@50", "gated@10", "gated@50", "luffy@10", "luffy@50"), (1,)),
+    ("coefficients", ("luffy", "raft", "shortfall", "ppo", "echo"), (2, 3)),
+    ("tuning", ("floor_0.1", "floor_0.3", "floor_1", "ceiling_1", "lambda_0.3", "lambda_3", "agent_gated", "agent_shortfall"), (100,)),
+    ("boundary", ("base", "aipo", "grpo"), REPORTED),
     ("ablations", tuple(EXPERIMENTS["ablations"].variants), (1,)),
-    ("verbose", tuple(EXPERIMENTS["verbose"].variants), (3,)),
-    ("faulty", tuple(EXPERIMENTS["faulty"].variants), (1, 2, 3)),
+    ("faulty", tuple(EXPERIMENTS["faulty"].variants), (1,)),
+    ("coefficients", tuple(EXPERIMENTS["coefficients"].variants), REPORTED),
+    ("faulty", tuple(f"{name}@same30" for name in ("aipo", "sft", "gated", "luffy", "shortfall")), REPORTED),
+    ("verbose", tuple(EXPERIMENTS["verbose"].variants), (1, 2, 3)),
     ("second", tuple(EXPERIMENTS["second"].variants), (1, 2, 3)),
+    ("transfer", tuple(EXPERIMENTS["transfer"].variants), REPORTED),
     ("generality", tuple(EXPERIMENTS["generality"].variants), (1, 2)),
-    ("boundary", tuple(EXPERIMENTS["boundary"].variants), (1, 2, 3, 4, 5)),
+    ("boundary", tuple(EXPERIMENTS["boundary"].variants), REPORTED),
+    ("faulty", tuple(EXPERIMENTS["faulty"].variants), (2, 3)),
     ("ablations", tuple(EXPERIMENTS["ablations"].variants), (2, 3)),
     ("tuning", tuple(EXPERIMENTS["tuning"].variants), TUNING_SEEDS),
 )

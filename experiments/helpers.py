@@ -19,8 +19,6 @@ from aipo_graph.types import Reply, Request, derive_seed
 Change = Callable[[random.Random, str, Reply], Reply]
 """The draw of this consult, its query and the honest reply -> the reply that is given."""
 
-SAME_SHARE = 0.6
-"""Share of replies of `same_wrong` that are wrong, always in the same way."""
 SIGNS = "@%&;?="
 WORDY = 4
 """Signs on either side of a wordy reply."""
@@ -63,14 +61,26 @@ def wrong_50(config: Config) -> Agent:
     return _changed("knowledge", config, _wrong(0.5))
 
 
-def same_wrong(config: Config) -> Agent:
-    """SAME_SHARE of its replies give one and the same wrong rule of an operator."""
+def _same_wrong(share: float) -> Change:
+    """With this chance one and the same wrong rule of the operator."""
 
     def change(rng: random.Random, query: str, reply: Reply) -> Reply:
         lie = _random_rule(random.Random(derive_seed("same wrong", query)))
-        return replace(reply, text=lie) if rng.random() < SAME_SHARE and query in RULES else reply
+        return replace(reply, text=lie) if rng.random() < share and query in RULES else reply
 
-    return _changed("knowledge", config, change)
+    return change
+
+
+def same_30(config: Config) -> Agent:
+    return _changed("knowledge", config, _same_wrong(0.3))
+
+
+def same_40(config: Config) -> Agent:
+    return _changed("knowledge", config, _same_wrong(0.4))
+
+
+def same_60(config: Config) -> Agent:
+    return _changed("knowledge", config, _same_wrong(0.6))
 
 
 def signs(rng: random.Random) -> str:

@@ -86,7 +86,7 @@ def result(run: Run, extra: Mapping[str, str]) -> Row:
         policy = train(config, folder)
     task = open_task(config)
     trained = evaluate(config, policy, folder / "evaluation" / "trained", modes=run.of.modes, kinds=run.of.kinds or task.kinds, k=run.of.k)
-    del trained["model"]  # where it lay on this machine
+    trained = {name: value for name, value in trained.items() if name not in ("model", "protocol")}  # where it lay; the row says the rest
     rows = read_metrics(folder / "metrics.jsonl")
     kept = [name for name in CURVE if any(name in row for row in rows)]
     return {

@@ -198,7 +198,7 @@ def test_what_went_wrong_is_told(store: Write, tmp_path: Path, monkeypatch: pyte
 def everything() -> list[Row]:
     """Something of every section, and names that are anybody's."""
     rows = [*cell("coefficients", "base", (0, 0, 0)), *cell("coefficients", "aipo", HIGH), *cell("coefficients", "gated", LOW)]
-    rows += [*cell("faulty", "aipo@same", HIGH), *cell("faulty", "sft@same", LOW), *cell("second", "aipo", HIGH)]
+    rows += [*cell("faulty", "aipo@same30", HIGH), *cell("faulty", "sft@same30", LOW), *cell("second", "aipo", HIGH)]
     rows += [*cell("boundary", "base", LOW), *cell("boundary", "aipo", HIGH), *cell("transfer", "aipo", LOW)]
     rows += [*cell("generality", "qwen3/dapo/aipo", HIGH), *cell("generality", "qwen3/dapo/alone", LOW)]
     return [*rows, row("odd|<b>", HOSTILE, 1, 0.5), row("coefficients", HOSTILE, 1, 0.5)]

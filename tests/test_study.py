@@ -41,7 +41,7 @@ async def test_wrong_replies_come_at_their_share_and_again_with_the_same_seed() 
 
 
 async def test_same_wrong_tells_one_lie_per_operator() -> None:
-    agent = helpers.same_wrong(Config())
+    agent = helpers.same_60(Config())
     for letter in OPERATORS:
         said = Counter(reply.text for reply in await replies(agent, letter, 200))
         assert len(said) == 2
@@ -95,4 +95,4 @@ def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: P
 
 def test_a_run_is_one_folder(tmp_path: Path) -> None:
     assert Run("generality", "qwen3/grpo/aipo", 1).name == "generality-qwen3+grpo+aipo-1"
-    assert Run("faulty", "aipo@same", 2).name == "faulty-aipo=same-2"
+    assert Run("faulty", "aipo@same60", 2).name == "faulty-aipo=same60-2"

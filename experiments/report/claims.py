@@ -124,8 +124,8 @@ def claims(study: Study) -> list[Claim]:
     ]
 
 
-LEVELS = ("0", "10", "25", "50", "same")
-"""Of faulty helpers: per cent of wrong Knowledge replies; "same": always the same wrong rule."""
+LEVELS = ("0", "10", "25", "50", "same30", "same40", "same60")
+"""Of faulty helpers: per cent of wrong Knowledge replies; "same": always with one and the same wrong rule."""
 
 
 def arms(study: Study) -> list[tuple[str, str, str]]:

@@ -40,7 +40,8 @@ SECTIONS = (
     Section(
         "faulty",
         "Faulty helpers",
-        "Knowledge is wrong: at random in 10, 25 or 50 % of its replies, or (`same`) in 60 % of them, always with the same wrong rule.",
+        "Knowledge is wrong: at random in 10, 25 or 50 % of its replies, or (`same`) in 30, 40 or 60 % of them, always with one and the "
+        "same wrong rule of an operator.",
         drawn=("alone pass@1", "alone greedy"),
         expected=tuple(f"{method}@0" for method in ("aipo", "gated", "sft", "luffy", "shortfall")),
     ),
@@ -113,5 +114,9 @@ def groups(study: Study, section: Section) -> list[Group]:
     return [Group(level, f"aipo@{level}", tuple(name for name in of if name != f"aipo@{level}")) for level, of in levels.items()]
 
 
-HEADINGS = {"0": "none wrong", **{level: f"{level} % wrong" for level in ("10", "25", "50")}, "same": "the same wrong rule"}
+HEADINGS = {
+    "0": "none wrong",
+    **{level: f"{level} % wrong" for level in ("10", "25", "50")},
+    **{f"same{level}": f"{level} % the same wrong rule" for level in ("30", "40", "60")},
+}
 """Groups of `faulty` in words."""
