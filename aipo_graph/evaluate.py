@@ -33,10 +33,10 @@ SIDE_SAMPLES = 4
 class Evaluation:
     """An evaluation under way in worker processes: a context manager, so that none of them outlives its use."""
 
-    def __init__(self, config: Config, model: str, parts: Sequence[Part], k: Sequence[int], folder: Path, preset: str = "") -> None:
-        self.folder = folder
+    def __init__(self, config: Config, model: str, parts: Sequence[Part], k: Sequence[int], out: Path | None, preset: str = "") -> None:
         self._config, self._model, self._parts, self._k, self._preset = config, model, parts, k, preset
         self._settings = settings(config, model, parts)
+        self.folder = folder = out or Path("evaluations") / f"{Path(model).name}-{digest(self._settings)}"
         self._store = Store(folder, self._settings)
         self._sampling: Sampling | None = None
         try:
@@ -112,8 +112,7 @@ def start(
     if k and k[-1] > samples and not greedy_only:
         raise ConfigError(f"--k {k[-1]}: larger than evaluate.samples = {samples}; raise --samples or lower --k")
     parts = plan(config, kinds, modes, greedy_only)
-    folder = out or Path("evaluations") / f"{Path(found).name}-{digest(settings(config, found, parts))}"
-    return Evaluation(config, found, parts, k, folder, preset)
+    return Evaluation(config, found, parts, k, out, preset)
 
 
 def evaluate(

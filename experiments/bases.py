@@ -1,6 +1,7 @@
 """Makes the study's other base policies: `python experiments/bases.py NAME --out DIR`, about four minutes each on one core.
 
-`wordy`: the quick start's policy, which also learned to read a helper's reply between words that say nothing. `qwen3`, `gemma3`: the quick
+`wordy`: the quick start's policy, which also learned to write replies between words that say nothing; `reader`: which learned to read over
+such words, and not to write them. `qwen3`, `gemma3`: the quick
 start's policy with the layers of another family, of about the same size.
 """
 
@@ -20,14 +21,23 @@ from experiments.helpers import signs
 
 
 def wordy(rng: random.Random) -> list[Piece]:
-    """One of two solutions has signs around each reply. They carry no loss: the policy reads over them, and does not write them."""
+    """One of two solutions has signs around each reply."""
+    return _among_signs(rng, "")
+
+
+def reader(rng: random.Random) -> list[Piece]:
+    """The same, but the signs carry no loss: the policy reads over them, and never learned to write them."""
+    return _among_signs(rng, "prompt")
+
+
+def _among_signs(rng: random.Random, helper: str) -> list[Piece]:
     pieces = sample(rng)
     if rng.random() < 0.5:
         return pieces
     found: list[Piece] = []
     for piece in pieces:
-        found += [Piece(signs(rng), "prompt")] * piece.text.startswith("</feedback>") + [piece]
-        found += [Piece(signs(rng), "prompt")] * piece.text.endswith("<feedback>")
+        found += [Piece(signs(rng), helper)] * piece.text.startswith("</feedback>") + [piece]
+        found += [Piece(signs(rng), helper)] * piece.text.endswith("<feedback>")
     return found
 
 
@@ -60,7 +70,7 @@ def _fresh(model_class: Any, config_class: Any, seed: int, **own: Any) -> Any:
     return model
 
 
-BASES = {"wordy": (wordy, fresh_policy), "qwen3": (sample, qwen3), "gemma3": (sample, gemma3)}
+BASES = {"wordy": (wordy, fresh_policy), "reader": (reader, fresh_policy), "qwen3": (sample, qwen3), "gemma3": (sample, gemma3)}
 
 
 def main(argv: list[str]) -> None:

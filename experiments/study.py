@@ -11,12 +11,16 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aipo_graph import cli, load
 from aipo_graph.config import Config
-from aipo_graph.errors import AipoError, ConfigError
+from aipo_graph.errors import AipoError, ConfigError, TrainError
 from aipo_graph.evaluate import evaluate
+from aipo_graph.evaluation.sampling import end_with_parent
 from aipo_graph.learn.learner import Learner
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.tasks.open import open_task
@@ -39,6 +44,7 @@ from experiments.grid import EVALUATION, EXPERIMENTS, Run, runs
 RUNS, RESULTS = Path("runs/study"), Path("docs/results/study")
 BASES: Mapping[str, Sequence[str]] = {
     "wordy": ("-m", "experiments.bases", "wordy"),
+    "reader": ("-m", "experiments.bases", "reader"),
     "qwen3": ("-m", "experiments.bases", "qwen3"),
     "gemma3": ("-m", "experiments.bases", "gemma3"),
     "shopping": ("experiments/shopping/pretrain.py",),
@@ -95,7 +101,7 @@ def result(run: Run, extra: Mapping[str, str]) -> Row:
         "tokens": sum(row["tokens/policy"] for row in rows),
         "steps": len(rows),
         "seconds": round(time.monotonic() - started),
-        "command": shlex.join(["python", "-m", "aipo_graph.train", *arguments(run, extra)]),
+        "command": shlex.join(["python", "-m", "aipo_graph.train", *arguments(run, extra)]) if rows else run.command,
     }
 
 
@@ -139,9 +145,12 @@ def make_base(name: str, console: Console) -> None:
     folder = RUNS / "bases" / name
     if name in BASES and not folder.is_dir():
         console.print(f"making the base policy {name}, some minutes")
-        made = subprocess.run([sys.executable, *BASES[name], "--out", str(folder)], check=False)
+        begun = folder.with_name(f"{name}.part")
+        shutil.rmtree(begun, ignore_errors=True)
+        made = subprocess.run([sys.executable, *BASES[name], "--out", str(begun)], check=False)
         if made.returncode:
             raise ConfigError(f"the base policy {name} could not be made; what its command said stands above")
+        begun.rename(folder)  # a folder is a whole policy
 
 
 def main(argv: list[str]) -> None:
@@ -157,7 +166,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of all runs, for trials")
     parser.add_argument("--list", action="store_true", help="print the runs that are left, and end")
     given = parser.parse_args(argv)
-    index, _, count = given.shard.partition("/")
+    shard = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", given.shard)
+    index, count = (int(shard[1]), int(shard[2])) if shard else (0, 0)
+    if index >= count:
+        raise ConfigError(f"--shard {given.shard}: give I/N with I from 0 to N-1, such as 0/2 and 1/2")
+    if given.workers < 1:
+        raise ConfigError(f"--workers {given.workers}: at least 1")
+    if unknown := set(given.variants or ()) - {run.variant for run in runs()}:
+        raise ConfigError(f"--variants {min(unknown)}: no such variant in experiments/grid.py; --list names what is left to run")
     done = set(finished(given.results))
     chosen = [
         run
@@ -165,7 +181,7 @@ def main(argv: list[str]) -> None:
         if (not given.only or run.experiment in given.only)
         and (not given.variants or run.variant in given.variants)
         and (not given.seeds or run.seed in given.seeds)
-    ][int(index) :: int(count)]
+    ][index::count]
     left = [run for run in chosen if (run.experiment, run.variant, run.seed) not in done]
     console = Console(soft_wrap=True, highlight=False)
     if given.list:
@@ -175,12 +191,16 @@ def main(argv: list[str]) -> None:
     work(left, dict(given.set), given, console)
 
 
+def _begin() -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def work(left: Sequence[Run], extra: Mapping[str, str], given: argparse.Namespace, console: Console) -> None:
     """Runs them, as many at once as ``given.workers``; one that fails is named, and the others go on."""
     RUNS.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * given.minutes
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    pool = ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    pool = ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), _begin, max_tasks_per_child=1)
     waiting, running = list(left), dict[Future[Row], Run]()
     with pool, Progress(*columns, console=console) as progress, contextlib.suppress(KeyboardInterrupt):
         bar = progress.add_task("runs", total=len(left))
@@ -202,6 +222,8 @@ def work(left: Sequence[Run], extra: Mapping[str, str], given: argparse.Namespac
                 except (AipoError, OSError) as error:
                     console.print(f"{run.name} failed: {error}")
                     continue
+                except BrokenProcessPool as error:
+                    raise TrainError(f"{run.name}: a process was killed (out of memory?); the same command goes on from there") from error
                 write(given.results, run, row)
                 alone = row["trained"]["alone"]
                 console.print(f"{run.name}: alone pass@1 {alone['pass@1']:.3f}, greedy {alone['greedy']:.3f}, {row['seconds']} s")

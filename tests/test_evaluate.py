@@ -22,7 +22,7 @@ from aipo_graph.errors import AipoError, ConfigError, TaskError
 from aipo_graph.evaluate import evaluate, main, plan, start
 from aipo_graph.evaluation.passk import bootstrap, pass_at_k
 from aipo_graph.evaluation.provenance import settings as depends
-from aipo_graph.evaluation.samples import Part, Sample
+from aipo_graph.evaluation.samples import TASK_FILE, Part, Sample, Store
 from aipo_graph.evaluation.sampling import units
 from aipo_graph.evaluation.summary import summarise
 from aipo_graph.load import data
@@ -299,3 +299,20 @@ def test_an_edited_graph_is_another_evaluation(tmp_path: Path, root: Path) -> No
     graph.write_text(graph.read_text() + "# edited\n")
     after = depends(settings, str(data("operators")), [])
     assert [key for key in before if before[key] != after[key]] == ["graph, agent, prompt and data files"]
+
+
+def test_an_edited_task_is_another_evaluation_and_a_header_of_before_is_gone_on_with(tmp_path: Path) -> None:
+    task = tmp_path / "mine.py"
+    shutil.copy(__file__, task)
+    settings = config(task={"name": f"{task}:no_problems", "options": {"level": 1.0}})
+    given = depends(settings, str(data("operators")), [])
+    assert given["task.options"] == {"level": 1.0}
+    old = {key: value for key, value in given.items() if key != TASK_FILE}
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"settings": old}) + "\n{}\n")
+    Store(tmp_path, given).close()
+    assert (tmp_path / "samples.jsonl").read_text().endswith("\n{}\n")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "samples.jsonl").write_text(json.dumps({"settings": given}) + "\n{}\n")
+    task.write_text(task.read_text() + "# edited\n")
+    with pytest.raises(ConfigError, match=f"holds an evaluation with {TASK_FILE} = "):
+        Store(tmp_path / "new", depends(settings, str(data("operators")), []))

@@ -294,11 +294,18 @@ def test_the_protocol_says_how_the_figures_came_about(folder: Path, capsys: pyte
 
 @pytest.mark.parametrize(
     ("words", "text"),
-    [(["one"], "give two folders"), (["one", "none"], "no evaluation there"), (["one", "other"], "share no problem")],
+    [
+        (["one"], "give two folders"),
+        (["one", "none"], "no evaluation there"),
+        (["one", "other"], "share no problem"),
+        (["one", "task"], "one is an evaluation on operators, task on gsm8k of test.jsonl"),
+    ],
 )
 def test_evaluations_that_cannot_be_compared(words: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, problem in (("one", "a"), ("other", "b")):
+    operators = {"task.name": "operators", "task.data": None, "task.heldout": None}
+    gsm8k = operators | {"task.name": "gsm8k", "task.heldout": "data/test.jsonl"}
+    for name, problem, settings in (("one", "a", operators), ("other", "b", operators), ("task", "a", gsm8k)):
         (folder / name).mkdir()
         line = {"part": "hard/alone", "problem": problem, "sample": 0, "status": "done", "solved": True, "tokens": 3, "consults": {}}
-        (folder / name / "samples.jsonl").write_text('{"settings":{}}\n' + json.dumps(line) + "\n")
+        (folder / name / "samples.jsonl").write_text(json.dumps({"settings": settings}) + "\n" + json.dumps(line) + "\n")
     assert text in failure(capsys, "--compare", *words)

@@ -113,6 +113,21 @@ def test_one_seed_has_no_interval_and_no_verdict() -> None:
     assert compare(one, None) == "not run"
 
 
+def test_the_untrained_policy_has_its_evaluations_interval(store: Write) -> None:
+    """Its one evaluation is compared; so is no variant whose name only begins like its."""
+    alone = {"pass@1": 0.1, "intervals": {"pass@1": [0.05, 0.15]}}
+    other = [row("coefficients", name, 1, 0.1, trained={"alone": alone}) for name in ("base", "baseline_group")]
+    study = read(store([*cell("coefficients", "aipo", HIGH), *other]))
+    aipo, base, group = (study.mean("coefficients", name, "alone pass@1") for name in ("aipo", "base", "baseline_group"))
+    assert str(base) == "0.100 (0.050 … 0.150)"
+    assert (compare(aipo, base), compare(aipo, group)) == ("above", "one seed")
+
+
+def test_seeds_that_coincide_do_not_make_a_difference() -> None:
+    assert compare(mean([0.992, 0.992]), mean([0.984, 0.984])) == "not separated"
+    assert compare(mean([0.992, 0.992]), mean([0.96, 0.96])) == "above"
+
+
 @pytest.mark.parametrize(
     ("left", "right", "above", "within"),
     [

@@ -105,7 +105,7 @@ def bootstrap(values: Sequence[float], seed: int, level: float = 0.95) -> tuple[
 def sign_flip(differences: Sequence[float], seed: int) -> float:
     """The two-sided p of paired differences over problems: how often random signs give a sum at least as far from 0.
 
-    Where each is -1, 0 or 1 (greedy decoding) this is McNemar's exact test. Up to EXACT_FLIPS differences other than 0 it counts all
+    Where each is -1, 0 or 1 (greedy decoding) this is McNemar's test. Up to EXACT_FLIPS differences other than 0 it counts all
     patterns; beyond, FLIPS draws and the observed one, a function of the seed. 1.0 where nothing differs.
 
     >>> sign_flip([1, 1, 1, 0, 1, 1], seed=0)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from aipo_graph import __version__
 from aipo_graph import load as files
 from aipo_graph.config import Config
 from aipo_graph.evaluation.passk import Values
-from aipo_graph.evaluation.samples import Part
+from aipo_graph.evaluation.samples import TASK_FILE, Part
 from aipo_graph.tasks.benchmarks import BENCHMARKS
 from aipo_graph.tasks.datasets import MAPPINGS, Layout
 
@@ -34,6 +34,9 @@ def settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     if config.task.options:
         flat["task.options"] = dict(config.task.options)
+    spec = config.task.name.rpartition(":")[0]
+    if spec.endswith(".py"):
+        flat[TASK_FILE] = _hash([files.find(spec)])
     sizes = {part.name: f"{len(part.problems)} problems, {part.samples} samples" for part in parts}
     return {"model": model_digest(model), **flat, **sizes, "graph, agent, prompt and data files": _contents(config)}
 
@@ -79,6 +82,10 @@ def _contents(config: Config) -> str:
     paths += [
         files.find(data) for data in (config.task.data, config.task.heldout) if data and data.endswith((".jsonl", ".csv", ".parquet"))
     ]
+    return _hash(paths)
+
+
+def _hash(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -95,8 +102,4 @@ def model_digest(model: str) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return model
-    total = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    return _hash(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))

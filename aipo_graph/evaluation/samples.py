@@ -20,6 +20,8 @@ from aipo_graph.types import TRAINED, Problem
 
 Mode = Literal["alone", "with_agents"]
 LONGEST_ANSWER = 80
+TASK_FILE = "task file"
+"""The one setting that headers of an earlier version lack where it is used; they are gone on with."""
 _LETTER = re.compile(r"\(?([A-J])(?:[.:)].*)?", re.DOTALL)
 
 
@@ -122,9 +124,14 @@ class Store:
             return
         try:
             before, now = json.loads(first or b'{"settings": {}}')["settings"], json.loads(header)["settings"]
-            different = next((key for key in [*now, *before] if before.get(key) != now.get(key)), "settings")
+            if TASK_FILE in now and rest:
+                before = {TASK_FILE: now[TASK_FILE]} | before
+            different = next((key for key in [*now, *before] if before.get(key) != now.get(key)), None)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{self.path}:1: not the first line of an evaluation; choose another --out") from error
+        if rest and different is None:
+            os.ftruncate(self._file, whole)
+            return
         if rest:
             raise ConfigError(
                 f"{self.path.parent} holds an evaluation with {different} = {before.get(different)!r}, not {now.get(different)!r}; "
@@ -154,6 +161,17 @@ def read(path: Path) -> dict[Key, Sample]:
                 continue
             found[sample.part, sample.problem, sample.sample] = sample
     return found
+
+
+def task_of(path: Path) -> str:
+    """The task and its held-out data in the first line of a file, by name, not by place. Raises ConfigError for another first line."""
+    try:
+        with path.open("rb") as lines:
+            settings = json.loads(next(lines, b""))["settings"]
+        named = [settings["task.name"], settings["task.heldout"] or settings["task.data"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}:1: not the first line of an evaluation") from error
+    return " of ".join(Path(str(name)).name for name in named if name)
 
 
 def append(file: int, data: bytes) -> None:

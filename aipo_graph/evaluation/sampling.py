@@ -141,7 +141,7 @@ def _work(
     """A worker's life: take the next unit, sample it, write it, tell the parent how many; None at the end."""
     if config.engine.kind == "vllm":  # it has processes of its own, which would be left behind
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         asyncio.run(_sample_all(config, parts, todo, taken, path, parent, whole))
         parent.send(None)
@@ -149,7 +149,8 @@ def _work(
         parent.send(error)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """For a thread of a worker: ends the worker when its parent has ended, however it did."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

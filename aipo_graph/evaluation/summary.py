@@ -9,7 +9,7 @@ import numpy as np
 
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.evaluation.passk import Rates, Values, bootstrap, maj_at_k, pass_at_k, sign_flip
-from aipo_graph.evaluation.samples import Key, Part, Sample, read
+from aipo_graph.evaluation.samples import Key, Part, Sample, read, task_of
 from aipo_graph.types import derive_seed
 
 
@@ -84,15 +84,20 @@ def compare(one: Path, two: Path) -> dict[str, Values]:
     """Part -> pass@1 of both evaluations on the problems that both have, and the second minus the first with interval and p.
 
     Args:
-        one, two: folders of evaluations, or a file in them. Raises ConfigError where there is none, or they share no problem.
+        one, two: folders of evaluations, or a file in them. Raises ConfigError where there is none, they are of two tasks, or share no
+            problem.
     """
     rates: list[dict[str, Rates]] = []
+    tasks: list[str] = []
     for place in (one, two):
         path = (place if place.is_dir() else place.parent) / "samples.jsonl"
         if not path.is_file():
             raise ConfigError(f"{place}: no evaluation there (no {path}); give the folder of one")
+        tasks.append(task_of(path))
         samples = list(read(path).values())
         rates.append({part: solve_rates([s for s in samples if s.part == part]) for part in dict.fromkeys(s.part for s in samples)})
+    if tasks[0] != tasks[1]:  # two tasks may name their problems alike
+        raise ConfigError(f"{one} is an evaluation on {tasks[0]}, {two} on {tasks[1]}: evaluate both on the same task")
     parts: dict[str, Values] = {}
     for part in (part for part in rates[0] if part in rates[1]):
         first, second = rates[0][part], rates[1][part]

@@ -131,15 +131,15 @@ def _echo(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> 
 
 
 def _clip(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """aipo with its floor for A < 0, too: what the study shows to go wrong."""
+    """aipo with its floor for A < 0, too: the study's way to see what that does."""
     return -_exp(log_rho.detach()).clamp(loss.floor, loss.ceiling) * advantages * logprobs
 
 
 def _shortfall(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
     """w = max(0, 1 - sg[rho]) where A > 0: a token counts by how far the policy falls short of the helper. Ours.
 
-    With mu = 1 that is the focal loss with gamma = 1 (arXiv 1708.02002); with mu known, words that the policy says as often as the helper
-    does (style) count nothing, however many they are.
+    With mu = 1 that is the focal loss with gamma = 1 (arXiv 1708.02002), its weight taken as a constant; with mu known, words that the
+    policy says as often as the helper does (style) count nothing, however many they are.
     """
     return -(1 - _exp(log_rho.detach())).clamp(min=0) * advantages.clamp(min=0) * logprobs
 

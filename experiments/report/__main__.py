@@ -13,12 +13,13 @@ from pathlib import Path
 from aipo_graph import cli
 from aipo_graph.errors import ConfigError
 from aipo_graph.log import write_whole
+from experiments import grid
 from experiments.report import figures
 from experiments.report.claims import LEVELS, RULE, Claim, Comparison, Verdict, claims, judge, together
 from experiments.report.markdown import fold, listed, plain, table, verbatim
 from experiments.report.sections import CHOOSING, HEADINGS, Group, Section, groups, sections, variants
 from experiments.report.shortcomings import shortcomings
-from experiments.report.stored import Order, Run, Study, by_order, compare, read
+from experiments.report.stored import Mean, Order, Run, Study, by_order, compare, read
 
 NOTES = Path(__file__).parents[1] / "notes.md"
 """What no figure says, by hand; taken into the report as it is."""
@@ -30,13 +31,16 @@ Made by `python -m experiments.report` from the stored runs ({results}, one line
 them. Only the abstract of the paper ([arXiv 2605.08401](https://arxiv.org/abs/2605.08401)) was available to us: coefficient, clipping and
 all settings are our reconstruction, and its claims stand here in our words."""
 AGAIN = """\
-`python -m experiments.study` runs what has no result yet, and goes on where it was killed; then the command above. Each stored line holds
-the command of its run, and each section below those of its first seeds."""
+`python -m experiments.study` runs what has no result yet, and goes on where it was killed; with `--results DIR` it runs all of it anew,
+beside what is stored. Then the command above. Each stored line holds its settings, and each section below the commands of its first seeds.
+Hours are by the clock, one process on one of the shared cores, since the run's last start."""
 LIMITS = """\
 - The policies are tiny (some 145 k parameters), and the tasks are made for this study: no large language model was trained.
 - The operator task is built so that the boundary can be counted: a rule that the base lacks has 20,000 possible values. That plain GRPO is
   stuck on it is by design; what is measured is what the alternatives do about it. What is learned is knowledge and procedure from helpers.
-- An interval over seeds covers training and sampling; it does not cover the choice of tasks."""
+- An interval over seeds covers training and sampling. All seeds of a task start from one base policy and are evaluated on the same held-out
+  problems, on which settings were chosen, too (the quick start's recipe on the first 64): it covers neither their choice nor that of tasks.
+- Tokens are those that the policy sampled; what the helpers wrote is not counted."""
 Judged = Sequence[tuple[Claim, list[Verdict]]]
 
 
@@ -53,10 +57,10 @@ def some(numbers: Sequence[int]) -> str:
 
 def in_short(study: Study, found: Judged) -> str:
     head = ("base", "grpo", "mask", "aipo")
-    means = [f"{name} {study.mean('coefficients', name, 'alone pass@1') or 'not run'}" for name in head]
+    means = [f"{name} {_with_n(study.mean('coefficients', name, 'alone pass@1')) or 'not run'}" for name in head]
     lines = [f"- **{claim.untested or together(verdicts)}**: {claim.text}" for claim, verdicts in found]
     runs = sum(len(study.runs(name)) for name in study.cells)
-    first = f"{runs} runs. Alone pass@1 on held-out hard problems: {', '.join(means)}. The abstract's claims, by [the rule below](#claims):"
+    first = f"{runs} runs. Alone pass@1 on held-out hard problems: {'; '.join(means)}. The abstract's claims, by [the rule below](#claims):"
     return "\n\n".join(["## In short", first, "\n".join(lines)])
 
 
@@ -66,14 +70,20 @@ def how(study: Study) -> str:
         runs = study.runs(name)
         told = [listed(sorted({getattr(run, key) for run in runs} - {""})) or "–" for key in ("config", "hardware", "date", "version")]
         hours = sum(run.seconds or 0 for run in runs) / 3600
-        rows.append([plain(name), some([run.seed for run in runs]), *told, str(len(runs)), f"{hours:.1f}"])
+        rows.append([plain(name), some([run.seed for run in runs]), *told, _evaluated(runs), str(len(runs)), f"{hours:.1f}"])
     chosen = [run.seed for name in CHOOSING for run in study.runs(name)]
     reported = [run.seed for name in study.cells if name not in CHOOSING for run in study.runs(name)]
     both = sorted(set(chosen) & set(reported))
     seeds = f"Settings were chosen on seeds {some(chosen)}, and the quick start's recipe, before, on its seed 0; figures are reported on "
     verdict = f"seeds {some(reported)}. " + (f"**Seeds {some(both)} did both.**" if both else "No seed did both.")
-    head = ["experiment", "seeds", "config", "hardware", "date", "version", "runs", "core-hours"]
-    return "\n\n".join(["## How it was run", AGAIN, table(head, rows, left=6), seeds + verdict, "What this cannot tell:", LIMITS])
+    head = ["experiment", "seeds", "config", "hardware", "date", "version", "problems × samples alone", "runs", "hours"]
+    return "\n\n".join(["## How it was run", AGAIN, table(head, rows, left=7), seeds + verdict, "What this cannot tell:", LIMITS])
+
+
+def _evaluated(runs: Sequence[Run]) -> str:
+    """How many problems of the first kind, with how many samples."""
+    sizes = {tuple(run.trained.alone.get(name) for name in ("problems", "samples")) for run in runs}
+    return listed(sorted(f"{problems} × {samples}" for problems, samples in sizes if problems and samples)) or "–"
 
 
 def claim_tables(study: Study, found: Judged) -> str:
@@ -81,19 +91,25 @@ def claim_tables(study: Study, found: Judged) -> str:
     head = ["experiment", "figure", "A", "", "B", "verdict"]
     for number, (claim, verdicts) in enumerate(found, start=1):
         parts.append(f"### {number}. {claim.text}\n\nVerdict: **{claim.untested or together(verdicts)}**.")
-        if claim.tests:
-            parts.append(table(head, [[*_told(study, test), word] for test, word in zip(claim.tests, verdicts, strict=True)], left=6))
+        rows = [[*_told(study, test), word] for test, word in zip(claim.tests, verdicts, strict=True) if word != "not run"]
+        parts += [table(head, rows, left=6)] if rows else []
+        missing = f"{len(claim.tests) - len(rows)} of its {len(claim.tests)} comparisons lack runs of one side or both."
+        parts += [missing] if 0 < len(rows) < len(claim.tests) else []
     return "\n\n".join(parts)
 
 
 def _told(study: Study, test: Comparison) -> list[str]:
-    sides = [f"{plain(side[1])} {study.mean(*side, test.metric) or '–'}" for side in (test.left, test.right)]
+    sides = [f"{plain(side[1])} {_with_n(study.mean(*side, test.metric))}" for side in (test.left, test.right)]
     return [test.left[0], titled(study, test.left[0], test.metric), sides[0], test.wanted, sides[1]]
+
+
+def _with_n(found: Mean | None) -> str:
+    return f"{found}, n {found.n}" if found else ""
 
 
 def where_it_matters(study: Study) -> str:
     """The coefficients against weight one and π/(π+γ), condition by condition."""
-    conditions = [("coefficients", ""), *(("faulty", f"@{level}") for level in LEVELS[1:]), ("verbose", "")]
+    conditions = [("coefficients", ""), *(("faulty", f"@{level}") for level in LEVELS[1:]), ("verbose", ""), ("foreign", "")]
     others = ("gated", "luffy", "sft", "ppo")
     rows = []
     for coefficient in ("aipo", "shortfall"):
@@ -101,10 +117,14 @@ def where_it_matters(study: Study) -> str:
             for metric in ("alone pass@1", "alone greedy"):
                 own = study.mean(experiment, f"{coefficient}{tail}", metric)
                 words = [compare(own, study.mean(experiment, f"{method}{tail}", metric)) for method in others]
+                if set(words) == {"not run"}:
+                    continue
                 shown = [f"**{word}**" if word in ("above", "below") else word for word in words]
-                rows.append([coefficient, f"{experiment}{tail}", metric, str(own or "–"), *shown])
+                rows.append([coefficient, f"{experiment}{tail}", metric, _with_n(own), *shown])
     head = ["coefficient", "condition", "figure", "", *(f"against {method}" for method in others)]
     text = "Each coefficient is above, below, or not separated from the alternatives, by the first rule under [Claims](#claims):"
+    if not rows:
+        return "## Where a coefficient matters, and where not\n\n**Not run.**"
     return "\n\n".join(["## Where a coefficient matters, and where not", text, table(head, rows, left=3)])
 
 
@@ -115,7 +135,7 @@ def section_text(study: Study, section: Section, images: Sequence[tuple[str, str
     if not section.metrics:
         section = dataclasses.replace(section, metrics=tuple(f"alone pass@{k}" for k in study.ks(section.name)))
     names, heads = variants(study, section), [titled(study, section.name, metric) for metric in section.metrics]
-    parts.append(table(["variant", "n", *heads, "tokens, M", "steps"], [_row(study, section, name) for name in names]))
+    parts.append(table(["variant", "n", *heads, "policy tokens, M", "steps"], [_row(study, section, name) for name in names]))
     parts += ["\n".join(sentences)] if (sentences := _comparisons(study, section)) else []
     parts += [f"![{caption}]({IMAGES}/{name}.png)\n\n{caption} ([SVG]({IMAGES}/{name}.svg))" for name, caption in images]
     cells = {name: cell for name in names if (cell := study.cell(section.name, name))}
@@ -124,7 +144,9 @@ def section_text(study: Study, section: Section, images: Sequence[tuple[str, str
     }
     each = [[plain(name), *map(", ".join, columns)] for name, columns in figures_.items()]
     settings = [[plain(name), listed(f"{key}={value}" for key, value in cell[0].settings.items()) or "–"] for name, cell in cells.items()]
-    commands = dict.fromkeys(cell[0].command for cell in cells.values() if cell[0].command)
+    planned = grid.EXPERIMENTS[section.name].variants if section.name in grid.EXPERIMENTS else ()
+    own = [grid.Run(section.name, name, runs[0].seed) for name, runs in study.cells[section.name].items() if name in planned]
+    commands = [run.command for run in own]
     folded = [table(["variant", *heads], each), table(["variant", "settings over the config"], settings, left=2), verbatim(commands)]
     return "\n\n".join([*parts, fold("Each seed's figures, settings, and the command of the first seed", *folded)])
 
@@ -155,7 +177,7 @@ def _comparisons(study: Study, section: Section) -> list[str]:
         if pairs:
             orders = by_order({group.heading: _order(study, section, group, group.others[0], metric) for group in found})
             told = "; ".join(f"{ORDER_TEXT[order]} its counterpart for {listed(names)}" for order, names in orders.items())
-            sentences.append(f"- {title}: aipo is {told}.")
+            sentences += [f"- {title}: aipo is {told}."] if told else []
             continue
         for group in found:
             own = study.mean(section.name, group.reference, metric)
@@ -175,8 +197,7 @@ ORDER_TEXT: dict[Order, str] = {
     "above": "**above**",
     "below": "**below**",
     "not separated": "not separated from",
-    "one seed": "for want of seeds not comparable with",
-    "not run": "for want of runs not comparable with",
+    "one seed": "of too few seeds to compare with",
 }
 
 
@@ -189,12 +210,15 @@ def frank(study: Study, found: Judged) -> str:
 # --- figures
 
 
+SMOOTHED = f"means over seeds of running means of {figures.WINDOW} steps"
+BANDS = f"95 % bands from {figures.BANDED} seeds on"
 CAPTIONS = {
-    "bars": "Bars: means over seeds; lines: 95 % intervals",
-    "pass_at_k": "pass@k alone: means over seeds, 95 % bands",
-    "training": f"Reward in training: running means of {figures.WINDOW} steps; means over seeds, 95 % bands",
-    "consults": "Consults of each helper per trace with helpers over training; means over seeds, 95 % bands",
-    "ratios": "The helpers' tokens by their raw ratio over training, before floor and ceiling clip it; means over seeds",
+    "bars": "Bars: means over seeds; circles: the seeds; lines: 95 % intervals, cut at 0 and 1",
+    "pass_at_k": f"pass@k alone: means over seeds, {BANDS}",
+    "training": f"Reward in training: {SMOOTHED}, {BANDS}",
+    "consults": f"Consults of each helper per trace with helpers over training: {SMOOTHED}, {BANDS}",
+    "ratios": "The helpers' tokens by their raw ratio over training, before floor and ceiling clip it (μ = 1 where the helper gives none): "
+    f"{SMOOTHED}, {BANDS}",
 }
 DRAWN = {
     "coefficients": ("bars", "pass_at_k", "training", "consults", "ratios"),

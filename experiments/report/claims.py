@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments.grid import EXPERIMENTS
-from experiments.report.stored import Mean, Study, compare
+from experiments.report.stored import LEAST, Mean, Study, compare
 
 Verdict = Literal["supported", "contradicted", "not shown", "one seed", "not run"]
 VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "not shown", "one seed", "not run")
+SILENT: tuple[Verdict, ...] = ("one seed", "not run")
+"""Those that say nothing about the claim."""
 MARGIN = 0.05
 """How far above the base's mean "within the boundary" may reach."""
 RULE = f"""\
-A cell is the mean over seeds with its 95 % t-interval. *A above B* is **supported** where the whole interval of A lies above that of B,
-**contradicted** where it lies below, and **not shown** where the two overlap. *A within B* is supported where the upper end of A is at
-most {MARGIN} above B's mean, contradicted where A is above B by the first rule, else not shown. A single seed has no interval and gets no
-verdict. A claim of several comparisons gets one word only where all agree; else they are counted. Nothing is corrected for the number of
-comparisons, the ends of an interval are not cut at 0 and 1, and one of width 0 says only that its seeds are equal."""
+A cell is the mean over n seeds with its 95 % t-interval. *A above B* is **supported** where the whole interval of A lies above that of B
+and the means are at least {LEAST} apart, **contradicted** where it lies below by as much, else **not shown**. *A within B* is supported
+where the upper end of A is at most {MARGIN} above B's mean, contradicted where A is above B by the first rule, else not shown. A single
+seed has no interval and gets no verdict; the untrained policy has no seed of training, and evaluated once (n 1) it has the bootstrap
+interval over problems of that evaluation. A claim of several comparisons gets one word only where all that have a verdict agree; else
+they are counted. Nothing is corrected for the number of comparisons, the ends of an interval are not cut at 0 and 1, and one of width 0
+says only that its seeds are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,22 @@ def judge(study: Study, test: Comparison) -> Verdict:
 
 
 def together(verdicts: Sequence[Verdict]) -> str:
-    """One word where all agree, else how many of each.
+    """One word where all agree, else how many of each; what has no verdict is counted beside.
 
     >>> together(["supported", "supported"]), together(["not shown", "supported", "supported"])
     ('supported', 'mixed, of 3: 2 supported, 1 not shown')
+    >>> together(["not shown", "one seed", "not run"]), together(["one seed", "not run"])
+    ('not shown, as far as compared: 1 of 3 (1 one seed, 1 not run)', 'no verdict: 1 one seed, 1 not run')
     """
     if len(set(verdicts)) < 2:
         return verdicts[0] if verdicts else "not run"
     counts = Counter(verdicts)
-    return f"mixed, of {len(verdicts)}: " + ", ".join(f"{counts[word]} {word}" for word in VERDICTS if counts[word])
+    told = {word: f"{counts[word]} {word}" for word in VERDICTS if counts[word]}
+    decided, silent = [word for word in told if word not in SILENT], [told[word] for word in SILENT if word in told]
+    if len(decided) > 1:
+        return f"mixed, of {len(verdicts)}: " + ", ".join(told.values())
+    without = ", ".join(silent)
+    return f"{decided[0]}, as far as compared: {counts[decided[0]]} of {len(verdicts)} ({without})" if decided else f"no verdict: {without}"
 
 
 def _pairs(experiment: str, left: str, rights: Sequence[str], metric: str = "alone pass@1") -> tuple[Comparison, ...]:
@@ -84,11 +95,11 @@ def claims(study: Study) -> list[Claim]:
             (
                 *_pairs(main, "aipo", ["base", "grpo", "mask"], wide),
                 *_pairs(boundary, "aipo", ["base", "grpo"], wide),
-                *_pairs("second", "aipo", ["base", "grpo", "mask"]),
+                *_pairs("second", "aipo", ["base", "grpo", "mask"], wide),
             ),
         ),
         Claim(
-            "After training the policy reasons alone: it needs no helper.",
+            "After training the policy solves alone, without helpers, what it could not before.",
             (
                 *_pairs(main, "aipo", ["base"]),
                 *_pairs(main, "aipo", ["base"], "alone greedy"),

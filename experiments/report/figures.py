@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.report.stored import Mean, Run, Study, mean
+from experiments.report.stored import SEEDS, Mean, Run, Study, mean
 
 COLOURS = {
     "aipo": "#0072B2",
@@ -45,9 +45,11 @@ STYLE: dict[Any, Any] = {
 }
 WINDOW = 5
 """Steps of the running mean under each training curve."""
+BANDED = 3
+"""Seeds from which a line has a band: of two, it would cover the figure."""
 BINS = ("0.001", "0.01", "0.1", "0.3", "1")
 Band = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""x, and the mean over seeds with the ends of its interval (NaN for one seed)."""
+"""x, and the mean over seeds with the ends of its interval (NaN for fewer than BANDED)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def bars(path: Path, panels: Sequence[str], groups: Mapping[str, Sequence[Bar]])
 def _bars(figure: Figure, panels: Sequence[str], rows: Sequence[Bar | str]) -> None:
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (axes, title) in enumerate(zip(all_axes, panels, strict=True)):
-        axes.set(title=title, xlim=(0, 1.18), ylim=(len(rows) - 0.4, -0.6))
+        axes.set(title=title, xlim=(0, 1.32), ylim=(len(rows) - 0.4, -0.6))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
         axes.grid(False, axis="y")
         for y, row in enumerate(rows):
@@ -106,13 +108,14 @@ def _bar(axes: Axes, y: int, found: Mean | None, shade: str) -> None:
     if found is None:
         axes.text(0.01, y, "not run", va="center", fontsize=8, color="0.45")
         return
-    axes.barh(y, found.mean, height=0.72, color=shade, alpha=0.75)
+    axes.barh(y, found.mean, height=0.72, color=shade, alpha=0.6)
     low, high = np.clip([found.low, found.high], 0, 1)
-    if found.n > 1:
+    if found.bounded:
         axes.plot([low, high], [y, y], color="0.1", linewidth=1.3, solid_capstyle="butt")
         axes.plot([low, high], [y, y], "|", color="0.1", markersize=5)
-    text = f"{found.mean:.2f}" + ("" if found.n > 1 else " (n 1)")
-    axes.text(max(found.mean, high if found.n > 1 else 0) + 0.015, y, text, va="center", fontsize=8)
+    axes.plot(found.values, [y] * found.n, "o", color="white", markeredgecolor="0.1", markeredgewidth=0.7, markersize=3.2, clip_on=False)
+    text = f"{found.mean:.2f}" + ("" if found.n >= SEEDS else f" (n {found.n})")
+    axes.text(max(found.mean, *found.values, high if found.bounded else 0) + 0.025, y, text, va="center", fontsize=8)
 
 
 # --- lines with bands
@@ -158,8 +161,12 @@ def curve(runs: Sequence[Run], key: str, *, by_tokens: bool = False) -> Band | N
         return None
     length = min(map(len, smooth))
     means = [found for i in range(length) if (found := mean(values[i] for values in smooth))]
-    x = np.mean([tick[:length] for tick in ticks], axis=0)
-    return x, np.array([m.mean for m in means]), np.array([m.low for m in means]), np.array([m.high for m in means])
+    return _band(np.mean([tick[:length] for tick in ticks], axis=0), means)
+
+
+def _band(x: np.ndarray, means: Sequence[Mean]) -> Band:
+    low, high = (np.array([getattr(m, end) if m.n >= BANDED else np.nan for m in means]) for end in ("low", "high"))
+    return x, np.array([m.mean for m in means]), low, high
 
 
 def _bands(study: Study, experiment: str, key: str, *, by_tokens: bool = False) -> dict[str, Band]:
@@ -232,8 +239,7 @@ def pass_at_k(study: Study, experiment: str, path: Path) -> bool:
     for name in study.cells.get(experiment, {}):
         found = {k: m for k in study.ks(experiment) if (m := study.mean(experiment, name, f"alone pass@{k}"))}
         if len(found) > 1:
-            ends = [np.array([getattr(m, end) for m in found.values()]) for end in ("mean", "low", "high")]
-            bands[name] = np.array(list(found), dtype=float), ends[0], ends[1], ends[2]
+            bands[name] = _band(np.array(list(found), dtype=float), list(found.values()))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()

@@ -9,7 +9,7 @@ from aipo_graph import cli
 
 def plain(text: object) -> str:
     """Text that cannot be markup, in a cell of a table or elsewhere: names in the stored files are anybody's."""
-    return re.sub(r"[^\w .,;:@%/+=()…–-]", lambda found: f"&#{ord(found[0])};", cli.printable(str(text)))
+    return re.sub(r"[^\w .,;:@%/+=()…×–-]", lambda found: f"&#{ord(found[0])};", cli.printable(str(text)))
 
 
 def listed(names: Iterable[object]) -> str:

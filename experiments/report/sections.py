@@ -33,9 +33,9 @@ SECTIONS = (
     Section(
         "coefficients",
         "Coefficients and baselines",
-        "What must the loss do with the helpers' tokens for the policy to do alone what it did with help? `grpo` is plain GRPO without "
-        "helpers, its learning rate tuned; `raft` is fine-tuning on accepted transcripts with helpers; `shortfall` is a coefficient of our "
-        "own, max(0, 1 − ρ) where A > 0.",
+        "What must the loss do with the helpers' tokens for the policy to do alone what it did with help? `base` is the untrained policy; "
+        "`grpo` is plain GRPO without helpers, at the learning rate that [Choosing settings](#choosing-settings) gave; `raft` is "
+        "fine-tuning on accepted transcripts with helpers; `shortfall` is a coefficient of our own, max(0, 1 − ρ) where A > 0.",
     ),
     Section(
         "faulty",
@@ -52,9 +52,17 @@ SECTIONS = (
         "`_mu`: the helper's own probabilities of its words are known, else μ = 1.",
     ),
     Section(
+        "foreign",
+        "Wordy helpers in a style that the policy never wrote",
+        "The same replies, but the untrained policy gives the words around the fact next to no probability. `aipo_lambda_0.1`: a tenth of "
+        "the weight on agent tokens.",
+    ),
+    Section(
         "ablations",
         "Ablations",
-        "What does each part do: the helpers, the floor, the ceiling, λ, the share of traces with helpers, a floor for A < 0, a known μ?",
+        "What does each part do? `aipo` is the config as it is (floor 0.3, ceiling 2, λ 1, half of the traces with helpers), each other "
+        "variant changes one thing of it. `no_verify` is a helper that says yes to everything, `no_knowledge` and `no_reasoning` one that "
+        "knows nothing (`?`); `negative_floor` has the floor for A < 0, too; `mu_0.5` takes μ as 0.5, not 1.",
         expected=("aipo",),
     ),
     Section(
@@ -67,7 +75,8 @@ SECTIONS = (
     Section(
         "generality",
         "Other policies and algorithms",
-        "Each row: a policy architecture of the same size and a policy-token algorithm, with AIPO and without.",
+        "Each row: a policy architecture of the same size and a policy-token algorithm, with AIPO and (`alone`) without helpers at the "
+        "same settings, which were chosen for AIPO.",
         metrics=("alone pass@1", "alone greedy", "alone pass@max"),
         drawn=("alone pass@1", "alone greedy"),
     ),

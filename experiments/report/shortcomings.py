@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from experiments.report.claims import Claim, Verdict
 from experiments.report.markdown import listed, plain
 from experiments.report.sections import CHOOSING, sections, variants
-from experiments.report.stored import Run, Study, compare
+from experiments.report.stored import SEEDS, Run, Study, compare, untrained
 
-SEEDS = 5
-"""Seeds that a reported cell should have."""
 UNEQUAL = 0.05
 """How far the sampled tokens of a variant may lie from the median of its experiment before the report says so."""
 
@@ -31,9 +29,9 @@ def _missing(study: Study) -> list[str]:
         missing = [name for name, n in counts.items() if not n]
         if missing:
             lines.append(f"{plain(section.name)}, cells without a run: {listed(missing)}.")
-        few = sorted({n for n in counts.values() if 0 < n < SEEDS}) if section.name not in CHOOSING else []
+        few = sorted({n for name, n in counts.items() if 0 < n < SEEDS and not untrained(name)}) if section.name not in CHOOSING else []
         if few:
-            by_n = [f"{n} for {listed(name for name in names if counts[name] == n)}" for n in few]
+            by_n = [f"{n} for {listed(name for name in names if counts[name] == n and not untrained(name))}" for n in few]
             lines.append(f"{plain(section.name)}, fewer than {SEEDS} seeds: {'; '.join(by_n)}.")
     return lines
 
@@ -41,7 +39,7 @@ def _missing(study: Study) -> list[str]:
 def _failed(study: Study, found: Sequence[tuple[Claim, list[Verdict]]]) -> list[str]:
     lines = []
     for claim, verdicts in found:
-        for word in ("contradicted", "not shown", "one seed"):
+        for word in ("contradicted", "not shown"):
             told = [
                 f"{plain(test.left[1])} {test.wanted} {plain(test.right[1])} ({test.left[0]}, {study.named(test.left[0], test.metric)})"
                 for test, own in zip(claim.tests, verdicts, strict=True)
@@ -53,7 +51,7 @@ def _failed(study: Study, found: Sequence[tuple[Claim, list[Verdict]]]) -> list[
 
 
 def _trained(study: Study, experiment: str) -> dict[str, list[Run]]:
-    return {name: cell for name, cell in study.cells[experiment].items() if not name.startswith("base")}
+    return {name: cell for name, cell in study.cells[experiment].items() if not untrained(name)}
 
 
 def _unequal(study: Study) -> list[str]:

@@ -4,7 +4,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aipo_graph.errors import ConfigError
 
+SEEDS = 5
+"""Seeds that a reported cell should have."""
+LEAST = 0.02
+"""Means that are less apart are not told apart, however narrow their intervals: of few seeds some coincide by chance."""
 Order = Literal["above", "below", "not separated", "one seed", "not run"]
 ORDERS: tuple[Order, ...] = ("above", "below", "not separated", "one seed", "not run")
 T_975 = [
@@ -58,22 +62,49 @@ class Run(BaseModel):
     def value(self, metric: str) -> float | None:
         """A figure of the evaluation; ``metric`` is a mode or a kind and a name: "alone pass@1", "easy greedy". None where absent."""
         place, _, name = metric.partition(" ")
+        return _finite(self._figures(place).get(name))
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """The evaluation's own of that figure, a bootstrap over problems."""
+        place, _, name = metric.partition(" ")
+        intervals = self._figures(place).get("intervals")
+        ends = intervals.get(name) if isinstance(intervals, dict) else None
+        known = [end for end in map(_finite, ends) if end is not None] if isinstance(ends, list) else []
+        return (known[0], known[1]) if len(known) == 2 else None
+
+    def _figures(self, place: str) -> dict[str, Any]:
         modes = {"alone": self.trained.alone, "with_agents": self.trained.with_agents}
-        found = modes.get(place, self.trained.kinds.get(place, {}).get("alone", {})).get(name)
-        return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+        return modes.get(place, self.trained.kinds.get(place, {}).get("alone", {}))
+
+
+def _finite(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def untrained(variant: str) -> bool:
+    return variant.rpartition("/")[2] == "base"
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean over seeds and its 95 % interval by Student's t; of one seed the ends are NaN."""
+    """A mean over seeds and its 95 % interval by Student's t; NaN for its ends where a single seed has none."""
 
     mean: float
     low: float
     high: float
-    n: int
+    values: tuple[float, ...]
+    """Of each seed."""
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def bounded(self) -> bool:
+        return not math.isnan(self.low)
 
     def __str__(self) -> str:
-        ends = f" ({self.low:.3f} … {self.high:.3f})" if self.n > 1 else ""
+        ends = f" ({self.low:.3f} … {self.high:.3f})" if self.bounded else ""
         return f"{self.mean:.3f}{ends}".replace("-0.000", "0.000")
 
 
@@ -88,15 +119,17 @@ def mean(values: Iterable[float | None]) -> Mean | None:
         return None
     middle, n = statistics.fmean(found), len(found)
     half = T_975[min(n - 1, len(T_975)) - 1] * statistics.stdev(found) / math.sqrt(n) if n > 1 else math.nan
-    return Mean(middle, middle - half, middle + half, n)
+    return Mean(middle, middle - half, middle + half, tuple(found))
 
 
 def compare(left: Mean | None, right: Mean | None) -> Order:
-    """The rule of the whole report: one is above the other where the intervals of the two means are separate."""
+    """The rule of the whole report: one is above the other where their intervals are separate and the means at least LEAST apart."""
     if left is None or right is None:
         return "not run"
-    if min(left.n, right.n) < 2:
+    if not (left.bounded and right.bounded):
         return "one seed"
+    if abs(left.mean - right.mean) < LEAST:
+        return "not separated"
     return "above" if left.low > right.high else "below" if left.high < right.low else "not separated"
 
 
@@ -133,8 +166,12 @@ class Study:
         return metric.replace("pass@max", f"pass@{max(self.ks(experiment), default='max')}")
 
     def mean(self, experiment: str, variant: str, metric: str) -> Mean | None:
-        metric = self.named(experiment, metric)
-        return mean(run.value(metric) for run in self.cell(experiment, variant))
+        """None where nothing is stored. The untrained policy has no seed of training: evaluated once, it has that evaluation's interval."""
+        metric, cell = self.named(experiment, metric), self.cell(experiment, variant)
+        found = mean(run.value(metric) for run in cell)
+        if found and len(cell) == 1 and untrained(variant) and (ends := cell[0].interval(metric)):
+            return replace(found, low=ends[0], high=ends[1])
+        return found
 
 
 SHARED = ("faulty", "ablations")
@@ -169,5 +206,5 @@ def read(folder: Path) -> Study:
 
 
 def by_order(orders: Mapping[str, Order]) -> dict[Order, list[str]]:
-    """Names by how they compare."""
-    return {order: names for order in ORDERS if (names := [name for name, found in orders.items() if found == order])}
+    """Names by how they compare; those that have not run are left out."""
+    return {order: names for order in ORDERS[:-1] if (names := [name for name, found in orders.items() if found == order])}
