@@ -260,7 +260,7 @@ def same_value(output: str, expected: str) -> bool:
     (True, False, False)
     """
     try:
-        return bool(json.loads(output) == json.loads(expected))
+        return bool(json.loads(output, parse_constant=float) == json.loads(expected, parse_constant=float))
     except (ValueError, RecursionError):
         return False
 
