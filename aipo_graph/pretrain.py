@@ -19,7 +19,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,19 +101,19 @@ def fresh_policy(seed: int) -> LlamaForCausalLM:
     """An untrained policy."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(policy_config())
-    embed_digits(model)
+    embed_digits(model, [IDS[digit] for digit in DIGITS])
     return model
 
 
-def embed_digits(model: Any) -> None:
-    """Digits start as Fourier features, in which addition mod 10 is a rotation."""
+def embed_digits(model: Any, ids: Sequence[int]) -> None:
+    """The ten digits, whose token ids are given in order, start as Fourier features, in which addition mod 10 is a rotation."""
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
         weight.normal_(0, 0.3)
-        for digit in range(10):
+        for digit, token in enumerate(ids):
             angles = [2 * math.pi * k * digit / 10 for k in range(1, 6)]
             features = torch.tensor([f(a) for a in angles for f in (math.cos, math.sin)])
-            weight[IDS[str(digit)], : len(features)] = features
+            weight[token, : len(features)] = features
 
 
 def sample(rng: random.Random) -> list[Piece]:
@@ -180,9 +180,13 @@ def batch(seed: int, step: int, steps: int, draw: Draw = sample) -> tuple[torch.
     if draw is not recall and step < SUMS * steps:
         draw = sums
     count = 96 if draw in (recall, sums) else 48
-    rows = [encode(draw(rng)) for _ in range(count)]
+    return padded([encode(draw(rng)) for _ in range(count)], IDS["<pad>"])
+
+
+def padded(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids and labels as two int64 tensors [rows, longest]."""
     longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([row + [IDS["<pad>"]] * (longest - len(row)) for row, _ in rows])
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row, _ in rows])
     labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in rows])
     return ids, labels
 
@@ -192,11 +196,11 @@ def rate(progress: float) -> float:
     return min(1.0, progress / 0.05) * (0.51 + 0.49 * math.cos(math.pi * progress))
 
 
-def losses(model: Any, seed: int, steps: int, draw: Draw = sample) -> Iterator[float]:
-    """Trains the model in place, one optimizer step per loss (nats per token that carries loss)."""
+def losses(model: Any, batches: Callable[[int], tuple[torch.Tensor, torch.Tensor]], steps: int) -> Iterator[float]:
+    """Trains the model in place on the batch of each step, one optimizer step per loss (nats per token that carries loss)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
-        ids, labels = batch(seed, step, steps, draw)
+        ids, labels = batches(step)
         hidden, targets = model.model(ids).last_hidden_state[:, :-1], labels[:, 1:]
         heard = targets != IGNORE
         loss = F.cross_entropy(model.lm_head(hidden[heard]), targets[heard])
@@ -223,7 +227,7 @@ def pretrain(
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
     with Progress(TextColumn("pretraining"), *columns) as progress:
         task = progress.add_task("", total=steps, loss=math.nan)
-        for loss in losses(model, seed, steps, draw):
+        for loss in losses(model, lambda step: batch(seed, step, steps, draw), steps):
             progress.update(task, advance=1, loss=loss)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from aipo_graph import cli
-from aipo_graph.pretrain import STEPS, embed_digits, fresh_policy, policy_config, pretrain, sample
+from aipo_graph.pretrain import DIGITS, IDS, STEPS, embed_digits, fresh_policy, policy_config, pretrain, sample
 from aipo_graph.tasks.operators import Piece
 from experiments.helpers import signs
 
@@ -66,7 +66,7 @@ def _fresh(model_class: Any, config_class: Any, seed: int, **own: Any) -> Any:
     if config_class is Gemma3TextConfig:
         rope = {"sliding_attention": rope, "full_attention": rope}
     model = model_class(config_class(**{key: getattr(ours, key) for key in KEPT}, rope_parameters=rope, tie_word_embeddings=False, **own))
-    embed_digits(model)
+    embed_digits(model, [IDS[digit] for digit in DIGITS])
     return model
 
 

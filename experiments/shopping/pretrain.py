@@ -13,22 +13,19 @@ yes to everything. No pair of facts of the held-out problems occurs.
 """
 
 import argparse
-import math
 import random
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from aipo_graph.load import load
-from aipo_graph.pretrain import IGNORE, TAGS, rate
+from aipo_graph.pretrain import IGNORE, TAGS, embed_digits, losses, padded
 from aipo_graph.tasks.operators import Habits, Piece
 from aipo_graph.types import derive_seed
 
@@ -53,7 +50,6 @@ SUMS = 0.12
 """Share of the steps spent on arithmetic alone, at first."""
 STEPS = 900
 ROWS = 24
-PEAK_RATE = 4e-3
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -86,7 +82,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def fresh_policy(seed: int) -> Qwen3ForCausalLM:
-    """An untrained policy. Digits start as Fourier features, in which addition is a rotation."""
+    """An untrained policy."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -106,13 +102,7 @@ def fresh_policy(seed: int) -> Qwen3ForCausalLM:
             pad_token_id=IDS["<pad>"],
         )
     )
-    weight: Any = model.get_input_embeddings().weight
-    with torch.no_grad():
-        weight.normal_(0, 0.3)
-        for digit in range(10):
-            angles = [2 * math.pi * k * digit / 10 for k in range(1, 6)]
-            features = torch.tensor([f(a) for a in angles for f in (math.cos, math.sin)])
-            weight[IDS[f"▁{digit}"], : len(features)] = features
+    embed_digits(model, [IDS[f"▁{digit}"] for digit in range(10)])
     return model
 
 
@@ -180,28 +170,7 @@ def batch(seed: int, step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]
     """Token ids and labels, both int64 [rows, longest]."""
     rng = random.Random(derive_seed(seed, "pretrain", step))
     draw, count = (sums, 3 * ROWS) if step < SUMS * steps else (sample, ROWS)
-    rows = [encode(draw(rng)) for _ in range(count)]
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([row + [IDS["<pad>"]] * (longest - len(row)) for row, _ in rows])
-    labels = torch.tensor([row + [IGNORE] * (longest - len(row)) for _, row in rows])
-    return ids, labels
-
-
-def losses(model: Any, seed: int, steps: int) -> Iterator[float]:
-    """Trains the model in place, one optimizer step per loss (nats per token that carries loss)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(steps):
-        ids, labels = batch(seed, step, steps)
-        hidden, targets = model.model(ids).last_hidden_state[:, :-1], labels[:, 1:]
-        heard = targets != IGNORE
-        loss = F.cross_entropy(model.lm_head(hidden[heard]), targets[heard])
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * rate((step + 1) / steps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        yield loss.item()
+    return padded([encode(draw(rng)) for _ in range(count)], IDS["<pad>"])
 
 
 def main() -> None:
@@ -212,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # the same sums in the same order on every machine
     model = fresh_policy(options.seed)
-    for step, loss in enumerate(losses(model, options.seed, options.steps)):
+    for step, loss in enumerate(losses(model, lambda step: batch(options.seed, step, options.steps), options.steps)):
         if step % 50 == 0 or step == options.steps - 1:
             print(f"step {step} of {options.steps}: loss {loss:.3f}", flush=True)
     model.save_pretrained(options.out)
