@@ -273,10 +273,13 @@ def test_the_base_policy_is_made_without_true_prices_novel_plans_and_heldout_pai
 
 
 def test_pretraining_repeats_and_learns() -> None:
-    first, second = ([*pretrain.losses(pretrain.fresh_policy(0), 0, 4)] for _ in range(2))
+    def losses(seed: int, steps: int) -> list[float]:
+        return [*pretrain.losses(pretrain.fresh_policy(0), lambda step: pretrain.batch(seed, step, 4), steps)]
+
+    first, second = losses(0, 4), losses(0, 4)
     assert first == second
     assert first[-1] < first[0]
-    assert [*pretrain.losses(pretrain.fresh_policy(0), 1, 1)] != first[:1]
+    assert losses(1, 1) != first[:1]
 
 
 def test_the_config_opens() -> None:
