@@ -27,6 +27,7 @@ from aipo_graph.tools import jail
 from aipo_graph.tools.jail_child import ALLOWED, MACHINES, USED
 
 COLUMN = MACHINES[platform.machine()][0]
+AMPLE = jail.Limits(cpu_seconds=30, memory=1 << 29)
 UPROBES = {335, 336} if COLUMN == 0 else set()
 """No filter is asked about these; from a program they end it."""
 LISTED = {int(number) for entry in ALLOWED.split(",") if (number := entry.split()[1 + COLUMN]) != "-"}
@@ -84,6 +85,7 @@ def daemon():
 attempt(daemon)""",
     "exec": "attempt(os.execv, '/bin/sh', ['sh', '-c', 'echo ESCAPED'])",
     "memfd": "expect(call('memfd_create', b'x', 0))",
+    "thread that holds up its maker": "expect(call('clone', 0x14900, 0, 0, 0, 0))",
     "own session": "expect(call('setsid'))",
     "kill another": "attempt(os.kill, $victim, 15)",
     "tgkill another": "expect(call('tgkill', $victim, $victim, 15))",
@@ -104,10 +106,10 @@ import fcntl
 r, w = os.pipe()
 attempt(fcntl.fcntl, r, fcntl.F_SETOWN, $victim)""",
     "write outside": "attempt(open, '$folder/out', 'w')",
-    "write at home": "attempt(open, '$home/jail-out', 'w'); attempt(os.unlink, '$home/jail-out')",
+    "write at home": "attempt(open, '$home/jail-$parent', 'w'); attempt(os.unlink, '$home/jail-$parent')",
     "write a system file": "attempt(open, '/etc/hosts', 'a')",
-    "huge file": "attempt(lambda: open('/tmp/jail-huge', 'wb').write(bytes(1 << 20))); attempt(os.unlink, '/tmp/jail-huge')",
-    "shared memory file": "attempt(open, '/dev/shm/jail-out', 'w'); attempt(os.unlink, '/dev/shm/jail-out')",
+    "huge file": "attempt(lambda: open('/tmp/jail-$parent', 'wb').write(bytes(1 << 20))); attempt(os.unlink, '/tmp/jail-$parent')",
+    "shared memory file": "attempt(open, '/dev/shm/jail-$parent', 'w'); attempt(os.unlink, '/dev/shm/jail-$parent')",
     "nameless file": "attempt(os.open, '$folder', os.O_TMPFILE | os.O_RDWR)",
     "make a folder": "attempt(os.mkdir, '$folder/out')",
     "make a link": "attempt(os.symlink, '/etc/passwd', '$folder/out')",
@@ -128,7 +130,7 @@ attempt(fcntl.fcntl, r, fcntl.F_SETOWN, $victim)""",
     "list the root": "attempt(os.listdir, '/')",
     "read this program": "attempt(lambda: open('$launcher').read())",
     "connect": "import socket; attempt(lambda: socket.create_connection(('127.0.0.1', $port), 2))",
-    "fetch": "import urllib.request as u; attempt(lambda: u.urlopen('http://127.0.0.1:$port', timeout=2))",
+    "fetch": "import urllib.request as u; attempt(lambda: u.urlopen('http://127.0.0.1:$port', timeout=0.5))",
     "datagram": "import socket; attempt(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', $port)))",
     "unix socket": "import socket; attempt(socket.socket, socket.AF_UNIX)",
     "socket pair": "import socket; attempt(socket.socketpair)",
@@ -149,6 +151,11 @@ def run():
 attempt(run)""",
 }
 """Each of these gets what it wants where nothing stops it: at L0, which the tests check."""
+MAY_FAIL = {
+    "ptrace", "another's memory", "another's mem file", "write a system file", "clone3", "attributes", "nameless file", "affinity",
+    "shared segment", "semaphore", "message queue", "write at home", "shared memory file",
+}  # fmt: skip
+"""Of those, what other users, Yama, a container's own filter, its CPUs or its file systems may refuse to everybody."""
 
 REST = {
     "io_uring": "expect(call('io_uring_setup', 8, ctypes.create_string_buffer(120)))",
@@ -183,7 +190,7 @@ if platform.machine() == "x86_64":
     ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
     print("ESCAPED")""",
     "fork bomb": """
-while True:
+for _ in range(10000):
     try:
         os.fork()
     except OSError:
@@ -212,7 +219,10 @@ ENDS = {
     "flood": ("while True: print('x' * 1000)", "output"),
     "flood of errors": ("for _ in range(10 ** 5): sys.stderr.write('x' * 100)", "ok"),
     "spin": ("while True: pass", "timeout"),
-    "spin on": ("import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", "timeout"),
+    "spin between naps": (  # of which the kernel's tick sees nothing
+        "while True:\n  until = time.perf_counter() + 0.001\n  while time.perf_counter() < until: pass\n  time.sleep(0.0005)",
+        "timeout",
+    ),
     "spin in threads": (
         "import threading\nfor _ in range(4): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()",
         "timeout",
@@ -220,8 +230,9 @@ ENDS = {
     "spin in C": ("9 ** 9 ** 9", "timeout"),
     "sleep": ("time.sleep(1000)", "timeout"),
     "sleep without descriptors": ("os.closerange(0, 64); time.sleep(1000)", "timeout"),
-    "stop": ("import signal; signal.pause()", "timeout"),
+    "sleep till a signal": ("import signal; signal.pause()", "timeout"),
     "no descriptors": ("os.closerange(0, 64)", "ok"),
+    "a name that is no text": ("ctypes.CDLL(None).prctl(15, b'\\xff'); time.sleep(1)", "ok"),
     "segmentation fault": ("ctypes.string_at(0)", "crash"),
     "abort": ("os.abort()", "crash"),
     "deep recursion": ("sys.setrecursionlimit(10 ** 6)\ndef f(n): return [f(n + 1)]\nf(0)", None),
@@ -274,7 +285,7 @@ class World:
         status = self.secret.stat() if self.secret.exists() else None
         attributes = status and (status.st_mode, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink, self.secret.read_text())
         limits = Path(f"/proc/{self.victim.pid}/limits").read_text()
-        others = [p.exists() for p in (Path.home() / "jail-out", Path("/tmp/jail-huge"), Path("/dev/shm/jail-out"))]
+        others = [(folder / f"jail-{os.getpid()}").exists() for folder in (Path.home(), Path("/tmp"), Path("/dev/shm"))]
         return sorted(p.name for p in self.folder.iterdir()), attributes, limits, others
 
     def harm(self):
@@ -303,7 +314,7 @@ def descendants():
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
             except OSError:
                 continue
             parents[int(entry.name)] = int(fields[1])
@@ -313,10 +324,10 @@ def descendants():
     return found - {os.getpid()}
 
 
-async def fare(cell, world, text, limits):
+async def fare(cell, world, text):
     """What is wrong with how one attack fared; "" if nothing is."""
     try:
-        run = await cell.run(world.program(text), b"input\n", limits)
+        run = await cell.run(world.program(text), b"input\n", AMPLE)
     except ToolError as error:
         return f"infrastructure: {error}"
     faults = world.harm()
@@ -330,15 +341,13 @@ async def assault(layer):
     cell = jail.Jail(layer, 1)
     try:
         with World() as world:
-            limits = jail.Limits(cpu_seconds=1, memory=1 << 30)
-            return {name: await fare(cell, world, text, limits) for name, text in (REAL | REST).items()}
+            return {name: await fare(cell, world, text) for name, text in (REAL | REST).items()}
     finally:
         cell.close()
 
 
 if __name__ == "__main__":
-    jail.IDLE = 0
     began = time.monotonic()
-    report = {layer: asyncio.run(assault(layer)) for layer in sys.argv[1:]}
+    report = {layer: asyncio.run(assault(layer)) for layer in sys.argv[1:] if not jail.check(layer)}
     print(json.dumps(report))
     print(f"{sum(map(len, report.values()))} runs in {time.monotonic() - began:.1f} s as user {os.geteuid()}", file=sys.stderr)

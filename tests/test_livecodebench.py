@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import zlib
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Solution:
     GREETING: "def greeting(name):\n    return 'Hello, ' + name",
 }
 
-pytestmark = pytest.mark.skipif(not LAYERS, reason=f"this kernel locks no program up: {jail.check('L1')}")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the jail is Linux's")
 
 
 def answer(code):
@@ -52,6 +53,7 @@ def answer(code):
 
 
 def open_data(path=DATA, data=None, **options):
+    options = {"sandbox": "auto" if LAYERS else "none"} | options
     return open_task(Config(task={"name": "livecodebench", "heldout": str(path), "data": data and str(data), "options": options}))
 
 
@@ -114,6 +116,7 @@ WRONG = {
     "a crash after the output": (SUM, "print(sum(map(int, input().split()))); 1 / 0", 0),
     "no such function": (PAIRS, "class Solution:\n    pass", 0),
     "another type": (PAIRS, "class Solution:\n    def pairsOfSum(self, nums, goal):\n        return '[[0, 2]]'", 0),
+    "an exit before the answer": (PAIRS, "class Solution:\n    def pairsOfSum(self, nums, goal):\n        exit()", 0),
     "a value JSON has not": (PAIRS, "class Solution:\n    def pairsOfSum(self, nums, goal):\n        return {1, 2}", 0),
     "a printed value": (PAIRS, "class Solution:\n    def pairsOfSum(self, nums, goal):\n        print([[0, 2]])", 0),
     "a syntax error": (SUM, "print(", 0),
@@ -441,6 +444,7 @@ def test_training_needs_problems_of_its_own(tmp_path, task, caplog):
         open_data(data=DATA).train(0)
 
 
+@pytest.mark.skipif(not LAYERS, reason="the preset asks for a layer that locks programs up")
 def test_the_preset_and_its_prompts(root):
     from aipo_graph import cli
 

@@ -179,10 +179,10 @@ def _run(layer: Layer, program: str, stdin: bytes, limits: Limits, held: _Held) 
             return Run("output", b"", cpu)
         if held.stopped:
             raise ToolError("the run was cancelled")
+        if ended.reason in ("slow", "idle") or cpu > limits.cpu_seconds:
+            return Run("timeout", ended.output, cpu)
         if ended.reason == "starved":
             raise ToolError(f"a program got {cpu:.1f} s of CPU time in {limits.cpu_seconds + PATIENCE:g} s: use fewer processes")
-        if ended.reason == "idle" or cpu > limits.cpu_seconds or (code < 0 and cpu > math.ceil(limits.cpu_seconds) - 0.2):
-            return Run("timeout", ended.output, cpu)
         if code != -signal.SIGKILL:
             return Run("ok" if code == 0 else "memory" if code == jail_child.MEMORY_EXIT else "crash", ended.output, cpu)
     # It cannot have killed itself. Once may be chance, twice is a program that the machine has no memory for.
@@ -192,7 +192,7 @@ def _run(layer: Layer, program: str, stdin: bytes, limits: Limits, held: _Held) 
 def _once(layer: Layer, program: str, stdin: bytes, limits: Limits, held: _Held) -> _Ended:
     source = program.encode(errors="replace")
     seconds = math.ceil(limits.cpu_seconds)
-    numbers = (layer[1], seconds, limits.memory, seconds + IDLE, seconds + PATIENCE, len(source), os.getpid())
+    numbers = (layer[1], limits.memory, seconds + IDLE, seconds + PATIENCE, len(source), os.getpid(), limits.cpu_seconds)
     try:
         process = held.start([sys.executable, "-I", "-S", "-B", "-X", "utf8", str(LAUNCHER), *map(str, numbers)])
     except OSError as error:
@@ -207,10 +207,10 @@ def _once(layer: Layer, program: str, stdin: bytes, limits: Limits, held: _Held)
             pipe.close()
     before, _, last = report.decode(errors="replace").strip().rpartition("\n")
     words = last.split()
-    reported = len(words) == 3 and words[0] in ("ended", "idle", "starved", "stopped")
+    reported = len(words) == 3 and words[0] in ("ended", "slow", "idle", "starved", "stopped")
     if before != "ready" or not reported:
         fault = before.rpartition("\n")[2] if reported else last
-        raise ToolError(f"the sandbox failed: {fault[:300].removeprefix('ready') or 'no report'}")
+        raise ToolError(f"the sandbox failed: {fault[:300].removeprefix('ready') or f'no report, exit code {process.returncode}'}")
     return _Ended(words[0], int(words[1]), float(words[2]), output, flooded)
 
 
