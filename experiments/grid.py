@@ -32,7 +32,7 @@ class Experiment:
     settings: Settings = field(default_factory=dict)
     """Of all its variants."""
     bases: Mapping[str, str] = field(default_factory=dict)
-    """Variant -> the name of its base policy in study.BASES, "*" for all others; default: the policy that the config names."""
+    """First part of a variant's name -> its base policy in study.BASES, "*" for all others; default: the policy that the config names."""
     policies_of: str = ""
     """Evaluates what this other experiment trained under the same variants and seeds, and trains nothing."""
     kinds: Sequence[str] = ()
@@ -104,10 +104,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             f"{architecture}/{algorithm}/{method}": {"loss.algorithm": algorithm} | (ALONE if method == "alone" else agent(method))
             for architecture, algorithm, method in product(("llama", "qwen3", "gemma3"), ALGORITHMS, ("aipo", "alone"))
         },
-        bases={
-            f"{architecture}/{algorithm}/{method}": architecture
-            for architecture, algorithm, method in product(("qwen3", "gemma3"), ALGORITHMS, ("aipo", "alone"))
-        },
+        bases={"qwen3": "qwen3", "gemma3": "gemma3"},
     ),
     "boundary": Experiment(
         {name: {} for name in ("base", "aipo", "grpo", "mask", "sft")},
@@ -195,7 +192,7 @@ class Run:
 
     @property
     def base(self) -> str:
-        return self.of.bases.get(self.variant, self.of.bases.get("*", ""))
+        return self.of.bases.get(self.variant.partition("/")[0], self.of.bases.get("*", ""))
 
     @property
     def settings(self) -> Settings:

@@ -1,4 +1,4 @@
-"""The study: `python -m experiments.study [--only EXPERIMENT …] [--seeds 1 2] [--workers 2] [--shard 0/2] [--steps 75]`.
+"""The study: `python -m experiments.study [--only EXPERIMENT …] [--seeds 1 2] [--workers 2] [--shard 0/2] [--set NAME VALUE]`.
 
 Trains and evaluates the runs of grid.py that have no result yet, the worthiest first, each in a process of its own. A result is a line of
 docs/results/study/EXPERIMENT.jsonl, written when it is whole; killed, the same command goes on, inside a run from its last checkpoint.
