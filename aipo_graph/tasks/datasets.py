@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -145,22 +145,12 @@ class DatasetTask:
     @functools.cached_property
     def _problems(self) -> dict[str, Problem]:
         if not self._layout.data:
-            raise ConfigError(
-                f"task.name = {self._name!r} has held-out problems alone: nothing to train on; train on another task, or name training "
-                "problems in its columns with task.data"
-            )
+            raise nothing_to_train(self._name)
         return _read(self._name, "task.data", self._layout.data, self._layout, self._required)
 
     @functools.cached_property
     def _train(self) -> list[Problem]:
-        source, problems = self._layout.data, self._problems
-        kept = [problem for key, problem in problems.items() if key not in self._not_trained]
-        if not kept:
-            raise TaskError(f"{source}: each of its {len(problems)} problems is held out; give other training or held-out problems")
-        if self._layout.heldout and len(kept) < len(problems):
-            lost = len(problems) - len(kept)
-            log.warning("%s: %d of %d problems left out of training, since they are held out", source, lost, len(problems))
-        return kept
+        return kept_for_training(self._layout.data, self._problems.items(), self._not_trained, apart=bool(self._layout.heldout))
 
     def train(self, index: int) -> Problem:
         """The index-th training problem: each epoch holds every one once, in an order of its own. Raises ConfigError if there are none."""
@@ -182,6 +172,26 @@ class DatasetTask:
         order = list(range(len(self._train)))
         random.Random(derive_seed(self._seed, self._name, epoch)).shuffle(order)
         return tuple(order)
+
+
+def nothing_to_train(name: str) -> ConfigError:
+    return ConfigError(
+        f"task.name = {name!r} has held-out problems alone: nothing to train on; train on another task, or name training problems in its "
+        "columns with task.data"
+    )
+
+
+def kept_for_training(source: str, problems: Collection[tuple[str, Problem]], heldout: Collection[str], apart: bool) -> list[Problem]:
+    """Those (question in plain whitespace, problem) whose question is not held out; where that has a source ``apart``, the others are
+    counted in the log. Raises TaskError if none is left.
+    """
+    kept = [problem for key, problem in problems if key not in heldout]
+    if not kept:
+        raise TaskError(f"{source}: each of its {len(problems)} problems is held out; give other training or held-out problems")
+    if apart and len(kept) < len(problems):
+        lost = len(problems) - len(kept)
+        log.warning("%s: %d of %d problems left out of training, since they are held out", source, lost, len(problems))
+    return kept
 
 
 def build(config: Config) -> DatasetTask:

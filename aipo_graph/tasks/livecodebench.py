@@ -24,7 +24,7 @@ from pydantic import NonNegativeInt, PositiveFloat, StringConstraints
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError, ToolError
 from aipo_graph.load import find
-from aipo_graph.tasks.datasets import _open
+from aipo_graph.tasks.datasets import _open, kept_for_training, nothing_to_train
 from aipo_graph.tools import jail
 from aipo_graph.types import Problem, derive_seed
 
@@ -118,19 +118,9 @@ class LiveCodeBench:
     @functools.cached_property
     def _train(self) -> list[Problem]:
         if self._data is None:
-            raise ConfigError(
-                f"task.name = {NAME!r} has held-out problems alone: nothing to train on; train on another task, or name training problems "
-                "in its columns with task.data"
-            )
-        seen = {" ".join(problem.question.split()) for problem in self._heldout}
-        problems = self._read("task.data", self._data, "")
-        kept = [problem for problem in problems if " ".join(problem.question.split()) not in seen]
-        if not kept:
-            raise TaskError(f"{self._data}: each of its {len(problems)} problems is held out; give other training or held-out problems")
-        if len(kept) < len(problems):
-            lost = len(problems) - len(kept)
-            log.warning("%s: %d of %d problems left out of training, since they are held out", self._data, lost, len(problems))
-        return kept
+            raise nothing_to_train(NAME)
+        problems = [(_plain(problem), problem) for problem in self._read("task.data", self._data, "")]
+        return kept_for_training(self._data, problems, {_plain(problem) for problem in self._heldout}, apart=True)
 
     def train(self, index: int) -> Problem:
         """The index-th training problem: each epoch holds every one once, in an order of its own. Raises ConfigError if there are none."""
@@ -263,6 +253,10 @@ def same_value(output: str, expected: str) -> bool:
         return bool(json.loads(output, parse_constant=float) == json.loads(expected, parse_constant=float))
     except (ValueError, RecursionError):
         return False
+
+
+def _plain(problem: Problem) -> str:
+    return " ".join(problem.question.split())
 
 
 def _problem(name: str, row: Row) -> Problem:
