@@ -23,7 +23,7 @@ from aipo_graph.cli import printable, read_yaml, write_yaml
 from aipo_graph.config import Config
 from aipo_graph.curves import draw
 from aipo_graph.errors import ConfigError
-from aipo_graph.types import TraceGroup
+from aipo_graph.types import Learned, TraceGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class LoggedGroup:
 
     step: int
     group: TraceGroup
+    learned: tuple[Learned | None, ...] = ()
+    """Of each trace, where the learner said it."""
 
 
 LOGGED_GROUP = TypeAdapter(LoggedGroup)
@@ -85,13 +87,21 @@ class RunLog:
         if self._interactive:
             self._live = _LiveView(self.console, self.config.train.steps, step)
 
-    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[TraceGroup] = ()) -> None:
-        """Log step number ``step`` (1, 2, …). A disk that is full is said once, and the run goes on."""
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        groups: Sequence[TraceGroup] = (),
+        learned: Sequence[tuple[Learned | None, ...]] = (),
+    ) -> None:
+        """Log step number ``step`` (1, 2, …), with groups of its traces and what was learned from each. A disk that is full is said once,
+        and the run goes on.
+        """
         finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
         line = json.dumps({"step": step, **{key: finite.get(key) for key in metrics}})
         self._attempt("metrics.jsonl", lambda: _append(self.folder / "metrics.jsonl", line.encode()))
-        for group in groups[: self.config.run.trace_groups]:
-            record = to_json(LoggedGroup(step, group), inf_nan_mode="strings")
+        for i, group in enumerate(groups):
+            record = to_json(LoggedGroup(step, group, learned[i] if learned else ()), inf_nan_mode="strings")
             self._attempt("traces.jsonl", lambda record=record: _append(self.folder / "traces.jsonl", record))  # type: ignore[misc]
         for name, start in self._starters.items():
             self._attempt(name, lambda name=name, start=start: self._track(name, start, step, finite))  # type: ignore[misc]

@@ -70,13 +70,15 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
                 if metrics["failed"] > config.rollout.max_failed or unhelped >= config.train.patience:
                     raise TrainError(_too_many_failed(config, step.groups, unhelped))
                 await engine.sleep()
-                metrics |= await asyncio.to_thread(learner.step, pack(step.groups, config.loss))
-                learned = time.monotonic()
+                batch, shown = pack(step.groups, config.loss), step.groups[: config.run.trace_groups]
+                learned = await asyncio.to_thread(learner.learned, batch, shown)
+                metrics |= await asyncio.to_thread(learner.step, batch)
+                stepped = time.monotonic()
                 await publish()
                 ended = time.monotonic()
-                metrics |= {"seconds/sample": sampled - started, "seconds/learn": learned - sampled, "seconds/publish": ended - learned}
+                metrics |= {"seconds/sample": sampled - started, "seconds/learn": stepped - sampled, "seconds/publish": ended - stepped}
                 metrics["tokens_per_second"] = metrics["tokens/policy"] / (ended - started)
-                log.step(learner.version, metrics, step.groups)
+                log.step(learner.version, metrics, shown, learned)
                 tokens += metrics["tokens/policy"]
                 finished = learner.version == config.train.steps or 0 < config.train.tokens <= tokens
                 regular = learner.version % config.run.checkpoint_every == 0

@@ -165,6 +165,23 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
+class Learned:
+    """What one update made of each token of a trace, in the order of its segments; None where a token is outside the loss.
+
+    ``logprobs``: the learner's before the update. ``ratios``: exp(that - behaviour logprob). ``advantages``: A. ``coefficients``: what
+    multiplies A * grad log pi, relative to equal weights of all tokens of its source (of ``echo``, which has no A: grad log pi).
+
+    >>> Learned(logprobs=(None, -0.7), ratios=(None, 0.5), advantages=(None, 2.0), coefficients=(None, 0.5)).coefficients[1]
+    0.5
+    """
+
+    logprobs: tuple[float | None, ...]
+    ratios: tuple[float | None, ...]
+    advantages: tuple[float | None, ...]
+    coefficients: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TraceGroup:
     """The G traces of one problem: the unit over which advantages are computed."""
 

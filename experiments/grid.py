@@ -141,6 +141,7 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("coefficients", ("sft", "gated"), (3, 4, 5)),
     ("faulty", ("aipo@same30", "sft@same30", "gated@same30"), (2, 3)),
     ("coefficients", ("raft", "ppo", "echo", "shortfall"), (1,)),
+    ("tuning", ("ceiling_1", "lambda_0.3", "lambda_3"), (100,)),
     ("ablations", ("no_verify", "no_knowledge", "no_reasoning", "floor_0", "floor_1", "negative_floor"), (1,)),
     ("boundary", ("base", "aipo", "grpo"), (1,)),
     ("transfer", ("base", "aipo", "grpo"), (1, 2)),

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from aipo_graph.config import Config, Run
 from aipo_graph.errors import ConfigError
-from aipo_graph.log import RunLog, read_metrics, read_traces
-from aipo_graph.types import Problem, Segment, Trace, TraceGroup
+from aipo_graph.log import LoggedGroup, RunLog, read_metrics, read_traces
+from aipo_graph.types import Learned, Problem, Segment, Trace, TraceGroup
 
+LEARNED = Learned((None, -0.1), (None, 1.0), (None, 0.5), (None, 2.0))
 METRICS = {
     "reward": 0.5,
     "reward/alone": 0.25,
@@ -56,10 +57,10 @@ def write(log: RunLog, first: int, last: int) -> None:
 def test_metrics_and_traces_come_back_exact(tmp_path: Path) -> None:
     with RunLog(config(tmp_path), quiet()) as log:
         log.resume_at(0)
-        log.step(1, {"reward": 0.1 + 0.2, "bad": math.nan}, [group(), group(), group()])
+        log.step(1, {"reward": 0.1 + 0.2, "bad": math.nan}, [group(), group()], [(LEARNED, None), (None, None)])
     assert read_metrics(log.folder / "metrics.jsonl") == [{"step": 1, "reward": 0.1 + 0.2, "bad": None}]
     logged, bad = read_traces(log.folder / "traces.jsonl")
-    assert [(entry.step, entry.group) for entry in logged] == [(1, group()), (1, group())]  # run.trace_groups = 2
+    assert logged == [LoggedGroup(1, group(), (LEARNED, None)), LoggedGroup(1, group(), (None, None))]
     assert bad == 0
 
 

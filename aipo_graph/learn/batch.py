@@ -123,7 +123,7 @@ def _bad(logprob: float) -> bool:
     return not -1e30 < logprob <= ROUNDING  # nan fails both comparisons
 
 
-def _fault(trace: Trace) -> str | None:
+def fault(trace: Trace) -> str | None:
     """Why a trace cannot be trained on, if so."""
     if not trace.trained:
         return "untrained"
@@ -150,18 +150,18 @@ def pack(groups: Sequence[TraceGroup], loss: Loss) -> Batch:
     counts = Counter(traces=0, untrained=0, bad_reward=0, bad_logprob=0, bad_agent_tokens=0)
     rows: list[tuple[tuple[Segment, ...], float]] = []
     for group in groups:
-        faults = [_fault(trace) for trace in group.traces]
+        faults = [fault(trace) for trace in group.traces]
         values = advantages(
             [trace.reward for trace in group.traces],
             [trace.with_agents for trace in group.traces],
-            [fault is None for fault in faults],
+            [reason is None for reason in faults],
             estimator=loss.advantage,
             baseline=loss.baseline,
         )
-        counts.update(fault for fault in faults if fault)
+        counts.update(reason for reason in faults if reason)
         counts["traces"] += len(faults)
-        for trace, fault, value in zip(group.traces, faults, values, strict=True):
-            if fault is None:
+        for trace, reason, value in zip(group.traces, faults, values, strict=True):
+            if reason is None:
                 rows += [(row, value) for row in trace.rows()]
     return _tensors(rows, counts)
 

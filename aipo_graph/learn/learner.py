@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from ..config import Config
 from ..errors import ConfigError, TrainError
-from ..types import derive_seed
+from ..types import Learned, TraceGroup, derive_seed
 from . import checkpoint, lora
 from .batch import POLICY, ROUNDING, Batch
+from .learned import Columns, by_trace, columns, rows_of
 from .loss import Sums, aipo_loss, merge, summarise
 from .model import choose_attention, load_model, load_tokenizer, save_model, token_logprobs
 
@@ -92,6 +93,22 @@ class Learner:
                     return metrics | self._skip(reason)
         self.bad_steps = 0
         return metrics | summarise(sums, batch.authors, self.updates - before)
+
+    @torch.no_grad()
+    def learned(self, batch: Batch, groups: Sequence[TraceGroup]) -> list[tuple[Learned | None, ...]]:
+        """What the next step will make of each token of ``groups``, by group and trace; ``batch`` was packed of these and later ones.
+
+        As if the batch were one update. None for a trace that is not trained on, and for all of a batch that the guards refuse.
+        """
+        if _fault(batch):
+            return [tuple(None for _ in group.traces) for group in groups]
+        chosen = batch.select(torch.arange(rows_of(groups)))
+        found: dict[int, Columns] = {}
+        for rows in chosen.plan(self.config.train.micro_batch_tokens):
+            micro = chosen.select(rows).to(self.device)
+            logprobs, _ = self._score(self.model, micro)
+            found |= zip(rows.tolist(), columns(logprobs, micro, self.config.loss, self.config.rollout.max_tokens), strict=True)
+        return by_trace(groups, [found[row] for row in range(len(chosen))])
 
     def _update(self, batch: Batch, sums: Sums) -> tuple[Sums, dict[str, float], str | None]:
         """One optimizer step. Returns the sums so far, gradient norm and learning rate, and why it was skipped, if it was."""
