@@ -214,8 +214,8 @@ class Engine(Section):
 class Loss(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo", "raft"] = "grpo"
     """Advantage estimator over a group's rewards. raft is the reward itself: fine-tuning on accepted traces."""
-    baseline: Literal["split", "group"] = "split"
-    """split: alone traces are compared with alone ones only; group: all with all."""
+    baseline: Literal["split", "group", "counterfactual"] = "split"
+    """split: alone traces are compared with alone ones only; group: all with all; counterfactual: each with the alone ones."""
     algorithm: Algorithm = "grpo"
     """Surrogate of policy tokens."""
     agent: Coefficient = "aipo"

@@ -54,6 +54,7 @@ def agent(name: str) -> Settings:
 
 WORDY = helpers(verify="wordy_verify", knowledge="wordy_knowledge", reasoning="wordy_reasoning")
 WORDY_MU = helpers(verify="wordy_verify_mu", knowledge="wordy_knowledge_mu", reasoning="wordy_reasoning_mu")
+COUNTERFACTUAL: Settings = {"loss.baseline": "counterfactual"}
 LEVELS = {"10": "wrong_10", "25": "wrong_25", "50": "wrong_50", "same30": "same_30", "same40": "same_40", "same60": "same_60"}
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo")
 
@@ -61,6 +62,7 @@ WORDY_VARIANTS: dict[str, Settings] = (
     {"base": WORDY}
     | {name: agent(name) | WORDY for name in ("aipo", "gated", "sft", "luffy", "mask", "shortfall")}
     | {f"{name}_mu": agent(name) | WORDY_MU for name in ("aipo", "shortfall")}
+    | {"counterfactual": COUNTERFACTUAL | WORDY}
 )
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -70,6 +72,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         | {f"ceiling_{ceiling}": {"loss.ceiling": ceiling} for ceiling in ("1", "2")}
         | {f"lambda_{weight}": {"loss.agent_weight": weight} for weight in ("0.3", "1", "3")}
         | {f"agent_{name}": agent(name) for name in ("gated", "shortfall", "sft")}
+        | {"baseline_counterfactual": COUNTERFACTUAL}
     ),
     "coefficients": Experiment(
         {"base": {}}
@@ -84,6 +87,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             for level, factory in LEVELS.items()
             for name in ("aipo", "gated", "sft", "luffy", "shortfall")
         }
+        | {f"counterfactual@{level}": COUNTERFACTUAL | helpers(knowledge=factory) for level, factory in LEVELS.items()}
     ),
     "verbose": Experiment(WORDY_VARIANTS, settings={"rollout.max_tokens": "240"}, bases={"*": "wordy"}),
     "foreign": Experiment(
@@ -140,18 +144,24 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("second", ("base", "aipo", "mask", "grpo"), (1,)),
     ("coefficients", ("sft", "gated"), (3, 4, 5)),
     ("faulty", ("aipo@same30", "sft@same30", "gated@same30"), (2, 3)),
+    ("tuning", ("baseline_counterfactual",), (100,)),
+    ("faulty", ("counterfactual@same30",), (1, 2, 3)),
     ("coefficients", ("raft", "ppo", "echo", "shortfall"), (1,)),
-    ("tuning", ("ceiling_1", "lambda_0.3", "lambda_3"), (100,)),
-    ("ablations", ("no_verify", "no_knowledge", "no_reasoning", "floor_0", "floor_1", "negative_floor"), (1,)),
+    ("verbose", ("aipo", "gated", "sft"), (2, 3)),
     ("boundary", ("base", "aipo", "grpo"), (1,)),
-    ("transfer", ("base", "aipo", "grpo"), (1, 2)),
-    ("faulty", ("aipo@25", "sft@25", "gated@25", "luffy@25"), (1,)),
-    ("verbose", ("aipo", "gated", "sft", "shortfall", "shortfall_mu", "aipo_mu"), (1, 2)),
+    ("transfer", ("base", "aipo", "grpo", "mask"), (1, 2)),
+    ("tuning", ("ceiling_1", "lambda_0.3", "lambda_3"), (100,)),
+    ("second", ("base", "aipo", "mask", "grpo", "gated"), (1, 2)),
+    ("faulty", ("aipo@25", "gated@25", "sft@25", "luffy@25"), (1,)),
+    ("ablations", ("no_verify", "no_knowledge", "no_reasoning", "floor_0", "floor_1", "negative_floor"), (1,)),
+    ("faulty", ("aipo@50", "gated@50", "sft@50", "luffy@50"), (1,)),
+    ("coefficients", ("luffy", "ppo", "raft", "echo"), REPORTED),
     ("generality", ("qwen3/grpo/aipo", "gemma3/grpo/aipo", "llama/dapo/aipo", "llama/gspo/aipo", "llama/cispo/aipo"), (1,)),
-    ("coefficients", ("luffy", "raft", "shortfall", "ppo", "echo"), (2, 3)),
-    ("tuning", ("floor_0.1", "floor_0.3", "floor_1", "ceiling_1", "lambda_0.3", "lambda_3", "agent_gated", "agent_shortfall"), (100,)),
-    ("boundary", ("base", "aipo", "grpo"), REPORTED),
+    ("faulty", ("aipo@10", "gated@10", "sft@10", "luffy@10"), (1,)),
+    ("generality", ("llama/dr_grpo/aipo", "llama/rloo/aipo", "qwen3/grpo/alone", "gemma3/grpo/alone"), (1,)),
     ("ablations", tuple(EXPERIMENTS["ablations"].variants), (1,)),
+    ("verbose", ("aipo_mu", "shortfall_mu", "shortfall"), (1, 2)),
+    ("boundary", ("base", "aipo", "grpo"), REPORTED),
     ("faulty", tuple(EXPERIMENTS["faulty"].variants), (1,)),
     ("coefficients", tuple(EXPERIMENTS["coefficients"].variants), REPORTED),
     ("faulty", tuple(f"{name}@same30" for name in ("aipo", "sft", "gated", "luffy", "shortfall")), REPORTED),

@@ -54,3 +54,11 @@ def test_sets_of_one_and_sets_of_equals_give_zero(estimator: str) -> None:
     assert advantages([0.1] * 7, [True] * 7, [True] * 7, estimator=estimator, baseline="group") == (0.0,) * 7
     assert advantages([1.0, 0.0], [False] * 2, [True, False], estimator=estimator, baseline="group") == (0.0, 0.0)
     assert advantages([], [], [], estimator=estimator, baseline="group") == ()
+
+
+def test_counterfactual_credits_help_by_what_it_changed() -> None:
+    helped, alone_fails, alone_solves = [True, True, False, False], [1, 0, 0, 0], [1, 0, 1, 1]
+    credit = advantages(alone_fails, helped, ALL_4, estimator="dr_grpo", baseline="counterfactual")
+    assert credit == pytest.approx((2 / 3, 0.0, 0.0, 0.0))
+    blame = advantages(alone_solves, helped, ALL_4, estimator="dr_grpo", baseline="counterfactual")
+    assert blame == pytest.approx((0.0, -2 / 3, 0.0, 0.0))

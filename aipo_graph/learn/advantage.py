@@ -35,17 +35,20 @@ def advantages(
     """One advantage per trace of a group [G].
 
     ``group`` compares each trace with all. ``split`` compares traces with agents with the whole group and traces alone with the
-    alone ones only, so that what fails only for want of help is not pushed down. Untrained traces get 0 and count in no statistic;
-    a set of one trace, or of equal rewards, gives 0 (``raft`` compares nothing).
+    alone ones only, so that what fails only for want of help is not pushed down. ``counterfactual`` (ours) compares a trace with agents
+    with the alone ones and itself: help counts by what it changed, and is not blamed for a failure that came without it, too. Untrained
+    traces get 0 and count in no statistic; a set of one trace, or of equal rewards, gives 0 (``raft`` compares nothing).
 
     >>> advantages([1, 1, 0, 0], [True, True, False, False], [True] * 4, estimator="dr_grpo", baseline="split")
     (0.5, 0.5, 0.0, 0.0)
+    >>> advantages([0, 1, 0, 0], [True, True, False, False], [True] * 4, estimator="rloo", baseline="counterfactual")
+    (0.0, 1.0, 0.0, 0.0)
     """
     everyone = [r for r, t in zip(rewards, trained, strict=True) if t]
     alone = [r for r, t, a in zip(rewards, trained, with_agents, strict=True) if t and not a]
     result = []
     for reward, helped, counts in zip(rewards, with_agents, trained, strict=True):
-        peers = everyone if helped or baseline == "group" else alone
+        peers = everyone if baseline == "group" or (helped and baseline == "split") else [*alone, reward] if helped else alone
         flat = estimator != "raft" and (len(peers) < 2 or min(peers) == max(peers))
         result.append(0.0 if flat or not counts else ESTIMATORS[estimator](reward, peers))
     return tuple(result)
