@@ -4,13 +4,14 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 CONFIG ?= configs/quickstart.yaml
+RUN ?= runs/quickstart
 MODEL ?= $(firstword $(wildcard runs/quickstart/policy) operators)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm train test lint types demo evaluate study report bench vllmbench faults clean
+.PHONY: help setup vllm browser train view test lint types docs demo evaluate study report screenshots bench vllmbench faults clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## Create .venv and install the package with its development tools
 
@@ -35,8 +36,20 @@ vllm: .venv-vllm/.ready  ## Create .venv-vllm, where the real vLLM runs on the C
 	.venv-vllm/bin/python -m pip install --disable-pip-version-check -e '.[peft]'
 	@touch $@
 
+browser:  ## Install Chromium, which the tests of pages and the screenshots run in
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	[ "$$(id -u)" = 0 ] || sudo=sudo; \
+	if command -v apt-get >/dev/null && { [ -z "$$sudo" ] || command -v sudo >/dev/null; }; then \
+	    $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends chromium; \
+	else \
+	    echo "error: no Chromium found; install your system's package chromium, or Google Chrome" >&2; exit 1; \
+	fi
+
 train: $(READY)  ## Train the quick start; CONFIG=file, ARGS="--section.field value"
 	$(PY) -m aipo_graph.train $(CONFIG) $(ARGS)
+
+view: $(READY)  ## Write the page of a run and open it; RUN=folder, ARGS="--serve" follows a live one
+	$(PY) -m aipo_graph.view $(RUN) $(ARGS)
 
 test: $(READY)  ## Run every test; ARGS="-m 'not slow'" for the quick ones
 	$(PY) -m pytest $(ARGS)
@@ -47,6 +60,9 @@ lint: $(READY)  ## Check style and format with ruff
 
 types: $(READY)  ## Check types with mypy
 	$(PY) -m mypy
+
+docs: $(READY)  ## Build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 demo: $(READY)  ## Show one trace as it happens; MODEL=folder, ARGS='"question" --compare'
 	$(PY) -m aipo_graph.demo $(MODEL) $(ARGS)
@@ -60,6 +76,9 @@ study: $(READY)  ## Run what is left of the study (hours); ARGS="--only coeffici
 report: $(READY)  ## Make docs/results.md and its figures from the stored results of the study
 	$(PY) -m experiments.report $(ARGS)
 
+screenshots: $(READY) browser  ## Make the screenshots in docs/img; RUN=folder, MODEL=folder, ARGS="--other folder"
+	$(PY) docs/screenshots.py $(RUN) $(MODEL) $(ARGS)
+
 bench: $(READY)  ## Measure tokens/s of engine, graph and learner
 	$(PY) benchmarks/bench.py $(ARGS)
 
@@ -70,5 +89,5 @@ faults: $(READY)  ## Measure what becomes of consults and rewards when helpers f
 	$(PY) benchmarks/faults.py $(ARGS)
 
 clean:  ## Remove caches and builds; .venv and runs stay
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

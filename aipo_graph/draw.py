@@ -25,6 +25,8 @@ from aipo_graph.rollout.open import open_graph
 POLICY, AGENT, ENDS, LINE = "#0b6e99", "#d9730d", "#5f6b73", "#3c4449"
 COLUMN, ROW, HALF, TALL, PORT, LOOP, MARGIN = 3.2, 1.05, 0.85, 0.34, 0.22, 0.75, 0.15
 """Between the middles of columns and of rows; half a box's width and height; between edges at its side; height of a loop; white rim."""
+PIXELS = 64
+"""Of a page per unit of length."""
 
 
 class Draw(Config):
@@ -89,10 +91,7 @@ def _box(name: str, column: int, y: Mapping[str, float], distance: Mapping[str, 
 def figure(drawing: Drawing, agents: frozenset[str]) -> Figure:
     """The picture: solid edges always follow, dashed ones are the router's choice."""
     at = boxes(drawing)
-    right = max(box.x for box in at.values()) + HALF + MARGIN
-    top = max(box.y + box.half + (LOOP if any(_loops(edge, name) for edge in drawing.edges) else 0) for name, box in at.items()) + MARGIN
-    sweep = any(at[e.target].column < at[e.source].column - 1 for e in drawing.edges)
-    bottom = min(box.y - box.half for box in at.values()) - MARGIN - (0.8 * ROW if sweep else 0)
+    right, top, bottom = _limits(drawing, at)
     drawn = Figure(figsize=((right + HALF + MARGIN) * 0.85, (top - bottom) * 0.85), dpi=200)
     axes = drawn.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -114,6 +113,36 @@ def figure(drawing: Drawing, agents: frozenset[str]) -> Figure:
     return drawn
 
 
+def layout(drawing: Drawing, agents: frozenset[str]) -> dict[str, Any]:
+    """The same picture as numbers, for a page to draw: boxes by their middles, edges as cubic curves of four points, y downwards."""
+    at = boxes(drawing)
+    right, top, bottom = _limits(drawing, at)
+
+    def place(x: float, y: float) -> list[float]:
+        return [round((x + HALF + MARGIN) * PIXELS, 1), round((top - y) * PIXELS, 1)]
+
+    nodes = []
+    for name, box in at.items():
+        x, y = place(box.x, box.y)
+        size = {"width": round(2 * _half_width(name) * PIXELS, 1), "height": round(2 * box.half * PIXELS, 1)}
+        role = "agent" if name in agents else "end" if name in (START, END) else "policy"
+        nodes.append({"name": name, "label": _label(name), "role": role, "x": x, "y": y, **size})
+    edges = [
+        {"source": edge.source, "target": edge.target, "conditional": edge.conditional, "points": [place(*p) for p in _points(edge, at)]}
+        for edge in {(edge.source, edge.target): edge for edge in drawing.edges}.values()
+    ]
+    width, height = place(right, bottom)
+    return {"width": width, "height": height, "nodes": nodes, "edges": edges}
+
+
+def _limits(drawing: Drawing, at: Mapping[str, Box]) -> tuple[float, float, float]:
+    """Right, top and bottom of the picture; the left is at -HALF - MARGIN."""
+    right = max(box.x for box in at.values()) + HALF + MARGIN
+    top = max(box.y + box.half + (LOOP if any(_loops(edge, name) for edge in drawing.edges) else 0) for name, box in at.items()) + MARGIN
+    sweep = any(at[e.target].column < at[e.source].column - 1 for e in drawing.edges)
+    return right, top, min(box.y - box.half for box in at.values()) - MARGIN - (0.8 * ROW if sweep else 0)
+
+
 def _loops(edge: Edge, name: str) -> bool:
     return edge.source == edge.target == name
 
@@ -122,12 +151,16 @@ def _half_width(name: str) -> float:
     return HALF * 0.6 if name in (START, END) else HALF
 
 
+def _label(name: str) -> str:
+    return name.strip("_") if name in (START, END) else name
+
+
 def _draw_box(axes: Axes, name: str, box: Box, colour: str) -> None:
     half = _half_width(name)
     shape = "round,pad=0,rounding_size=0.18"
     corner = (box.x - half, box.y - box.half)
     axes.add_patch(FancyBboxPatch(corner, 2 * half, 2 * box.half, boxstyle=shape, facecolor=colour, edgecolor="none", zorder=2))
-    label = name.strip("_") if name in (START, END) else name
+    label = _label(name)
     axes.text(box.x, box.y, label, color="white", ha="center", va="center", fontsize=min(13.0, 150 / max(len(label), 1)), zorder=3)
 
 

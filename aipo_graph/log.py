@@ -21,7 +21,6 @@ from rich.text import Text
 
 from aipo_graph.cli import printable, read_yaml, write_yaml
 from aipo_graph.config import Config
-from aipo_graph.curves import draw
 from aipo_graph.errors import ConfigError
 from aipo_graph.types import Learned, TraceGroup
 
@@ -40,7 +39,7 @@ LOGGED_GROUP = TypeAdapter(LoggedGroup)
 
 
 class RunLog:
-    """``runs/NAME/``: config.yaml, metrics.jsonl, traces.jsonl, tensorboard/, curves.png, summary.json.
+    """``runs/NAME/``: config.yaml, graph.json, metrics.jsonl, traces.jsonl, tensorboard/, curves.png, summary.json.
 
     Entering it takes the folder's lock and starts the display; leaving it gives both back. Log a step before its checkpoint is
     saved, so that a run killed in between logs it once more instead of never.
@@ -111,12 +110,18 @@ class RunLog:
         """A warning line, above the live display where there is one."""
         self.console.print(Text.assemble(("note: ", "yellow"), printable(text)), soft_wrap=True)
 
+    def graph(self, picture: Mapping[str, Any]) -> None:
+        """Write graph.json, what the compiled graph looks like, so that a trace is shown without running the run's code."""
+        self._attempt("graph.json", lambda: write_whole(self.folder / "graph.json", json.dumps(picture) + "\n"))
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json."""
         self._attempt("summary.json", lambda: write_whole(self.folder / "summary.json", json.dumps(values, indent=2) + "\n"))
 
     def curves(self) -> None:
         """Draw curves.png from metrics.jsonl."""
+        from aipo_graph.curves import draw  # matplotlib takes a second, which readers of logs are spared
+
         rows = read_metrics(self.folder / "metrics.jsonl")
         self._attempt("curves.png", lambda: draw(rows, self.folder / "curves.png", title=self.config.run.name))
 

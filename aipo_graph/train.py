@@ -17,6 +17,7 @@ from rich.table import Table
 
 from aipo_graph import cli
 from aipo_graph.config import Config
+from aipo_graph.draw import layout
 from aipo_graph.engines.chat import describe, open_chats
 from aipo_graph.engines.decoder import torch_device
 from aipo_graph.engines.handover import sweep
@@ -189,6 +190,7 @@ async def _train_with_engine(config: Config, path: str, task: Task, learner: Lea
         for line in describe(chats, config):
             log.console.print(line, markup=False)
         rollouts = Rollouts.open(config, engine, task, chats)
+        log.graph(layout(rollouts.graph.get_graph(), frozenset(rollouts.agents)))
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
         return await train(config, learner, rollouts, log, cursor)
     finally:

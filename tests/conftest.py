@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -41,3 +45,39 @@ def vllm_server(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> I
     server = asyncio.run(launch(config, vllm_world.OPERATORS, log, python=vllm_python))
     yield server.url
     asyncio.run(server.stop())
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """The machine's Chromium, headless. Not for a module with asynchronous tests: Playwright's loop runs as long as the browser."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        line = "no Chromium: run `make browser`"
+        pytest.fail(line) if os.environ.get("CI_BROWSER") == "1" else pytest.skip(line)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, chromium_sandbox=os.geteuid() != 0)
+        yield browser
+        browser.close()
+
+
+def _trained(folder: Path, name: str, **settings: object) -> Path:
+    small = {
+        "train.steps": 4, "rollout.problems": 4, "rollout.traces": 4, "run.trace_groups": 4,
+        "evaluate.problems": 2, "evaluate.problems_with_agents": 2, "evaluate.samples": 1, "evaluate.workers": 1,
+    }  # fmt: skip
+    words = [word for key, value in {**small, "run.name": name, **settings}.items() for word in (f"--{key}", str(value))]
+    done = subprocess.run([sys.executable, "-m", "aipo_graph.train", *words], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / name
+
+
+@pytest.fixture(scope="session")
+def viewed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the quick start by the real trainer: 4 steps of 4 problems with 4 traces each. Not to be changed."""
+    return _trained(tmp_path_factory.mktemp("viewed"), "quickstart")
+
+
+@pytest.fixture(scope="session")
+def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another such run, of 3 steps, which does not train on agent tokens."""
+    return _trained(tmp_path_factory.mktemp("other"), "mask", **{"train.steps": 3, "loss.agent": "mask"})

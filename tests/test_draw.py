@@ -37,6 +37,38 @@ def test_layout_gives_each_node_a_place_of_its_own_and_no_edge_skips_a_column() 
     assert all(boxes[edge.target].column <= boxes[edge.source].column + 1 for edge in drawing.edges)
 
 
+@pytest.mark.parametrize("spec", ["graphs/aipo.py:build", "graphs/solo.py:build", "graphs/two_threads.py:build"])
+def test_layout_holds_the_picture_as_numbers(spec: str) -> None:
+    drawing = open_graph(spec).get_graph()
+    agents = frozenset({"verify", "knowledge", "reasoning"})
+    found = json.loads(json.dumps(draw.layout(drawing, agents)))
+    nodes = {node["name"]: node for node in found["nodes"]}
+    assert set(nodes) == set(drawing.nodes)
+    assert {name for name, node in nodes.items() if node["role"] == "agent"} == agents & set(nodes)
+    assert {name: nodes[name]["label"] for name, node in nodes.items() if node["role"] == "end"} == {"__start__": "start", "__end__": "end"}
+    for node in nodes.values():
+        assert node["width"] / 2 <= node["x"] <= found["width"] - node["width"] / 2
+        assert node["height"] / 2 <= node["y"] <= found["height"] - node["height"] / 2
+    assert {(edge["source"], edge["target"], edge["conditional"]) for edge in found["edges"]} == {
+        (edge.source, edge.target, edge.conditional) for edge in drawing.edges
+    }
+    for edge in found["edges"]:
+        for name, (x, y) in ((edge["source"], edge["points"][0]), (edge["target"], edge["points"][-1])):
+            node = nodes[name]
+            assert abs(x - node["x"]) <= node["width"] / 2 + 0.2
+            assert abs(y - node["y"]) <= node["height"] / 2 + 0.2
+        assert all(0 <= x <= found["width"] for x, _ in edge["points"])
+
+
+def test_layout_is_the_picture_upside_down() -> None:
+    """Numbers of a page grow downwards; those of a figure upwards."""
+    drawing = open_graph("graphs/aipo.py:build").get_graph()
+    places = {node["name"]: node for node in draw.layout(drawing, frozenset())["nodes"]}
+    boxes = draw.boxes(drawing)
+    order = sorted(boxes, key=lambda name: (boxes[name].column, -boxes[name].y))
+    assert order == sorted(places, key=lambda name: (places[name]["x"], places[name]["y"]))
+
+
 def test_a_loop_back_over_several_columns_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "loop.py").write_text(
         "from langgraph.graph import END, START, StateGraph\n"

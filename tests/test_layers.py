@@ -27,6 +27,8 @@ OURS = {
     "learn": {"types", "errors", "config"},
     "engines": {"types", "errors", "config", "load", "messages"},
     "graphs": {"types", "errors", "config", "load", "tools", "tasks", "rollout"},
+    # It reads what others wrote: no graph, task or model of a run's folder is ever opened.
+    "view": {"types", "errors", "load", "cli", "log", "__version__"},
 }
 
 # Part -> distributions that it must not import.
@@ -42,6 +44,7 @@ THEIRS = {
     "graphs": {"torch"},
     "learn": {"langgraph", "langchain_core"},
     "engines": {"langgraph"},
+    "view": {"torch", "transformers", "langgraph", "langchain_core"},
 }
 
 ONLY = {"vllm": "aipo_graph/engines/vllm.py", "ray": "aipo_graph/cluster.py"}

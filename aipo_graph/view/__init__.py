@@ -1,0 +1,1 @@
+"""The trace viewer: reads a run's folder, and nothing in it is ever run."""

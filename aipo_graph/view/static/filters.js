@@ -1,0 +1,184 @@
+"use strict";
+
+/** What the page shows: kept in the address, so that a link or a reload brings it back. */
+const PLACE = {
+  tab: "traces", view: "trace", run: "0", trace: "", a: "", b: "", colour: "source", graph: "trace",
+  from: "", to: "", reward: "", status: "", agent: "", help: "", failures: "", text: "", order: "oldest",
+};
+const FILTERS = ["from", "to", "reward", "status", "agent", "help", "failures", "text"];
+const ORDERS = {
+  oldest: ["oldest first", null],
+  newest: ["newest first", (one, two) => two.step - one.step || two.group - one.group || one.member - two.member],
+  strongest: ["strongest advantage", (one, two) => Math.abs(two.advantage || 0) - Math.abs(one.advantage || 0)],
+  longest: ["longest", (one, two) => two.tokens - one.tokens],
+};
+
+function readPlace() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  return Object.fromEntries(Object.entries(PLACE).map(([name, value]) => [name, given.get(name) ?? value]));
+}
+
+function writePlace(place) {
+  const changed = Object.entries(place).filter(([name, value]) => value !== PLACE[name]);
+  return `#${new URLSearchParams(changed)}`;
+}
+
+/** [place, go(changes)], with the address kept in step; a change of tab or view can be gone back from. */
+function usePlace() {
+  const [place, setPlace] = useState(readPlace);
+  const written = useRef(place);
+  const go = useCallback((changes) => setPlace((now) => ({ ...now, ...changes })), []);
+  useEffect(() => {
+    if (place === written.current) return undefined;
+    const moved = place.tab !== written.current.tab || place.view !== written.current.view;
+    const write = () => {
+      if (writePlace(readPlace()) === writePlace(place)) return;
+      history[moved ? "pushState" : "replaceState"](null, "", writePlace(place));
+      written.current = place;
+    };
+    const timer = setTimeout(write, moved ? 0 : 200);
+    return () => clearTimeout(timer);
+  }, [place]);
+  useEffect(() => {
+    const back = () => { written.current = readPlace(); setPlace(written.current); };
+    addEventListener("hashchange", back);
+    addEventListener("popstate", back);
+    return () => { removeEventListener("hashchange", back); removeEventListener("popstate", back); };
+  }, []);
+  return [place, go];
+}
+
+/** The entries that a place's filters leave, in its order. */
+function leftOf(entries, place) {
+  performance.mark("filter-start");
+  const from = place.from === "" ? -Infinity : Number(place.from);
+  const to = place.to === "" ? Infinity : Number(place.to);
+  const text = place.text.trim().toLowerCase();
+  const left = entries.filter((entry) => entry.step >= from && entry.step <= to
+    && (!place.reward || outcomeOf(entry) === place.reward)
+    && (!place.status || entry.status === place.status)
+    && (!place.agent || asked(entry, place.agent))
+    && (!place.help || entry.withAgents === (place.help === "with"))
+    && (!place.failures || wasCut(entry))
+    && (!text || entry.problem.toLowerCase().includes(text)));
+  const order = (ORDERS[place.order] || ORDERS.oldest)[1];
+  if (order) left.sort(order);
+  performance.clearMeasures("filter");
+  performance.measure("filter", "filter-start");
+  return left;
+}
+
+/** Whether a trace asked an agent ("=name"), or nobody ("none"). */
+function asked(entry, agent) {
+  return agent === "none" ? !consultsOf(entry) : Object.hasOwn(entry.consults, agent.slice(1));
+}
+
+function Choice({ label, value, options, onChange, testid }) {
+  return html`<label class="choice"><span>${label}</span>
+    <select value=${value} data-testid=${testid} onChange=${(event) => onChange(event.target.value)}>
+      ${options.map(([name, text]) => html`<option key=${name} value=${name}
+        selected=${name === value}>${text}</option>`)}
+    </select>
+  </label>`;
+}
+
+/** The filters over the list. `entries`: all of the run; `left`: those that the filters leave. */
+function Filters({ run, entries, left, place, go, search }) {
+  const statuses = useMemo(() => [...new Set(entries.map((entry) => entry.status))].sort(), [entries]);
+  const cutShort = useMemo(() => entries.filter(wasCut).length, [entries]);
+  const filtered = FILTERS.some((name) => place[name] !== "");
+  const set = (name) => (value) => go({ [name]: value });
+  return html`<div class="filters" role="search" aria-label="filter traces">
+    <${Steps} entries=${entries} left=${left} place=${place} go=${go} />
+    <details class="choices-fold" open=${matchMedia("(min-width: 761px)").matches}><summary>filters</summary><div
+      class="choices">
+      <${Choice} label="reward" testid="filter-reward" value=${place.reward} onChange=${set("reward")}
+        options=${[["", "all"], ["solved", "solved"], ["partly", "partly"], ["unsolved", "not solved"]]} />
+      <${Choice} label="agents" testid="filter-help" value=${place.help} onChange=${set("help")}
+        options=${[["", "with or alone"], ["with", "with agents"], ["alone", "alone"]]} />
+      <${Choice} label="consulted" testid="filter-agent" value=${place.agent} onChange=${set("agent")}
+        options=${[["", "any or none"], ...run.agents.map((name) => [`=${name}`, name]), ["none", "nobody"]]} />
+      <${Choice} label="status" testid="filter-status" value=${place.status} onChange=${set("status")}
+        options=${[["", "all"], ...statuses.map((name) => [name, name])]} />
+    </div></details>
+    <div class="filter-row">
+      <input type="search" ref=${search} placeholder="problem id" aria-label="search problem id"
+        data-testid="filter-text"
+        value=${place.text} onInput=${(event) => go({ text: event.target.value })} />
+      <button type="button" class="button chip" aria-pressed=${String(Boolean(place.failures))}
+        data-testid="filter-failures"
+        disabled=${!cutShort && !place.failures} onClick=${() => go({ failures: place.failures ? "" : "1" })}
+      >failures <b>${grouped(cutShort)}</b></button>
+    </div>
+    <div class="filter-row count">
+      <span role="status" data-testid="count">
+        <b>${grouped(left.length)}</b> of ${plural(entries.length, "trace")}</span>
+      <button type="button" class="link" disabled=${!filtered} data-testid="clear"
+        onClick=${() => go(Object.fromEntries(FILTERS.map((name) => [name, ""])))}>clear</button>
+      <select class="order" aria-label="order" value=${place.order}
+        onChange=${(event) => go({ order: event.target.value })}>
+        ${Object.entries(ORDERS).map(([name, [label]]) => html`<option value=${name}
+          selected=${name === place.order}>${label}</option>`)}
+      </select>
+    </div>
+  </div>`;
+}
+
+/** Mean reward by step of what the other filters leave, over a pair of sliders that choose the steps. */
+function Steps({ entries, left, place, go }) {
+  const [low, high] = useMemo(() => stepsOf(entries), [entries]);
+  const from = clamp(place.from === "" ? low : Number(place.from), low, high);
+  const to = clamp(place.to === "" ? high : Number(place.to), low, high);
+  const choose = (start, end) => go({ from: start <= low ? "" : String(start), to: end >= high ? "" : String(end) });
+  const means = useMemo(() => meansByStep(left, low, high), [left, low, high]);
+  const share = (step) => (high > low ? (step - low + 0.5) / (high - low + 1) : 0.5);
+  const spot = ([step, mean]) => `${share(step)} ${0.95 - 0.9 * mean}`;
+  const curve = (points) => (points.length ? `M${points.map(spot).join("L")}h0.001` : "");
+  return html`<div class="steps" data-testid="filter-step">
+    <div class="steps-label"><span>steps</span>
+      <input type="number" aria-label="first step" min=${low} max=${high} value=${from} data-testid="step-from"
+        onChange=${(event) => choose(Number(event.target.value), to)} />
+      <span>to</span>
+      <input type="number" aria-label="last step" min=${low} max=${high} value=${to} data-testid="step-to"
+        onChange=${(event) => choose(from, Number(event.target.value))} />
+      <span class="steps-key"><i class="key alone"></i>alone <i class="key with"></i>with agents</span>
+    </div>
+    <svg class="strip" viewBox="0 0 1 1" preserveAspectRatio="none" role="img"
+      aria-label="mean reward by step, alone and with agents">
+      <rect class="chosen" x=${share(from) - 0.5 / (high - low + 1)} width=${(to - from + 1) / (high - low + 1)} y="0"
+        height="1" />
+      ${["with", "alone"].map((name) => html`<path key=${name} class=${name} d=${curve(means[name])} />`)}
+    </svg>
+    <div class="sliders">
+      <input type="range" aria-label="first step" min=${low} max=${high} value=${from}
+        onInput=${(event) => choose(Math.min(Number(event.target.value), to), to)} />
+      <input type="range" aria-label="last step" min=${low} max=${high} value=${to}
+        onInput=${(event) => choose(from, Math.max(Number(event.target.value), from))} />
+    </div>
+  </div>`;
+}
+
+function stepsOf(entries) {
+  let low = Infinity;
+  let high = -Infinity;
+  for (const { step } of entries) { low = Math.min(low, step); high = Math.max(high, step); }
+  return entries.length ? [low, high] : [1, 1];
+}
+
+/** {alone, with}: pairs (step, mean reward between 0 and 1). */
+function meansByStep(entries) {
+  const sums = { alone: new Map(), with: new Map() };
+  for (const entry of entries) {
+    if (entry.reward === null) continue;
+    const of = sums[entry.withAgents ? "with" : "alone"];
+    const [sum, count] = of.get(entry.step) || [0, 0];
+    of.set(entry.step, [sum + entry.reward, count + 1]);
+  }
+  const line = (of) => [...of].sort(([one], [two]) => one - two)
+    .map(([step, [sum, count]]) => [step, clamp(sum / count, 0, 1)]);
+  return { alone: line(sums.alone), with: line(sums.with) };
+}
+
+function clamp(value, low, high) {
+  return Math.min(Math.max(value, low), high);
+}

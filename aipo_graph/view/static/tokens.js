@@ -1,0 +1,203 @@
+"use strict";
+
+/** How a colour switch reads a token: its value, the edges between its bins (classes prefix-0 …), the legend. */
+const COLOURS = {
+  source: { label: "source", title: "Who wrote it" },
+  logprob: {
+    label: "log p", prefix: "seq", edges: [-0.01, -0.1, -0.3, -0.7, -1.5, -3, -5, -8], descending: true,
+    title: "Log-probability before the step's updates: pale is expected, dark a surprise",
+    value: (token) => token.learner ?? token.behaviour,
+  },
+  ratio: {
+    label: "ratio", prefix: "div", edges: [0.1, 0.5, 0.8, 0.98, 1.02, 1.25, 2, 10], middle: "1",
+    title: "Learner's probability over the sampler's: 1 is on-policy",
+    value: (token) => token.ratio,
+  },
+  coefficient: {
+    label: "coefficient", prefix: "seq", edges: [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75],
+    title: "How strongly it is learned from, per unit of advantage: 0 is not at all",
+    value: (token) => token.coefficient,
+  },
+  advantage: {
+    label: "advantage", prefix: "div", edges: [-1.5, -0.75, -0.25, -0.001, 0.001, 0.25, 0.75, 1.5], middle: "0",
+    title: "Above 0 it is made likelier, below 0 less likely",
+    value: (token) => token.advantage,
+  },
+};
+const COLOUR_NAMES = Object.keys(COLOURS);
+const SHOWN_TOKENS = 3000;
+
+/** The numbers of token `index` of a segment. */
+function tokenOf(segment, index) {
+  const learned = segment.learned;
+  const at = (values) => values?.[index] ?? null;
+  return {
+    piece: segment.tokens[index],
+    behaviour: at(segment.logprobs),
+    learner: at(learned?.logprobs),
+    ratio: at(learned?.ratios),
+    coefficient: at(learned?.coefficients),
+    advantage: at(learned?.advantages),
+  };
+}
+
+/** The class that colours a value; "" where the switch does not apply to it. */
+function binOf(scale, value) {
+  if (value === null || value === undefined) return "";
+  const past = scale.edges.filter((edge) => (scale.descending ? value < edge : value > edge)).length;
+  return `${scale.prefix}-${past}`;
+}
+
+function tokenClass(segment, index, colour) {
+  const scale = COLOURS[colour];
+  return scale.value ? binOf(scale, scale.value(tokenOf(segment, index))) : "";
+}
+
+/** The switch between the colourings, with the legend of the one in use. */
+function ColourSwitch({ colour, onChange }) {
+  return html`<div class="colouring">
+    <div class="switch" role="radiogroup" aria-label="Colour tokens by" data-testid="colour">
+      ${COLOUR_NAMES.map((name) => html`<button
+        key=${name} type="button" role="radio" aria-checked=${String(name === colour)} title=${COLOURS[name].title}
+        data-colour=${name} onClick=${() => onChange(name)}
+      >${COLOURS[name].label}</button>`)}
+    </div>
+    <${Legend} colour=${colour} />
+  </div>`;
+}
+
+function Legend({ colour }) {
+  const scale = COLOURS[colour];
+  if (!scale.value) {
+    return html`<div class="legend" data-testid="legend">
+      <span class="swatch policy">policy</span><span class="swatch agent">agent</span><span
+        class="swatch context">context</span>
+    </div>`;
+  }
+  const place = scale.edges.length / 2;
+  const hidden = (index) => scale.middle && (index === place - 1 || index === place);
+  const edgeLabel = (edge, index) => (hidden(index) ? "" : minus(String(edge).replace("0.", ".")));
+  return html`<div class="legend" data-testid="legend" title=${`${scale.title}. Plain: does not apply to the token.`}>
+    <div class="scale">${[...scale.edges, null].map((edge, index) => html`<span key=${index}
+      class=${`bin ${scale.prefix}-${index}`}>
+      ${index === place && scale.middle && html`<i class="middle">${scale.middle}</i>`}
+      ${edge !== null && html`<i>${edgeLabel(edge, index)}</i>`}</span>`)}</div>
+  </div>`;
+}
+
+/** The segments of one thread as turns: the policy writes, or something is spliced in, context around it included. */
+function turnsOf(segments) {
+  const turns = [];
+  for (const segment of segments) {
+    const last = turns.at(-1);
+    const spliced = segment.source !== "policy";
+    if (last && spliced && last.spliced) last.segments.push(segment);
+    else turns.push({ spliced, segments: [segment] });
+  }
+  return turns.map(({ spliced, segments: parts }) => {
+    const agents = [...new Set(parts.filter((part) => part.source === "agent").map((part) => part.author))];
+    const kind = !spliced ? "policy" : agents.length ? "agent" : "context";
+    const author = spliced && parts[0] === segments[0] ? "prompt" : parts[0].author;
+    return { kind, segments: parts, name: agents.join(", ") || author };
+  });
+}
+
+/**
+ * The tokens of a trace, coloured by one switch, thread by thread.
+ * `marked(segment)` lights the segments of a node or a visit; hover, focus or a tap shows a token's numbers.
+ */
+function TraceTokens({ trace, colour = "source", marked = null }) {
+  const [shown, setShown] = useState(null);
+  const box = useRef(null);
+  const threads = [...new Set(trace.segments.map((segment) => segment.thread))];
+  const place = new Map(trace.segments.map((segment, index) => [segment, index]));
+  useEffect(() => setShown(null), [trace]);
+  const show = (event) => {
+    const element = event.target.closest?.(".token");
+    if (element) setShown({ segment: Number(element.dataset.segment), index: Number(element.dataset.index), element });
+    else if (event.type === "click") setShown(null);
+  };
+  const onKeyDown = (event) => {
+    if (event.key === "Escape") setShown(null);
+    if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
+    const tokens = [...box.current.querySelectorAll(".token")];
+    const next = tokens.indexOf(event.target) + (event.key === "ArrowRight" ? 1 : -1);
+    if (!tokens[next]) return;
+    event.preventDefault();
+    tokens[next].focus();
+  };
+  const segment = shown && trace.segments[shown.segment];
+  return html`<div class=${`tokens by-${colour}`} ref=${box} data-testid="tokens"
+      onMouseOver=${show} onfocusin=${show} onClick=${show} onKeyDown=${onKeyDown}
+      onMouseLeave=${() => setShown(null)} onfocusout=${() => setShown(null)}>
+    ${threads.map((thread) => html`<${Thread} key=${thread} name=${threads.length > 1 ? thread : ""} colour=${colour}
+      marked=${marked}
+      turns=${turnsOf(trace.segments.filter((part) => part.thread === thread))} place=${place} />`)}
+    ${segment && segment.tokens[shown.index] !== undefined
+      && html`<${Tooltip} segment=${segment} index=${shown.index} element=${shown.element} />`}
+  </div>`;
+}
+
+function Thread({ name, turns, place, colour, marked }) {
+  const lit = (turn) => marked !== null && turn.segments.some(marked);
+  return html`<section class="thread" aria-label=${name ? `thread ${name}` : "transcript"}>
+    ${name && html`<h4 class="thread-name">thread <b>${visible(name)}</b></h4>`}
+    ${turns.map((turn, index) => html`<div key=${index} class=${classes("turn", turn.kind, lit(turn) && "lit")}>
+      <div class="turn-name"><bdi>${visible(turn.name)}</bdi></div>
+      <div class="turn-text">${turn.segments.map((segment) => html`<${SegmentTokens} key=${place.get(segment)}
+        segment=${segment}
+        place=${place.get(segment)} colour=${colour} named=${segment.author !== turn.name} />`)}</div>
+    </div>`)}
+  </section>`;
+}
+
+function SegmentTokens({ segment, place, colour, named }) {
+  const [all, setAll] = useState(false);
+  const tokens = all ? segment.tokens : segment.tokens.slice(0, SHOWN_TOKENS);
+  const hidden = segment.tokens.length - tokens.length;
+  const spaced = segment.tokens.some((piece) => /\s/.test(piece));
+  return html`<span class=${classes("segment", segment.source, segment.masked && "masked")}
+    data-author=${segment.author}>${
+      segment.source === "agent" && (named || segment.masked)
+        && html`<span
+          class="author">${named && html`<bdi>${visible(segment.author)}</bdi> `}${segment.masked && "masked"}</span>`
+    }${tokens.map((piece, index) => html`<span
+      key=${index} class=${`token ${tokenClass(segment, index, colour)}`} data-segment=${place} data-index=${index}
+      tabindex=${place === 0 && index === 0 ? 0 : -1}
+    >${pieceOf(piece)}</span>${!spaced && html`<wbr />`}`)}${
+      hidden > 0 && html`<button class="more" type="button"
+        onClick=${() => setAll(true)}>… show ${plural(hidden, "more token")}</button>`
+    }</span>`;
+}
+
+function pieceOf(piece) {
+  if (!piece) return html`<span class="unseen">·</span>`;
+  return piece.length > LONG ? html`<${Clipped} text=${piece} />` : visible(piece);
+}
+
+function Tooltip({ segment, index, element }) {
+  const box = useRef(null);
+  useEffect(() => {
+    const at = element.getClientRects()[0] || element.getBoundingClientRect();
+    const { width, height } = box.current.getBoundingClientRect();
+    const below = at.bottom + 6 + height < window.innerHeight;
+    box.current.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - width - 8))}px`;
+    box.current.style.top = `${Math.max(8, below ? at.bottom + 6 : at.top - height - 6)}px`;
+    box.current.style.visibility = "visible";
+  }, [segment, index, element]);
+  const token = tokenOf(segment, index);
+  const rows = [
+    ["log p, sampler", fixed(token.behaviour, 4)],
+    ["log p, learner", fixed(token.learner, 4)],
+    ["ratio", fixed(token.ratio, 4)],
+    ["coefficient", fixed(token.coefficient, 4)],
+    ["advantage", fixed(token.advantage, 4)],
+    ["version", segment.version < 0 ? "–" : String(segment.version)],
+    segment.masked && ["masked", "yes, not trained on"],
+  ].filter(Boolean);
+  return html`<div class="tooltip" role="tooltip" ref=${box} data-testid="tooltip">
+    <div class="piece"><bdi>${visible(cut(token.piece, 80))}${token.piece.length > 80 && "…"}</bdi></div>
+    <div class=${`by ${segment.source}`}>${segment.source} · <bdi>${visible(segment.author)}</bdi></div>
+    <dl>${rows.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl>
+  </div>`;
+}

@@ -1,0 +1,218 @@
+"use strict";
+
+const VIEWS = { trace: "trace", group: "group", compare: "compare" };
+
+/** The traces tab: the list with its filters, and one trace, its group, or two compared. */
+function Traces({ runs, source, place, go, follow, setFollow }) {
+  const run = runs[Number(place.run)] ? Number(place.run) : 0;
+  const tables = useMemo(() => runs.map(entriesOf), [runs]);
+  const entries = tables[run];
+  const all = useMemo(() => new Map(tables.flat().map((entry) => [entry.key, entry])), [tables]);
+  const left = useMemo(() => leftOf(entries, place), [entries, ...FILTERS.map((name) => place[name]), place.order]);
+  const search = useRef(null);
+  const entry = all.get(place.trace) || left[0] || null;
+  const choose = useCallback((key) => {
+    setFollow(false);
+    go({ trace: key, ...(place.view === "compare" ? { view: "trace" } : {}) });
+  }, [place.view]);
+  const move = (by) => {
+    const at = left.findIndex((one) => one.key === entry?.key);
+    const next = left[clamp(at + by, 0, left.length - 1)];
+    if (next) choose(next.key);
+  };
+  useKeys({ left, entry, move, place, go, search });
+  useEffect(() => { if (follow && left.length) go({ trace: newestOf(left).key }); }, [follow, runs]);
+  if (runs.every((one) => !one.traces.step.length)) return html`<${NoTraces} runs=${runs} />`;
+  return html`<div class="traces">
+    <aside class="side" aria-label="traces">
+      ${runs.length > 1 && html`<${RunSwitch} runs=${runs} run=${run} go=${go} />`}
+      <${Filters} run=${runs[run]} entries=${entries} left=${left} place=${place} go=${go} search=${search} />
+      <${TraceList} entries=${left} chosen=${entry?.key} onChoose=${choose} />
+    </aside>
+    <div class="stage">
+      ${entry && html`<${Stage} runs=${runs} source=${source} entry=${entry} left=${left} all=${all} place=${place}
+        go=${go} />`}
+    </div>
+  </div>`;
+}
+
+function newestOf(entries) {
+  const newer = (one, two) => one.step > two.step || (one.step === two.step && one.group > two.group);
+  return entries.reduce((best, entry) => (newer(entry, best) ? entry : best));
+}
+
+function RunSwitch({ runs, run, go }) {
+  return html`<div class="switch runs" role="radiogroup" aria-label="run" data-testid="filter-run">
+    ${runs.map((one, index) => html`<button key=${index} type="button" role="radio"
+      aria-checked=${String(index === run)}
+      onClick=${() => go({ run: String(index), trace: "" })}><bdi>${one.name}</bdi></button>`)}
+  </div>`;
+}
+
+function NoTraces({ runs }) {
+  const running = runs.some((run) => run.state === "running");
+  return html`<div class="empty" data-testid="empty">
+    <h2>No traces yet</h2>
+    <p>${running ? "The run has begun; its first traces appear after its first step."
+      : "This run recorded no traces: run.trace_groups says how many groups a step records."}</p>
+  </div>`;
+}
+
+function isWriting(element) {
+  return element.matches("input:not([type=range]), select, textarea");
+}
+
+function useKeys(given) {
+  const latest = useRef(given);
+  latest.current = given;
+  useEffect(() => {
+    const onKey = (event) => {
+      if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
+      const { left, entry, move, place, go, search } = latest.current;
+      if (isWriting(event.target)) { if (event.key === "Escape") event.target.blur(); return; }
+      const inList = event.target === document.body || event.target.closest(".list");
+      const acts = {
+        j: () => move(1), k: () => move(-1),
+        g: () => go({ view: place.view === "group" ? "trace" : "group", trace: entry?.key || "" }),
+        c: () => go({ colour: COLOUR_NAMES[(COLOUR_NAMES.indexOf(place.colour) + 1) % COLOUR_NAMES.length] }),
+        p: () => entry && go({ view: "compare", a: entry.key, b: "" }),
+        "/": () => search.current?.focus(),
+        ...(inList && { ArrowDown: () => move(1), ArrowUp: () => move(-1) }),
+        ...(inList && { Home: () => move(-left.length), End: () => move(left.length) }),
+      };
+      if (!Object.hasOwn(acts, event.key)) return;
+      event.preventDefault();
+      acts[event.key]();
+    };
+    addEventListener("keydown", onKey);
+    return () => removeEventListener("keydown", onKey);
+  }, []);
+}
+
+function Stage({ runs, source, entry, left, all, place, go }) {
+  const view = VIEWS[place.view] || "trace";
+  const colour = COLOURS[place.colour] ? place.colour : "source";
+  const shared = { runs, source, entry, left, all, colour, place, go };
+  return html`
+    <div class="stage-bar">
+      <div class="switch" role="radiogroup" aria-label="view">
+        <button type="button" role="radio" aria-checked=${String(view === "trace")}
+          onClick=${() => go({ view: "trace" })}>Trace</button>
+        <button type="button" role="radio" aria-checked=${String(view === "group")} data-testid="group-view"
+          onClick=${() => go({ view: "group", trace: entry.key })}>Group</button>
+        <button type="button" role="radio" aria-checked=${String(view === "compare")} data-testid="compare"
+          onClick=${() => go({ view: "compare", a: place.a || entry.key, b: place.a ? place.b : "" })}>Compare</button>
+      </div>
+      <${ColourSwitch} colour=${colour} onChange=${(name) => go({ colour: name })} />
+    </div>
+    ${view === "trace" && html`<${TraceView} ...${shared} />`}
+    ${view === "group" && html`<${GroupView} ...${shared} />`}
+    ${view === "compare" && html`<${Compare} ...${shared} />`}`;
+}
+
+function HelpTag({ entry }) {
+  return entry.withAgents ? html`<span class="tag with">with agents</span>` : html`<span class="tag alone">alone</span>`;
+}
+
+/** What is said of a trace in chips: step, with agents or alone, how it ended. */
+function Chips({ entry, run }) {
+  return html`<div class="chips">
+    ${run && html`<span class="tag"><bdi>${run.name}</bdi></span>`}
+    <span class="tag">step ${entry.step}</span>
+    <${HelpTag} entry=${entry} />
+    <span class=${classes("tag", wasCut(entry) && "bad")}>${entry.status}</span>
+    ${entry.kind && html`<span class="tag"><bdi>${visible(entry.kind)}</bdi></span>`}
+  </div>`;
+}
+
+function TraceView({ runs, source, entry, left, all, colour, place, go }) {
+  const { traces, error } = useTraces(source, [entry]);
+  const [kept, setKept] = useState(null);
+  const trace = traces?.[0] || kept;
+  const [node, setNode] = useState(null);
+  const [visit, setVisit] = useState(null);
+  useEffect(() => { if (traces) setKept(traces[0]); }, [traces]);
+  const visits = useMemo(() => trace && visitOfSegments(trace), [trace]);
+  const marked = node !== null || visit !== null
+    ? (segment) => (node !== null ? segment.author === node : visits[trace.segments.indexOf(segment)] === visit) : null;
+  if (error) return html`<p class="problem-note bad">${error.message}</p>`;
+  if (!trace) return html`<p class="muted loading">loading …</p>`;
+  return html`<article class="trace" data-testid="trace" data-key=${trace.key}>
+    <div class="card head">
+      <div class="about">
+        <div class="title"><${Mark} entry=${entry} /><h2><bdi>${visible(cut(entry.problem, 200))}</bdi></h2></div>
+        <${Chips} entry=${entry} run=${runs.length > 1 && runs[entry.run]} />
+        ${entry.error !== null && html`<p class="reason" data-testid="reason"><${Clipped} text=${entry.error} /></p>`}
+        <${Facts} trace=${trace} entry=${entry} />
+        <button type="button" class="button" data-testid="pin"
+          onClick=${() => go({ view: "compare", a: entry.key, b: "" })}>compare …</button>
+      </div>
+      <${GraphPanel} runs=${runs} source=${source} entry=${entry} trace=${trace} left=${left} all=${all} place=${place}
+        go=${go}
+        onNode=${setNode} onStep=${setVisit} />
+    </div>
+    <div class="card"><${TraceTokens} trace=${trace} colour=${colour} marked=${marked} /></div>
+  </article>`;
+}
+
+function Facts({ trace, entry }) {
+  const scores = Object.entries(trace.scores).filter(([name]) => name !== "reward");
+  return html`<dl class="facts">
+    <dt>question</dt><dd class="quote"><${Clipped} text=${trace.about.question} /></dd>
+    <dt>right answer</dt><dd class="quote"><${Clipped} text=${trace.about.answer} /></dd>
+    <dt>reward</dt><dd><b>${fixed(entry.reward)}</b>${scores.map(([name, value]) => html` <span
+      class="muted"> · <bdi>${visible(name)}</bdi> ${fixed(value)}</span>`)}</dd>
+    <dt>advantage</dt><dd>${entry.advantage === null ? "not trained on" : signed(entry.advantage)}</dd>
+    <dt>tokens</dt><dd>${grouped(entry.tokens)}</dd>
+    <dt>seed</dt><dd class="muted">${trace.seed}</dd>
+  </dl>`;
+}
+
+const SCOPES = { trace: "this trace", group: "its group", left: "all in the list" };
+
+/** The graph with the visits of one trace, step by step, or of many. */
+function GraphPanel({ runs, source, entry, trace, left, all, place, go, onNode, onStep }) {
+  const scope = SCOPES[place.graph] ? place.graph : "trace";
+  const graph = runs[entry.run].graph;
+  useEffect(() => { onStep(null); onNode(null); }, [scope]);
+  return html`<div class="graph-panel">
+    <div class="graph-bar"><span class="muted">visits of</span>
+      <div class="switch small" role="radiogroup" aria-label="visits of">
+        ${Object.entries(SCOPES).map(([name, label]) => html`<button key=${name} type="button" role="radio"
+          aria-checked=${String(name === scope)} data-scope=${name}
+            onClick=${() => go({ graph: name })}>${label}</button>`)}
+      </div>
+    </div>
+    ${scope === "trace" ? html`<${PathPlayer} graph=${graph} trace=${trace} onStep=${onStep} onNode=${onNode} />`
+      : html`<${GraphOfMany} graph=${graph} source=${source} onNode=${onNode}
+          entries=${scope === "group" ? groupOf(all, entry) : left} />`}
+  </div>`;
+}
+
+function groupOf(all, entry) {
+  return [...all.values()].filter((one) => one.run === entry.run && one.group === entry.group);
+}
+
+/** Visits summed over entries; pages not yet read are read first. */
+function GraphOfMany({ graph, source, entries, onNode = null }) {
+  const [counted, setCounted] = useState(null);
+  const [done, setDone] = useState(0);
+  const [error, setError] = useState(null);
+  const names = useMemo(() => entries.map((entry) => entry.key).join(" "), [entries]);
+  useEffect(() => {
+    let wanted = true;
+    setDone(0);
+    setError(null);
+    tracesOf(source, entries, (share) => wanted && setDone(share)).then(
+      (traces) => wanted && setCounted({ counts: sumVisits(traces), traces: traces.length }),
+      (fault) => wanted && setError(fault),
+    );
+    return () => { wanted = false; };
+  }, [source, names]);
+  if (error) return html`<p class="problem-note bad">${error.message}</p>`;
+  return html`<div class="player">
+    <${GraphPicture} graph=${graph} counts=${counted?.counts || noVisits()} onNode=${onNode} />
+    <p class="muted player-bar">${done < 1 && entries.length ? `reading traces … ${percent(done)}`
+      : `visits of ${plural(counted?.traces || 0, "trace")}`}</p>
+  </div>`;
+}
