@@ -11,7 +11,10 @@ import pytest
 from rich.console import Console
 
 from aipo_graph import cli
-from aipo_graph.demo import Demo, Questions, Screen, Turn, command, settings, summary, turns, visible
+from aipo_graph.demo import Demo, settings
+from aipo_graph.demo.__main__ import command
+from aipo_graph.demo.questions import Questions
+from aipo_graph.demo.terminal import Screen, Turn, summary, turns, visible
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.open import open_task

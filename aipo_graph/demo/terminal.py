@@ -1,72 +1,29 @@
-"""Watch a policy work: `python -m aipo_graph.demo MODEL ["question"]` shows one trace as it is made, by who wrote what."""
+"""What the terminal shows: one trace as it is made, by who wrote what."""
 
 import asyncio
-import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
-from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.prompt import Prompt
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging
 
-from aipo_graph import cli
-from aipo_graph.config import Config
-from aipo_graph.engines.chat import open_chats
-from aipo_graph.engines.launch import launched
-from aipo_graph.engines.open import open_engine
-from aipo_graph.errors import AipoError, ConfigError, EngineError
-from aipo_graph.load import model
+from aipo_graph.demo.options import Demo
+from aipo_graph.demo.questions import Questions
+from aipo_graph.errors import AipoError, EngineError
 from aipo_graph.rollout.collect import Rollouts, final_text
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.tasks.grading import last_box
-from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Problem, Segment, Source, Trace, derive_seed
 
-PROG = "python -m aipo_graph.demo"
 STYLES: Mapping[Source, str] = {"context": "dim", "policy": "cyan", "agent": "yellow"}
-POOL = 256
-"""Held-out problems that `:sample` draws from, and whose answers are known."""
-TOGGLES = ("--with-agents", "--with_agents", "--alone", "--compare", "--dry-run", "--help", "-h")
 SIDE_BY_SIDE = 100
 """Columns of the narrowest terminal in which --compare does not stack."""
-
-
-class Demo(Config):
-    """Show a trace as it is made: what the policy writes, whom it consults, what they reply. Without a question, ask for them."""
-
-    model: CliPositionalArg[str] = "operators"
-    """A model directory, `operators` (the shipped base policy), or a hub name."""
-    question: CliPositionalArg[str] = ""
-    """What the policy is to solve."""
-    graph: str = ""
-    """The graph with agents: path.py:function, or package.module:function; default: rollout.graph."""
-    with_agents: CliToggleFlag[bool] = False
-    """Run the graph with agents; the default, also written --with-agents."""
-    alone: CliToggleFlag[bool] = False
-    """Run the graph without agents."""
-    compare: CliToggleFlag[bool] = False
-    """Run both and show them side by side."""
-    temperature: NonNegativeFloat | None = None
-    """Of the policy, 0 for greedy; default: rollout.temperature."""
-    seed: NonNegativeInt | None = None
-    """Of the first sample; default: run.seed."""
-    samples: PositiveInt = 1
-    """Traces per question."""
-
-
-# --- what is shown of a trace
 
 
 def visible(text: str) -> str:
@@ -173,40 +130,6 @@ class Screen:
         self.console.print(Text(visible(text)), soft_wrap=True)
 
 
-# --- questions
-
-
-class Questions:
-    """Turns words into problems, with the answer where it is known: a held-out problem's, or one that the task can solve itself."""
-
-    def __init__(self, rollouts: Rollouts, seed: int) -> None:
-        self._tokenizer = rollouts.tokenizer
-        self._held_out = rollouts.task.heldout(POOL)
-        self._answers = {problem.question: problem for problem in self._held_out}
-        # Optional beside the Task protocol: solve(question) -> answer, or None for what is not one of its questions.
-        self._solve = getattr(rollouts.task, "solve", lambda question: None)
-        self._rng = random.Random(seed)
-
-    @property
-    def example(self) -> str:
-        return self._held_out[0].question if self._held_out else ""
-
-    def sample(self) -> Problem:
-        if not self._held_out:
-            raise ConfigError("this task has no held-out problems to draw from: type a question")
-        return self._rng.choice(self._held_out)
-
-    def read(self, question: str) -> Problem:
-        """Raises ConfigError for characters that the model's tokenizer cannot write."""
-        unknown = dict.fromkeys(c for c in question if not c.isspace() and not self._tokenizer.plain(c)[0])
-        if unknown:
-            raise ConfigError(
-                f"the model's tokenizer does not know {' '.join(unknown)!r}: a question of this task looks like {self.example!r}"
-            )
-        known = self._answers.get(question)
-        return known or Problem("demo", question, self._solve(question) or "")
-
-
 # --- the command
 
 
@@ -263,59 +186,8 @@ def asked(console: Console) -> Iterator[str]:
             yield words
 
 
-def settings(argv: list[str]) -> Demo:
-    """The command line; without --config, the model's own run folder or the quick start says the rest."""
-    argv = _ordered(argv)
-    demo, options = cli.parse(argv, Demo, prog=PROG)
-    if options.file is None:
-        own = Path(demo.model).parent / "config.yaml"
-        ours = Path(demo.model).is_dir() and own.is_file()  # `operators` and hub names have no folder of a run
-        demo, options = cli.parse([*argv, "--config", str(own if ours else "configs/quickstart.yaml")], Demo, prog=PROG)
-    if options.dry_run:
-        print(cli.write_yaml(Config.model_validate({name: getattr(demo, name) for name in Config.model_fields})), end="")
-        sys.exit()
-    if demo.alone + demo.with_agents + demo.compare > 1:
-        raise ConfigError("--alone, --with-agents and --compare: choose one")
-    if demo.alone and demo.graph:
-        raise ConfigError("--graph names the graph with agents: leave out --alone, or name the one without as --rollout.solo")
-    found = model(demo.model)
-    if not Path(found).is_dir() and "/" not in found:
-        raise ConfigError(f"no model {demo.model!r}: give a model directory, operators, or a hub name (owner/name)")
-    policy = demo.policy.model_copy(update={"model": found})
-    rollout = demo.rollout.model_copy(update={"graph": demo.graph or demo.rollout.graph})
-    return demo.model_copy(update={"policy": policy, "rollout": rollout})
-
-
-def _ordered(argv: Sequence[str]) -> list[str]:
-    """Model and question first, wherever they stand among the options: argparse takes no optional argument from behind one."""
-    words, options, rest = [], [], iter(argv)
-    for word in rest:
-        if not word.startswith("-"):
-            words.append(word)
-        elif word in TOGGLES or "=" in word:
-            options.append(word.replace("with-agents", "with_agents"))
-        else:
-            options += [word, *islice(rest, 1)]
-    return [*words, *options]
-
-
-def command(argv: list[str]) -> None:
-    demo = settings(argv)
-    console = Console(highlight=False)
-    logging.disable_progress_bar()
-    torch.set_num_threads(demo.run.threads)
-    with launched(demo, demo.policy.model, Path(demo.run.dir), console) as served, asyncio.Runner() as runner:
-        engine = runner.run(open_engine(served, demo.policy.model))
-        try:
-            converse(runner, Rollouts.open(served, engine, open_task(demo), runner.run(open_chats(served, engine))), demo, console)
-        finally:
-            runner.run(engine.close())
-
-
 def converse(runner: asyncio.Runner, rollouts: Rollouts, demo: Demo, console: Console) -> None:
     """Answers the one question of the command line, else one after the other."""
-    if demo.temperature is not None:
-        rollouts = replace(rollouts, temperature=demo.temperature)
     questions = Questions(rollouts, demo.run.seed)
     screen = Screen(console, ["summary", "policy", *rollouts.agents])
     if demo.question:
@@ -327,7 +199,3 @@ def converse(runner: asyncio.Runner, rollouts: Rollouts, demo: Demo, console: Co
             show_traces(runner, rollouts, screen, demo, questions.sample() if words == ":sample" else questions.read(words))
         except AipoError as error:
             screen.note(f"error: {error}")
-
-
-if __name__ == "__main__":
-    sys.exit(cli.main(command))

@@ -1,0 +1,98 @@
+"""The demo's command line: the settings of a run, and what is shown how."""
+
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic_settings import CliPositionalArg, CliToggleFlag
+
+from aipo_graph import cli
+from aipo_graph.config import Config
+from aipo_graph.errors import ConfigError
+from aipo_graph.load import model
+
+PROG = "python -m aipo_graph.demo"
+TOGGLES = {
+    **{flag: flag for flag in ("--with_agents", "--alone", "--compare", "--web", "--no_open", "--dry-run", "--help", "-h")},
+    "--with-agents": "--with_agents",
+    "--no-open": "--no_open",
+}
+"""Flags that take no value, and how pydantic-settings spells them."""
+MOST_SAMPLES = 16
+"""Of one question on the page."""
+
+
+class Demo(Config):
+    """Show a trace as it is made: what the policy writes, whom it consults, what they reply. Without a question, ask for them."""
+
+    model: CliPositionalArg[str] = "operators"
+    """A model directory, `operators` (the shipped base policy), or a hub name."""
+    question: CliPositionalArg[str] = ""
+    """What the policy is to solve."""
+    graph: str = ""
+    """The graph with agents: path.py:function, or package.module:function; default: rollout.graph."""
+    with_agents: CliToggleFlag[bool] = False
+    """Run the graph with agents; the default, also written --with-agents."""
+    alone: CliToggleFlag[bool] = False
+    """Run the graph without agents."""
+    compare: CliToggleFlag[bool] = False
+    """Run both and show them side by side."""
+    temperature: NonNegativeFloat | None = None
+    """Of the policy, 0 for greedy; default: rollout.temperature."""
+    seed: NonNegativeInt | None = None
+    """Of the first sample; default: run.seed."""
+    samples: PositiveInt = 1
+    """Traces per question."""
+    web: CliToggleFlag[bool] = False
+    """Show a page in the browser instead: alone and with agents side by side, several samples and their votes, earlier questions."""
+    host: str = "127.0.0.1"
+    """web: the address that it listens on. Whoever reaches it may use the model: another one than this machine's own at your own risk."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8060
+    """web: the port that it listens on; 0 is any free one."""
+    threads: str = ""
+    """web: the SQLite file of earlier questions and their traces; default: demo.sqlite in run.dir."""
+    no_open: CliToggleFlag[bool] = False
+    """web: leave the browser closed; also written --no-open."""
+
+
+def settings(argv: list[str]) -> Demo:
+    """The command line; without --config, the model's own run folder or the quick start says the rest."""
+    argv = _ordered(argv)
+    demo, options = cli.parse(argv, Demo, prog=PROG)
+    if options.file is None:
+        own = Path(demo.model).parent / "config.yaml"
+        ours = Path(demo.model).is_dir() and own.is_file()  # `operators` and hub names have no folder of a run
+        demo, options = cli.parse([*argv, "--config", str(own if ours else "configs/quickstart.yaml")], Demo, prog=PROG)
+    if options.dry_run:
+        print(cli.write_yaml(Config.model_validate({name: getattr(demo, name) for name in Config.model_fields})), end="")
+        sys.exit()
+    if demo.alone + demo.with_agents + demo.compare > 1:
+        raise ConfigError("--alone, --with-agents and --compare: choose one")
+    if demo.web and demo.samples > MOST_SAMPLES:
+        raise ConfigError(f"--samples {demo.samples}: the page shows at most {MOST_SAMPLES} of a question")
+    if demo.alone and demo.graph:
+        raise ConfigError("--graph names the graph with agents: leave out --alone, or name the one without as --rollout.solo")
+    found = model(demo.model)
+    if not Path(found).is_dir() and "/" not in found:
+        raise ConfigError(f"no model {demo.model!r}: give a model directory, operators, or a hub name (owner/name)")
+    policy = demo.policy.model_copy(update={"model": found})
+    rollout = demo.rollout.model_copy(update={"graph": demo.graph or demo.rollout.graph})
+    # On the page a slow helper must not hold up the runs of another tab.
+    engine = demo.engine.model_copy(update={"deterministic": demo.engine.deterministic and not demo.web})
+    return demo.model_copy(update={"policy": policy, "rollout": rollout, "engine": engine})
+
+
+def _ordered(argv: Sequence[str]) -> list[str]:
+    """Model and question first, wherever they stand among the options: argparse takes no optional argument from behind one."""
+    words, options, rest = [], [], iter(argv)
+    for word in rest:
+        if not word.startswith("-"):
+            words.append(word)
+        elif word in TOGGLES or "=" in word:
+            options.append(TOGGLES.get(word, word))
+        else:
+            options += [word, *islice(rest, 1)]
+    return [*words, *options]
