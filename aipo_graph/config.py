@@ -222,7 +222,7 @@ class Loss(Section):
     """Coefficient of agent tokens (our reconstruction: aipo; alternatives by name)."""
     agent_weight: NonNegativeFloat = 1.0
     """Lambda: weight of the agent-token loss beside the policy-token loss."""
-    floor: NonNegativeFloat = 0.1
+    floor: NonNegativeFloat = 0.3
     """Smallest coefficient of an agent token in a trace with positive advantage."""
     ceiling: PositiveFloat = 2.0
     """Largest coefficient of an agent token."""
