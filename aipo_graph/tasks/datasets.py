@@ -7,7 +7,6 @@ import csv
 import functools
 import logging
 import math
-import random
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,6 +17,7 @@ from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import data, find
 from aipo_graph.tasks import grading
+from aipo_graph.tasks.split import Split
 from aipo_graph.tools.jsonl import records
 from aipo_graph.tools.notation import LONGEST, number, plain
 from aipo_graph.types import Problem, derive_seed
@@ -119,59 +119,36 @@ MAPPINGS: Mapping[str, Layout] = {
 """task.name -> layout, of what can be trained on. Our word problems are 120 from hand-written patterns, in GSM8K's columns."""
 
 
-class DatasetTask:
+class DatasetTask(Split):
     """The task over one data set and, if given, one of held-out problems.
 
     Rows without a question or without a readable answer are left out and counted in the log, repeated questions collapse, and a
-    question that is held out is not trained on. With held-out problems of their own, training problems are read when the first is asked
-    for, so that an evaluation needs none. Raises ConfigError, TaskError: not to be found or read, no such column, nothing left.
+    question that is held out is not trained on. Raises ConfigError, TaskError: not to be found or read, no such column, nothing left.
     """
 
-    kinds = ("",)
-
     def __init__(self, name: str, layout: Layout, required: frozenset[str], seed: int = 0) -> None:
-        self._name, self._seed, self._layout, self._required = name, seed, layout, required
+        problems = functools.cache(functools.partial(_training_problems, name, layout, required))
         if layout.heldout:
             heldout = _read(name, "task.heldout", layout.heldout, layout, required)
         else:
-            heldout = {key: p for key, p in self._problems.items() if _address(name, key) % layout.heldout_of == 0}
-        self._heldout = [heldout[key] for key in sorted(heldout, key=lambda key: _address(name, key))]
-        self._not_trained = frozenset(heldout)
-        if not self._heldout:
-            count = len(self._problems)
+            heldout = {key: p for key, p in problems().items() if _address(name, key) % layout.heldout_of == 0}
+        if not heldout:
+            count = len(problems())
             raise TaskError(f"{layout.data}: none of its {count} problems is held out by their hash; add more, or say task.heldout")
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-
-    @functools.cached_property
-    def _problems(self) -> dict[str, Problem]:
-        if not self._layout.data:
-            raise nothing_to_train(self._name)
-        return _read(self._name, "task.data", self._layout.data, self._layout, self._required)
-
-    @functools.cached_property
-    def _train(self) -> list[Problem]:
-        return kept_for_training(self._layout.data, self._problems.items(), self._not_trained, apart=bool(self._layout.heldout))
-
-    def train(self, index: int) -> Problem:
-        """The index-th training problem: each epoch holds every one once, in an order of its own. Raises ConfigError if there are none."""
-        epoch, position = divmod(index, len(self._train))
-        return self._train[self._order(epoch)[position]]
-
-    def heldout(self, count: int, kind: str = "") -> list[Problem]:
-        """The first ``count`` held-out problems, fewer if there are not so many, in the order of a hash: of one kind, or of all."""
-        if not kind:
-            return [replace(p, kind="") for p in self._heldout[:count]]  # they are evaluated together, under no kind's name
-        return [p for p in self._heldout if p.kind == kind][:count]
+        in_order = [heldout[key] for key in sorted(heldout, key=lambda key: _address(name, key))]
+        apart = bool(layout.heldout)
+        super().__init__(name, seed, in_order, lambda: kept_for_training(layout.data, problems().items(), heldout.keys(), apart))
 
     async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
         """``reward``: 1 if the last box holds the answer. ``answered``: 1 if there is a closed last box."""
         answered = grading.last_box(text) is not None
         return {"reward": float(await grading.grade(text, problem.answer)), "answered": float(answered)}
 
-    def _shuffled(self, epoch: int) -> tuple[int, ...]:
-        order = list(range(len(self._train)))
-        random.Random(derive_seed(self._seed, self._name, epoch)).shuffle(order)
-        return tuple(order)
+
+def _training_problems(name: str, layout: Layout, required: frozenset[str]) -> dict[str, Problem]:
+    if not layout.data:
+        raise nothing_to_train(name)
+    return _read(name, "task.data", layout.data, layout, required)
 
 
 def nothing_to_train(name: str) -> ConfigError:
@@ -294,7 +271,7 @@ def _rows(setting: str, source: str, columns: Mapping[str, str], repeats: bool) 
     if source.endswith(".csv"):
         yield from _table(setting, source)
         return
-    dataset = _open(setting, source, columns)
+    dataset = open_dataset(setting, source, columns)
     tops = {column if column in dataset.column_names else column.partition(".")[0] for column in columns.values()}
     if len(dataset) and tops <= set(dataset.column_names):
         dataset = dataset.select_columns(sorted(tops))
@@ -321,7 +298,7 @@ def _plain_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _open(setting: str, source: str, columns: Mapping[str, str]) -> Any:
+def open_dataset(setting: str, source: str, columns: Mapping[str, str]) -> Any:
     """A `datasets.Dataset`. Raises ConfigError: the extra is missing, the name is none, what the hub or the file said."""
     request: dict[str, str | None]
     if source.endswith(".parquet"):

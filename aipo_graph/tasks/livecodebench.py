@@ -10,11 +10,10 @@ import functools
 import json
 import logging
 import pickletools
-import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +23,8 @@ from pydantic import NonNegativeInt, PositiveFloat, StringConstraints
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError, ToolError
 from aipo_graph.load import find
-from aipo_graph.tasks.datasets import _open, kept_for_training, nothing_to_train
+from aipo_graph.tasks.datasets import kept_for_training, nothing_to_train, open_dataset
+from aipo_graph.tasks.split import Split
 from aipo_graph.tools import jail
 from aipo_graph.types import Problem, derive_seed
 
@@ -99,39 +99,24 @@ class Case:
 Row = Mapping[str, Any]
 
 
-class LiveCodeBench:
+class LiveCodeBench(Split):
     """The task over one set of problems to evaluate on and, if given, one to train on; no problem is in both.
 
     A problem's kind is its difficulty. Raises ConfigError, TaskError: not to be found or read, no such column, nothing in the window.
     """
 
-    kinds = ("",)
-
     def __init__(self, heldout: str, data: str | None, options: Options, seed: int = 0) -> None:
-        self._options, self._seed, self._data = options, seed, data
+        self._options, self._data = options, data
         self._cell = jail.Jail(jail.choose(options.sandbox, "task.options.sandbox"))
         self._rows: dict[str, Callable[[], Row]] = {}
-        self._heldout = self._read("task.heldout", heldout, options.window)
         self._tests = functools.lru_cache(maxsize=8)(self._read_tests)
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        super().__init__(NAME, seed, self._read("task.heldout", heldout, options.window), self._training_problems)
 
-    @functools.cached_property
-    def _train(self) -> list[Problem]:
+    def _training_problems(self) -> list[Problem]:
         if self._data is None:
             raise nothing_to_train(NAME)
         problems = [(_plain(problem), problem) for problem in self._read("task.data", self._data, "")]
         return kept_for_training(self._data, problems, {_plain(problem) for problem in self._heldout}, apart=True)
-
-    def train(self, index: int) -> Problem:
-        """The index-th training problem: each epoch holds every one once, in an order of its own. Raises ConfigError if there are none."""
-        epoch, position = divmod(index, len(self._train))
-        return self._train[self._order(epoch)[position]]
-
-    def heldout(self, count: int, kind: str = "") -> list[Problem]:
-        """The first ``count`` held-out problems, fewer if there are not so many, in the order of a hash: of one difficulty, or of all."""
-        if not kind:
-            return [replace(problem, kind="") for problem in self._heldout[:count]]
-        return [problem for problem in self._heldout if problem.kind == kind][:count]
 
     async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
         """``reward``: 1 if the last code block passes every test. ``passed``: the share of tests before the first that it fails.
@@ -161,11 +146,6 @@ class LiveCodeBench:
         if run.verdict != "ok":
             return False
         return await asyncio.to_thread(same_value if test.function else same_lines, run.output.decode(errors="replace"), test.output)
-
-    def _shuffled(self, epoch: int) -> tuple[int, ...]:
-        order = list(range(len(self._train)))
-        random.Random(derive_seed(self._seed, NAME, epoch)).shuffle(order)
-        return tuple(order)
 
     def _read(self, setting: str, source: str, window: str) -> list[Problem]:
         """The problems of one source, in the order of a hash."""
@@ -302,7 +282,7 @@ def _pickled_text(data: bytes) -> str:
 def _rows(setting: str, source: str, release: str) -> Iterator[tuple[str, Row, Callable[[], Row]]]:
     """(place, row, how to read it again) of each problem; a row may lack the content of its private tests."""
     if source.endswith(".parquet") or ":" in source:
-        dataset = _open(setting, source, {column: column for column in COLUMNS}).with_format("arrow")
+        dataset = open_dataset(setting, source, {column: column for column in COLUMNS}).with_format("arrow")
         light = dataset.select_columns([name for name in dataset.column_names if name != "private_test_cases"])
         present = {"private_test_cases": ""} if "private_test_cases" in dataset.column_names else {}
         for at in range(len(dataset)):
