@@ -3,7 +3,6 @@
 import ast
 import importlib
 import importlib.util
-import json
 import math
 import re
 import shlex
@@ -12,12 +11,13 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tiny_learner import group, random_groups, segment, tiny_learner, trace
 
 from aipo_graph import cli, errors
-from aipo_graph.config import Config
+from aipo_graph.config import Config, Loss
 from aipo_graph.learn.advantage import ESTIMATORS
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.loss import COEFFICIENTS, SURROGATES
@@ -86,6 +86,7 @@ def folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(data("operators"), tmp_path / "runs" / name / "policy")
         settings, _ = cli.parse([str(root / f"configs/{config}.yaml")], Config, prog="test")
         (tmp_path / "runs" / name / "config.yaml").write_text(cli.write_yaml(settings))
+        (tmp_path / "runs" / name / "traces.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -118,12 +119,6 @@ def test_yaml_is_a_config(page: str, folder: Path) -> None:
     for block in blocks(page, "yaml"):
         Path("block.yaml").write_text(block.text)
         cli.parse(["block.yaml"], Config, prog="test")
-
-
-@pytest.mark.parametrize("page", with_language("json"))
-def test_json_is_read(page: str) -> None:
-    for block in blocks(page, "json"):
-        assert all(isinstance(json.loads(line), dict) for line in block.text.splitlines())
 
 
 def test_blocks_with_a_title_are_the_shipped_files(root: Path) -> None:
@@ -197,13 +192,6 @@ def test_settings_named_on_a_page_exist(page: str) -> None:
     assert {f"{section}.{key}" for section, key in named if key not in (*sections[section], "py", "md")} == set()
 
 
-def test_every_setting_has_its_docstring_on_the_settings_page() -> None:
-    page = read("docs/reference/settings.md")
-    for section in Config.model_fields.values():
-        assert f"::: aipo_graph.config.{section.annotation.__name__}\n" in page  # type: ignore[union-attr]
-        assert all(field.description for field in section.annotation.model_fields.values())  # type: ignore[union-attr]
-
-
 def test_links_of_the_readme_lead_to_files(root: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", read("README.md")):
         assert (root / target).exists(), target
@@ -211,6 +199,7 @@ def test_links_of_the_readme_lead_to_files(root: Path) -> None:
 
 def test_every_choice_of_the_loss_has_its_formula() -> None:
     assert quoted("docs/loss.md", "name") == [*ESTIMATORS, *SURROGATES, *COEFFICIENTS]
+    assert set(quoted("docs/loss.md", "baseline")) == set(get_args(Loss.model_fields["baseline"].annotation))
 
 
 def test_every_error_class_is_in_the_faq() -> None:
@@ -232,6 +221,7 @@ def test_messages_in_the_faq_are_ours(root: Path) -> None:
             assert part in source, f"{text!r}: nothing says {part!r}"
 
 
+@pytest.mark.slow
 def test_metrics_on_the_page_are_those_that_are_logged(viewed_run: Path, tmp_path: Path) -> None:
     """A real run's, and those of what such a run need not meet: failures, redraws, KL, a skipped step, a server."""
     failed = group(trace(segment("policy", 1), status="timeout"), trace(segment("policy", 1), status="failed"))

@@ -57,6 +57,7 @@ def test_every_setting_is_on_the_settings_page(site: Path) -> None:
         section = field.annotation
         for key in section.model_fields:  # type: ignore[union-attr]
             assert f'id="aipo_graph.config.{section.__name__}.{key}"' in page, f"{name}.{key}"  # type: ignore[union-attr]
+    assert "Coefficient</span>" not in page, "a type's name in the place of its choices"
 
 
 def test_formulas_are_typeset(site: Path) -> None:
