@@ -215,7 +215,7 @@ class Loss(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo", "raft"] = "grpo"
     """Advantage estimator over a group's rewards. raft is the reward itself: fine-tuning on accepted traces."""
     baseline: Literal["split", "group", "counterfactual"] = "split"
-    """split: alone traces are compared with alone ones only; group: all with all; counterfactual: each with the alone ones."""
+    """split: alone traces are compared with alone ones only; group: all with all; counterfactual: each with the alone ones and itself."""
     algorithm: Algorithm = "grpo"
     """Surrogate of policy tokens."""
     agent: Coefficient = "aipo"
@@ -324,6 +324,8 @@ class Config(Section):
             raise ValueError(
                 f"rollout.max_lag = {self.rollout.max_lag}: engine.kind = vllm sleeps while the learner learns; use 0, or a server"
             )
+        if self.loss.baseline == "counterfactual" and self.rollout.with_agents == 1:
+            raise ValueError("loss.baseline = counterfactual: rollout.with_agents = 1 leaves no traces alone to compare with; use 0.5")
         if self.train.minibatches > self.rollout.problems:
             raise ValueError(f"train.minibatches = {self.train.minibatches}: more than rollout.problems = {self.rollout.problems}")
         return self

@@ -166,10 +166,13 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What one update made of each token of a trace, in the order of its segments; None where a token is outside the loss.
+    """What the first update of a batch made of each token of a trace, in the order of its segments; None where a token is outside the
+    loss (context, masked, first of its thread, bad behaviour logprob) or a value is not finite.
 
-    ``logprobs``: the learner's before the update. ``ratios``: exp(that - behaviour logprob). ``advantages``: A. ``coefficients``: what
-    multiplies A * grad log pi, relative to equal weights of all tokens of its source (of ``echo``, which has no A: grad log pi).
+    ``logprobs``: the learner's before it, at the sampling temperature. ``ratios``: exp(that - behaviour logprob), of an agent's token
+    without one, that / loss.behaviour, not clamped. ``advantages``: A. ``coefficients``: what multiplies A * grad log pi in the loss's
+    gradient, in units of 1 / (trained tokens of its source in the batch), without ``loss.agent_weight`` (0 if that is 0) and the KL
+    term; None where A is 0. Agent tokens of ``echo``, which uses no A: what multiplies grad log pi.
 
     >>> Learned(logprobs=(None, -0.7), ratios=(None, 0.5), advantages=(None, 2.0), coefficients=(None, 0.5)).coefficients[1]
     0.5

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_learner import group, random_groups, same, segment, snapshot, tiny_learner, trace
 
-from aipo_graph.config import Loss
+from aipo_graph.config import Config, Loss
 from aipo_graph.learn.batch import pack
 from aipo_graph.types import Learned, Segment, TraceGroup
 
@@ -47,6 +47,29 @@ def test_every_coefficient_is_read_off_its_own_loss(tmp_path: Path, agent: str, 
     for found, weight in zip(pair, weights, strict=True):
         assert found is not None
         assert found.coefficients[4:7] == pytest.approx([weight] * 3)
+        assert "-0.0" not in map(str, found.coefficients)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "dr_grpo", "rloo", "cispo"])
+def test_policy_tokens_weigh_as_their_surrogate_says_and_the_kl_term_is_left_out(tmp_path: Path, algorithm: str) -> None:
+    short, longer = written(), written(segment("policy", 9, 10, 11, 12))
+    pair = group(trace(*short, reward=1.0), trace(*longer, reward=0.0))
+    [found] = learned(tmp_path, [pair], algorithm=algorithm, kl_weight=0.1)
+    budget = Config().rollout.max_tokens
+    share = {"grpo": lambda n: 12 / (2 * n), "gspo": lambda n: 12 / (2 * n), "dr_grpo": lambda n: 12 / (2 * budget)}
+    for one, tokens in zip(found, (4, 8), strict=True):
+        assert one is not None
+        expected = [min(ratio, 2.0) * share.get(algorithm, lambda n: 1.0)(tokens) for ratio in one.ratios[2:]]
+        assert one.coefficients[2:] == pytest.approx(expected, rel=1e-2)
+
+
+def test_echo_has_no_advantage_and_no_groups_cost_nothing(tmp_path: Path) -> None:
+    equal = group(trace(*written(HELP), with_agents=True), trace(*written(HELP), with_agents=True))
+    [[one, _]] = learned(tmp_path, [equal], agent="echo", agent_weight=0.1)
+    assert one is not None
+    assert one.coefficients[4:7] == pytest.approx([1.0] * 3)
+    assert one.coefficients[2] is None
+    assert tiny_learner(tmp_path).learned(pack([equal], Loss()), []) == []
 
 
 def test_a_trace_left_out_has_none_and_an_equal_group_no_coefficient(tmp_path: Path) -> None:

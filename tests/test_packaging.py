@@ -55,6 +55,9 @@ def test_wheel_carries_graphs_prompts_configs_and_data(wheel: Path, root: Path) 
     assert {p.relative_to(root).as_posix() for p in files} - names == set()
     assert {"aipo_graph/py.typed", "aipo_graph/data/operators/model.safetensors", "aipo_graph/data/operators/tokenizer.json"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    vendor = {"htm-preact.umd.js", "uplot.iife.min.js", "uplot.css", "LICENSE-htm.txt", "LICENSE-preact.txt", "LICENSE-uplot.txt"}
+    assert {f"aipo_graph/view/static/vendor/{name}" for name in vendor} <= names
+    assert {"aipo_graph/view/static/viewer.js", "aipo_graph/view/static/style.css", "aipo_graph/demo/static/demo.js"} <= names
 
 
 def test_wheel_carries_nothing_else(wheel: Path) -> None:
@@ -81,6 +84,14 @@ def test_dry_run_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"^train:\n  steps: 3$", done.stdout, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_viewer_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text('{"step": 1}\n')
+    done = run(python, tmp_path, "-m", "aipo_graph.view", "mine", "--no-open")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "mine" / "view.html").stat().st_size > 100_000
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(python: Path, tmp_path: Path) -> None:

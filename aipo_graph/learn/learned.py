@@ -31,7 +31,7 @@ def columns(logprobs: Tensor, batch: Batch, loss: Loss, budget: int) -> Iterator
     behaviour = torch.where(agent & batch.behaviour_logprobs.isnan(), math.log(loss.behaviour), batch.behaviour_logprobs)
     scale = torch.where(agent, batch.agent_tokens / loss.agent_weight if loss.agent_weight else 0.0, float(batch.policy_tokens))
     unit = torch.where(agent, 1.0, batch.advantages) if loss.agent == "echo" else batch.advantages
-    values = (logprobs, (logprobs - behaviour).exp(), batch.advantages, -leaf.grad * scale / unit)
+    values = (logprobs, (logprobs - behaviour).exp(), batch.advantages, 0.0 - leaf.grad * scale / unit)  # 0.0, and never -0.0
     shown = [torch.where(batch.mask & value.isfinite(), value, math.nan).tolist() for value in values]
     for row, length in enumerate(batch.lengths.tolist()):
         yield tuple([None if math.isnan(x) else float(f"{x:.4g}") for x in value[row][:length]] for value in shown)

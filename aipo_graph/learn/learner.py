@@ -86,8 +86,7 @@ class Learner:
             seed = derive_seed(self.config.run.seed, "minibatches", self.version, epoch)
             for part in batch.minibatches(train.minibatches, seed):
                 sums, extra, reason = self._update(part, sums)
-                if self.device.type == "cuda" and self.config.engine.kind == "vllm":
-                    torch.cuda.empty_cache()  # vLLM's own process wakes up in the memory that this update has used
+                self._clear_cache()
                 metrics |= extra
                 if reason:
                     return metrics | self._skip(reason)
@@ -98,7 +97,8 @@ class Learner:
     def learned(self, batch: Batch, groups: Sequence[TraceGroup]) -> list[tuple[Learned | None, ...]]:
         """What the next step will make of each token of ``groups``, by group and trace; ``batch`` was packed of these and later ones.
 
-        As if the batch were one update. None for a trace that is not trained on, and for all of a batch that the guards refuse.
+        As if the batch were one update. None for a trace that is not trained on, and for all of a batch that the step's first guards
+        refuse.
         """
         if _fault(batch):
             return [tuple(None for _ in group.traces) for group in groups]
@@ -108,6 +108,7 @@ class Learner:
             micro = chosen.select(rows).to(self.device)
             logprobs, _ = self._score(self.model, micro)
             found |= zip(rows.tolist(), columns(logprobs, micro, self.config.loss, self.config.rollout.max_tokens), strict=True)
+        self._clear_cache()  # here too: the step itself may have nothing to do
         return by_trace(groups, [found[row] for row in range(len(chosen))])
 
     def _update(self, batch: Batch, sums: Sums) -> tuple[Sums, dict[str, float], str | None]:
@@ -170,6 +171,11 @@ class Learner:
         ids = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.device)
         values, _ = self._token_logprobs(self.model, ids, torch.ones_like(ids, dtype=torch.bool), 1.0)
         return tuple(values[0, 1:].tolist())
+
+    def _clear_cache(self) -> None:
+        """For vLLM's own process, which wakes up in the memory that was used here."""
+        if self.device.type == "cuda" and self.config.engine.kind == "vllm":
+            torch.cuda.empty_cache()
 
     def _skip(self, reason: str) -> dict[str, float]:
         self.bad_steps += 1
