@@ -175,7 +175,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("--loss.clip_low 1", "loss.clip_low = 1.0"),
         ("--optimizer.betas 0.9,1", "optimizer.betas = (0.9, 1.0): both must be below 1"),
         ("--train.minibatches 99", "train.minibatches = 99: more than rollout.problems = 32"),
-        ("--loss.baseline counterfactual --rollout.with_agents 1", "loss.baseline = counterfactual: rollout.with_agents = 1 leaves no traces"),
+        ("--loss.baseline counterfactual --rollout.with_agents 1", "loss.baseline = counterfactual: rollout.with_agents = 1"),
         ("--train.micro_batch_tokens 9", "train.micro_batch_tokens = 9: below rollout.max_tokens = 160"),
     ],
 )

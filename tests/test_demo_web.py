@@ -27,11 +27,12 @@ from rollout_world import bpe, save_tiny
 from aipo_graph import cli
 from aipo_graph.demo import settings
 from aipo_graph.demo.__main__ import command
-from aipo_graph.demo.web import bound, serving
+from aipo_graph.demo.web import opened as opened_app
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout import Agent
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.open import open_task
+from aipo_graph.view.serve import bound, serving
 
 QUESTION = "%6475IEB?"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\u202etxet\u202c"
@@ -82,7 +83,7 @@ def served(folder: Path, *args: str, agents: Mapping[str, Agent] | None = None) 
         rollouts = Rollouts.open(demo, LocalEngine.load(demo, demo.policy.model), open_task(demo))
         rollouts = replace(rollouts, agents={**rollouts.agents, **(agents or {})})
         with bound("127.0.0.1", 0) as listening:
-            async with serving(demo, listening, rollouts) as url:
+            async with opened_app(demo, rollouts) as app, serving(app, listening, cancels=True) as url:
                 found.extend([url, asyncio.get_running_loop()])
                 started.set()
                 await ended.wait()
@@ -109,13 +110,21 @@ def url(folder: Path) -> Iterator[str]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, threading.Event]]:
+    """The URL of a page whose agent `verify` does not come back, and the event that it was asked."""
+    asked = threading.Event()
+    with served(tmp_path_factory.mktemp("hanging"), agents={"verify": hang(asked)}) as found:
+        yield found, asked
+
+
 @pytest.fixture
 def opened(chromium: Browser) -> Iterator[Open]:
     """Opens a page; in the end none of them may have shown a dialog, asked another server, or written to the console."""
     contexts, wrong = [], []
 
     def open_page(url: str, *, allow: str = "", **options: Any) -> Page:
-        contexts.append(chromium.new_context(**options))
+        contexts.append(chromium.new_context(**{"reduced_motion": "reduce", **options}))
         page = contexts[-1].new_page()
         page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
         page.on("pageerror", lambda error: wrong.append(f"error {error}"))
@@ -136,6 +145,13 @@ def ask(page: Page, question: str, **fields: str) -> None:
     for name, value in fields.items():
         page.get_by_test_id(name).fill(value)
     page.get_by_test_id("question").press("Enter")
+
+
+def ask_and_hang(page: Page, asked: threading.Event) -> None:
+    """Asks a question, and waits until its trace with agents waits for one that does not come back."""
+    asked.clear()
+    ask(page, QUESTION, temperature="0")
+    assert asked.wait(30)
 
 
 def finished(page: Page) -> None:
@@ -174,7 +190,7 @@ def traces_of(url: str, count: int, place: int = 0) -> list[dict[str, Any]]:
 
 
 def test_both_sides_stream_and_the_nodes_light_up(url: str, opened: Open) -> None:
-    page = opened(url)
+    page = opened(url, reduced_motion="no-preference")
     # Every node that is lit at any time, and how many segments each side showed while it was still running.
     page.evaluate(
         """() => {
@@ -196,6 +212,12 @@ def test_both_sides_stream_and_the_nodes_light_up(url: str, opened: Open) -> Non
     assert len(page.evaluate("[...seen.growing]")) > 3
     expect(helped.locator(".segment.agent", has_text="3B2E1I")).to_have_count(1)
     expect(page.get_by_test_id("said")).to_contain_text("With agents 8545, right")
+    # Feedback that the policy wrote itself stands in lines of its own, as an agent's does.
+    alone = page.get_by_test_id("side-alone").locator(".turn.policy .turn-text").all_inner_texts()
+    assert len(alone) > 5
+    assert [line.startswith("<feedback>") for line in alone[:4]] == [False, True, False, True]
+    stored = traces_of(url, 2)[0]["segments"][-1]
+    assert "".join(alone).replace("\u200b", "") == "".join(stored["tokens"])
     expect(page.get_by_test_id("ask")).to_be_visible()
     page.locator("[data-choice=logprob]").click()
     assert helped.locator(".token.seq-0").count() > 10
@@ -233,35 +255,70 @@ def test_a_sample_problem_is_held_out_and_of_its_kind(url: str, opened: Open) ->
     assert drawn in {problem.question for problem in open_task(demo).heldout(256, "easy")}
 
 
-def test_stop_ends_the_runs_and_keeps_what_was_made(tmp_path: Path, opened: Open) -> None:
-    started = threading.Event()
-    with served(tmp_path, agents={"verify": hang(started)}) as url:
-        page = opened(url)
-        ask(page, QUESTION, temperature="0")
-        assert started.wait(30)
-        # What has ended is stored while the rest still runs: a server that is killed now leaves that much.
-        assert [trace["status"] for trace in traces_of(url, 1)] == ["done"]
-        page.keyboard.press("Escape")
-        finished(page)
-        expect(page.get_by_test_id("side-with_agents")).to_have_attribute("data-state", "stopped")
-        expect(page.get_by_test_id("side-with_agents").locator(".segment.agent").first).to_be_visible()
-        done, stopped = traces_of(url, 2)
-        assert (done["status"], stopped["status"], stopped["path"][-1]) == ("done", "stopped", "verify")
+def test_a_first_visitor_has_an_example_and_the_keyboard(url: str, opened: Open) -> None:
+    page = opened(url)
+    page.locator("[data-choice=both]").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("[data-choice=alone]")).to_be_focused()
+    expect(page.locator("[data-choice=alone]")).to_have_attribute("aria-checked", "true")
+    page.keyboard.press("Shift+Tab")  # the group is one stop of the tab key
+    expect(page.get_by_test_id("kind")).to_be_focused()
+    page.get_by_test_id("example").click()
+    finished(page)
+    assert page.get_by_test_id("question").input_value() == json.loads(send(url, "/about")[1])["example"]
+    expect(page.get_by_test_id("side-alone").locator(".turn.policy").first).to_be_visible()
+    expect(page.get_by_test_id("side-with_agents")).to_have_count(0)
 
 
-def test_a_closed_tab_ends_its_runs_alone(tmp_path: Path, opened: Open) -> None:
+def test_stop_ends_the_runs_and_keeps_what_was_made(hanging: tuple[str, threading.Event], opened: Open) -> None:
+    url, page = hanging[0], opened(hanging[0])
+    ask_and_hang(page, hanging[1])
+    # What has ended is stored while the rest still runs: a server that is killed now leaves that much.
+    assert [trace["status"] for trace in traces_of(url, 1)] == ["done"]
+    page.keyboard.press("Escape")
+    finished(page)
+    expect(page.get_by_test_id("side-with_agents")).to_have_attribute("data-state", "stopped")
+    expect(page.get_by_test_id("side-with_agents").locator(".segment.agent").first).to_be_visible()
+    done, stopped = traces_of(url, 2)
+    assert (done["status"], stopped["status"], stopped["path"][-1]) == ("done", "stopped", "verify")
+
+
+def test_a_closed_tab_ends_its_runs_alone(hanging: tuple[str, threading.Event], opened: Open) -> None:
+    url, page = hanging[0], opened(hanging[0])
+    ask_and_hang(page, hanging[1])
+    page.close()
+    # Another tab is served meanwhile, and afterwards the traces of the first are there.
+    other = opened(url)
+    other.locator("[data-choice=alone]").click()
+    ask(other, "@1234A?")
+    finished(other)
+    assert [trace["status"] for trace in traces_of(url, 2, place=1)] == ["done", "stopped"]
+
+
+def test_a_question_is_deleted_while_it_runs(hanging: tuple[str, threading.Event], opened: Open) -> None:
+    url, page = hanging[0], opened(hanging[0])
+    ask_and_hang(page, hanging[1])
+    thread = history(url)[0]["thread"]
+    assert send(url, "/forget", json.dumps({"thread": thread}))[0] == 200
+    finished(page)
+    assert thread not in [asked["thread"] for asked in history(url)]
+    assert send(url, f"/thread?id={thread}")[0] == 404
+
+
+def test_a_second_question_and_the_end_of_the_server_stop_what_runs(tmp_path: Path, opened: Open) -> None:
     started = threading.Event()
     with served(tmp_path, agents={"verify": hang(started)}) as url:
-        page = opened(url)
-        ask(page, QUESTION, temperature="0")
+        page = opened(url, allow="Failed to load resource")
+        ask_and_hang(page, started)
+        ask(page, "hello")
+        expect(page.get_by_test_id("error")).to_contain_text("does not know")
+        expect(page.get_by_test_id("stop")).to_be_visible()  # what is refused stops nothing
+        started.clear()
+        ask(page, QUESTION, temperature="0", seed="1")
         assert started.wait(30)
-        page.close()
-        # Another tab is served meanwhile, and afterwards the traces of the first are there.
-        other = opened(url)
-        other.locator("[data-choice=alone]").click()
-        ask(other, "@1234A?")
-        finished(other)
-        assert [trace["status"] for trace in traces_of(url, 2, place=-1)] == ["done", "stopped"]
+        assert [trace["status"] for trace in traces_of(url, 2, place=1)] == ["done", "stopped"]
+    with served(tmp_path) as url:
+        assert [trace["status"] for trace in traces_of(url, 2)] == ["done", "stopped"]
 
 
 def test_earlier_questions_are_there_after_a_restart(tmp_path: Path, opened: Open) -> None:
@@ -297,18 +354,6 @@ def build():
     graph.add_edge("knowledge", END)
     return graph.compile()
 """
-
-
-def test_a_question_is_deleted_while_it_runs(tmp_path: Path, opened: Open) -> None:
-    started = threading.Event()
-    with served(tmp_path, agents={"verify": hang(started)}) as url:
-        page = opened(url)
-        ask(page, QUESTION, temperature="0")
-        assert started.wait(30)
-        thread = history(url)[0]["thread"]
-        assert send(url, "/forget", json.dumps({"thread": thread}))[0] == 200
-        finished(page)
-        assert (history(url), send(url, f"/thread?id={thread}")[0]) == ([], 404)
 
 
 def test_hostile_questions_and_replies_are_text(tmp_path: Path, opened: Open) -> None:
@@ -368,6 +413,25 @@ def test_stored_blobs_build_no_objects(tmp_path: Path) -> None:
     assert "touch" in text  # its words, no more
 
 
+def test_a_damaged_file_of_threads_is_told_in_one_line(tmp_path: Path) -> None:
+    with served(tmp_path) as url:
+        asked = json.dumps({"question": QUESTION, "mode": "alone"})
+        send(url, "/ask", asked)
+        (listed,) = history(url)
+        with sqlite3.connect(tmp_path / "demo.sqlite") as database:
+            database.execute("UPDATE checkpoints SET checkpoint = x'c1'")
+        status, text = send(url, f"/thread?id={listed['thread']}")
+        assert (status, "this question is damaged" in text) == (400, True)
+        assert main("operators", "--web", "--no-open", "--port", "0", "--threads", str(tmp_path / "demo.sqlite")) == 2
+        assert (send(url, "/forget", json.dumps({"thread": listed["thread"]}))[0], history(url)) == (200, [])
+        with sqlite3.connect(tmp_path / "demo.sqlite") as database:
+            database.execute("DROP TABLE writes")
+            database.execute("DROP TABLE checkpoints")
+        status, text = send(url, "/history")
+        assert (status, json.loads(text)["error"]) == (500, "the file of threads: no such table: checkpoints")
+        assert "these traces could not be stored: no such table" in events(send(url, "/ask", asked)[1])[-1]["error"]
+
+
 @pytest.mark.parametrize(
     ("body", "field", "says"),
     [
@@ -417,6 +481,10 @@ def test_errors_are_shown_at_their_field(url: str, opened: Open) -> None:
         ("/forget", "{}", {"Content_Type": "text/plain"}, 415),
         ("/ask", "x" * 2_000_000, {}, 413),
         ("/thread?id=nosuch", None, {}, 404),
+        (f"/thread?id={'0' * 32}", None, {}, 404),
+        ("/forget", '{"thread": "\\ud800"}', {}, 404),
+        ("/stop", '{"thread": []}', {}, 404),
+        ("/stop", "[]", {}, 404),
         ("/nosuch", None, {}, 404),
         ("/sample?kind=nosuch", None, {}, 400),
     ],
@@ -461,7 +529,8 @@ def test_the_policy_is_in_force(url: str, opened: Open) -> None:
     [
         (["nosuch", "--web"], "no model 'nosuch'"),
         (["operators", "--web", "--samples", "17"], "the page shows at most 16"),
-        (["operators", "--web", "--host", "203.0.113.7"], "--host 203.0.113.7"),
+        (["operators", "--web", "--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
+        (["operators", "--web", "--host", "ü" * 64], "no name of a machine"),
         (["operators", "--web", "--port", "99999"], "port = '99999'"),
         (["operators", "--web", "--port", "0", "--no-open", "--threads", "/dev/null/x.sqlite"], "--threads /dev/null/x.sqlite"),
     ],
@@ -482,7 +551,7 @@ def test_a_port_in_use_a_damaged_model_and_a_foreign_file_are_one_line(tmp_path:
     (tmp_path / "mine.sqlite").write_bytes(b"not a database" * 100)
     assert main("operators", "--web", "--port", "0", "--no-open", "--threads", str(tmp_path / "mine.sqlite")) == 2
     used, damaged, foreign = capsys.readouterr().err.strip().splitlines()
-    assert f"--port {port}" in used
+    assert f"port {port} of 127.0.0.1 is in use" in used
     assert "cannot load the policy" in damaged
     assert "file is not a database" in foreign
     assert (tmp_path / "mine.sqlite").read_bytes().startswith(b"not a database")
@@ -497,8 +566,7 @@ def test_the_extra_is_named_where_it_is_missing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_serves_until_it_is_told_to_end(root: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_the_command_serves_until_it_is_told_to_end(root: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "aipo_graph.demo", "operators", "--web", "--port", "0", "--no-open", "--run.dir", str(tmp_path / "runs")]
     environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
     process = subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -508,7 +576,7 @@ def test_the_command_serves_until_it_is_told_to_end(root: Path, tmp_path: Path, 
     assert urlsplit(url).port not in (0, None)
     told = events(send(url, "/ask", json.dumps({"question": QUESTION, "temperature": 0}))[1])
     assert [event["event"] for event in told][-1] == "end"
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
     assert (tmp_path / "runs" / "demo.sqlite").exists()

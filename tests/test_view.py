@@ -245,6 +245,26 @@ def test_damaged_small_files_are_noted_and_the_rest_is_shown(tmp_path: Path) -> 
     assert (index["settings"], index["summary"], index["recorded"]) == ({}, None, 6)
 
 
+def test_pipes_in_place_of_files_are_not_waited_for(tmp_path: Path) -> None:
+    run = tiny(tmp_path)
+    for name in ("config.yaml", "graph.json", "summary.json", "metrics.jsonl", "lock"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    index = read_run(run).index()
+    assert index["notes"][0] == "config.yaml is not shown: there is no such file"
+    assert "metrics.jsonl cannot be read: it is not a file" in index["notes"]
+    assert (index["state"], index["recorded"], index["metrics"]) == ("stopped", 6, {"step": []})
+
+
+@pytest.mark.parametrize("settings", ["a: [{2020-01-01: 1}]", f"policy: {{model: {'a' * 5000}}}", "policy: {model: ~nobodyx/x}"])
+def test_settings_that_no_run_has_are_a_note(tmp_path: Path, settings: str) -> None:
+    run = tiny(tmp_path)
+    (run / "config.yaml").write_text(settings)
+    index = read_run(run).index()
+    assert index["notes"][-1].startswith("texts are shown whole")
+    assert index["recorded"] == 6
+
+
 def test_without_graph_json_the_recorded_paths_are_drawn(tmp_path: Path) -> None:
     with running(tmp_path) as log:
         step(log, 1, group(1, trace("train-1"), trace("train-1", status="timeout")))
@@ -486,7 +506,7 @@ def unpacked(text: str) -> dict[str, Any]:
 
 
 def test_the_policy_allows_the_pages_own_scripts_and_styles_and_no_others() -> None:
-    text = page.assemble("title", page.SCRIPTS, page.STYLES, {"index": b"{}"})
+    text = page.assemble("title", page.SCRIPTS, page.STYLES, [("index", b"{}")])
     policy = page.csp(text)
     for tag in ("script", "style"):
         inline = [inside for name, attrs, inside in Elements(text).found if name == tag and "type" not in attrs]
@@ -562,6 +582,31 @@ def test_two_runs_are_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert set(entries) == {"index", "page-0-0", "page-1-0"}
 
 
+def test_runs_of_one_name_are_told_apart_and_one_run_is_not_compared_with_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, out = tiny(tmp_path / "a"), tiny(tmp_path / "b"), tmp_path / "both.html"
+    assert cli.main(view.command, [str(one), "--out", str(out), "--no-open", str(two)]) == 0
+    assert [run["name"] for run in unpacked(out.read_text())["index"]["runs"]] == [str(one), str(two)]
+    (tmp_path / "link").symlink_to(one)
+    assert cli.main(view.command, [str(one), str(tmp_path / "link"), "--no-open"]) == 2
+    assert "are one run; name another" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_name_outside_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny(tmp_path).rename(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff\n"))
+    assert cli.main(view.command, [str(run), "--no-open"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    assert unpacked((run / "view.html").read_text())["index"]["runs"][0]["name"] == "r?\n"
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.html").mkdir()
+    assert cli.main(view.command, [str(tiny(tmp_path)), "--no-open", "--out", str(tmp_path / "x.html")]) == 2
+    assert "x.html: Is a directory; choose another --out" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "x.html"]
+
+
 def test_a_run_is_found_by_its_name_and_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny(tmp_path / "runs")
     append(run, b"?\n")
@@ -588,9 +633,12 @@ def test_a_run_is_found_by_its_name_and_opened(tmp_path: Path, monkeypatch: pyte
         (["other"], "is no run's folder: it has no traces.jsonl"),
         (["runs/tiny/config.yaml"], "is a file: give the folder"),
         (["tiny", "nosuch"], "no run 'nosuch'"),
+        (["n" * 300], "cannot be looked at: File name too long"),
+        ([""], "is no run's folder"),
         (["tiny", "--out", "nosuch/x.html"], "cannot write nosuch/x.html: No such file or directory; choose another --out"),
         (["tiny", "--out", "runs/tiny/traces.jsonl"], "must end in .html"),
         (["tiny", "--traces", "0"], "argument --traces: '0' is no count"),
+        (["tiny", "--traces", "9" * 5000], "is no count"),
         (["tiny", "--serve", "--port", "70000"], "'70000' is no port"),
         (["tiny", "--serve", "--host", "no.such.host.invalid", "--port", "0"], "cannot listen on no.such.host.invalid"),
         (["tiny", "--serve", "--out", "x.html"], "--serve writes no file"),

@@ -47,7 +47,7 @@ class Questions:
 
     def read(self, question: str) -> Problem:
         """Raises ConfigError for characters that the model's tokenizer cannot write."""
-        unknown = dict.fromkeys(c for c in question if not c.isspace() and not self._tokenizer.plain(c)[0])
+        unknown = [c for c in dict.fromkeys(question) if not c.isspace() and not self._tokenizer.plain(c)[0]]
         if unknown:
             raise ConfigError(
                 f"the model's tokenizer does not know {' '.join(unknown)!r}: a question of this task looks like {self.example!r}"

@@ -26,6 +26,8 @@ from aipo_graph.rollout.graph import Graph
 
 NEWEST = 200
 """Questions that the history lists."""
+TITLE = 200
+"""Characters of a question in the history."""
 Json = dict[str, Any]
 """A JSON object."""
 
@@ -78,7 +80,7 @@ class Threads:
 
     async def run(self, thread: str, question: Json, planned: list[Planned], maker: Maker) -> None:
         """Makes and stores all traces of one question."""
-        listed = {"title": question["question"], "traces": len(planned)}
+        listed = {"title": question["question"][:TITLE], "traces": len(planned)}
         config: RunnableConfig = {"configurable": {"thread_id": thread}, "metadata": listed}
         await self.graph.ainvoke({"question": question, "planned": planned, "traces": []}, config, context=maker)
 
@@ -93,11 +95,17 @@ class Threads:
         return found
 
     async def read(self, thread: str) -> Json | None:
-        """The question and its traces, as far as they have ended or had when the server died; None for a thread that there is not."""
-        state = await self.graph.aget_state({"configurable": {"thread_id": thread}})
-        if "question" not in state.values:
+        """The question and its traces, as far as they have ended or had when the server died; None for a thread that there is not.
+
+        Raises ConfigError for one that is damaged.
+        """
+        try:
+            state = await self.graph.aget_state({"configurable": {"thread_id": thread}})
+        except ValueError as error:  # what is stored is no MessagePack
+            raise ConfigError(f"this question is damaged in the file of threads ({error}): delete it") from error
+        if not Asked.__required_keys__ <= state.values.keys():
             return None
-        return {key: state.values[key] for key in ("question", "planned", "traces")}
+        return {key: state.values[key] for key in Asked.__required_keys__}
 
     async def forget(self, thread: str) -> None:
         await self.saver.adelete_thread(thread)
@@ -118,6 +126,8 @@ async def open_threads(path: Path) -> AsyncIterator[Threads]:
             # Not the default, which builds any class that a blob names (LANGGRAPH_STRICT_MSGPACK is read at the import).
             saver = AsyncSqliteSaver(connection, serde=JsonPlusSerializer(allowed_msgpack_modules=None))
             await saver.setup()
-        except (OSError, sqlite3.Error) as error:
+            threads = Threads(build().compile(checkpointer=saver), saver)
+            await threads.history()
+        except (OSError, sqlite3.Error, ValueError) as error:
             raise ConfigError(f"--threads {path}: {error}; name another file, or one that is new") from error
-        yield Threads(build().compile(checkpointer=saver), saver)
+        yield threads

@@ -7,7 +7,7 @@ closed tab ends its runs; what was made until then is stored all the same.
 import asyncio
 import json
 import os
-import signal
+import re
 import socket
 import sqlite3
 import sys
@@ -35,10 +35,11 @@ from aipo_graph.demo.threads import Json, Maker, Planned, Threads, open_threads
 from aipo_graph.draw import layout
 from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.rollout.collect import Rollouts
+from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.types import Problem
 from aipo_graph.view.page import assemble, csp
 from aipo_graph.view.pieces import Pieces, open_pieces
-from aipo_graph.view.serve import guard, secured
+from aipo_graph.view.serve import guard, secured, serving, told_to_end
 
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("vendor/htm-preact.umd.js", "start.js", "tokens.js", "graph.js", str(STATIC / "demo.js"))
@@ -69,15 +70,6 @@ class Refused(Exception):
         self.status = status
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A listening socket, taken before the model loads. Raises ConfigError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: {error.strerror or error}; give another --port, or 0 for a free one") from error
-
-
 class Server:
     """The routes of the page."""
 
@@ -87,8 +79,7 @@ class Server:
         self._threads = threads
         self._questions = Questions(rollouts, demo.run.seed)
         self._pieces = pieces_of(demo.policy.model)
-        self._asking: dict[str, Asking] = {}
-        self._work: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, tuple[Asking, asyncio.Task[None]]] = {}
         self._html = assemble("aipo_graph demo", SCRIPTS, STYLES, live=True)
 
     def app(self) -> web.Application:
@@ -111,13 +102,14 @@ class Server:
 
     async def _close(self, app: web.Application) -> None:
         """Ends all runs, and waits until what they made is stored."""
-        await asyncio.gather(*map(self._end, list(self._work)))
+        await asyncio.gather(*map(self._end, list(self._running)))
 
     async def _end(self, thread: str) -> None:
         """Stops the runs of a question, and waits until what they made is stored; nothing where none runs."""
-        if thread in self._work:
-            self._asking[thread].stop()
-            await asyncio.wait([self._work[thread]])
+        if thread in self._running:
+            asking, work = self._running[thread]
+            asking.stop()
+            await asyncio.wait([work])
 
     async def _page(self, request: web.Request) -> web.Response:
         return web.Response(text=self._html, content_type="text/html")
@@ -131,6 +123,7 @@ class Server:
                 "agents": sorted(agents),
                 "kinds": list(self._questions.kinds),
                 "example": self._questions.example,
+                "feedback": tags(FEEDBACK),
                 "most_samples": MOST_SAMPLES,
                 "graphs": {
                     "alone": layout(self._rollouts.solo.get_graph(), agents),
@@ -154,7 +147,7 @@ class Server:
         return web.json_response(await self._threads.history())
 
     async def _thread(self, request: web.Request) -> web.Response:
-        stored = await self._threads.read(request.query.get("id", ""))
+        stored = await self._threads.read(named(request.query.get("id")))
         if stored is None:
             raise Refused("this question is no longer stored", status=404)
         return web.json_response(stored)
@@ -166,9 +159,9 @@ class Server:
         return web.json_response({})
 
     async def _stop(self, request: web.Request) -> web.Response:
-        asking = self._asking.get(await thread_of(request))
-        if asking:
-            asking.stop()
+        thread = await thread_of(request)
+        if thread in self._running:
+            self._running[thread][0].stop()
         return web.json_response({})
 
     async def _ask(self, request: web.Request) -> web.StreamResponse:
@@ -179,7 +172,7 @@ class Server:
         question = {**ask.model_dump(), "question": problem.question, "answer": problem.answer, "kind": problem.kind}
         # A task of its own: a closed tab cancels this handler, and what was made until then is still to be stored.
         work = asyncio.create_task(self._answer(thread, question, planned, asking))
-        self._asking[thread], self._work[thread] = asking, work
+        self._running[thread] = asking, work
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         try:
             await response.prepare(request)
@@ -187,9 +180,6 @@ class Server:
             while (event := await asking.events.get()) is not None:
                 await send(response, event)
             await work
-            await send(response, {"event": "end"})
-        except sqlite3.Error as error:
-            await send(response, {"event": "end", "error": printable(f"these traces could not be stored: {error}")})
         except ConnectionResetError:
             pass
         finally:
@@ -199,8 +189,11 @@ class Server:
     async def _answer(self, thread: str, question: Json, planned: list[Planned], asking: Asking) -> None:
         try:
             await self._threads.run(thread, question, planned, Maker(asking.make))
+            asking.events.put_nowait({"event": "end"})
+        except sqlite3.Error as error:
+            asking.events.put_nowait({"event": "end", "error": printable(f"these traces could not be stored: {error}")})
         finally:
-            del self._asking[thread], self._work[thread]
+            del self._running[thread]
             asking.events.put_nowait(None)
 
     def _read(self, question: str) -> Problem:
@@ -233,6 +226,8 @@ async def said(request: web.Request, handler: Handler) -> web.StreamResponse:
         return web.json_response({"error": str(error), "field": error.field}, status=error.status)
     except AipoError as error:
         return web.json_response({"error": printable(str(error)), "field": "question"}, status=400)
+    except sqlite3.Error as error:
+        return web.json_response({"error": printable(f"the file of threads: {error}"), "field": "question"}, status=500)
     except web.HTTPException as error:
         return web.json_response({"error": error.reason, "field": "question"}, status=error.status)
 
@@ -255,7 +250,14 @@ async def body(request: web.Request) -> object:
 
 async def thread_of(request: web.Request) -> str:
     given = await body(request)
-    return str(given.get("thread", "")) if isinstance(given, dict) else ""
+    return named(given.get("thread") if isinstance(given, dict) else None)
+
+
+def named(thread: object) -> str:
+    """The id of a thread. Raises Refused for what is none."""
+    if not (isinstance(thread, str) and re.fullmatch("[0-9a-f]{32}", thread)):
+        raise Refused("this names no question", status=404)
+    return thread
 
 
 def read_ask(given: object) -> Ask:
@@ -275,31 +277,24 @@ async def send(response: web.StreamResponse, event: Json) -> None:
 
 
 @asynccontextmanager
-async def serving(demo: Demo, listening: socket.socket, rollouts: Rollouts) -> AsyncIterator[str]:
-    """The page is served, at the URL. Raises ConfigError for a file of threads that cannot be used."""
+async def opened(demo: Demo, rollouts: Rollouts) -> AsyncIterator[web.Application]:
+    """The page's application, while its file of threads is open. Raises ConfigError for a file that cannot be used."""
     async with open_threads(Path(demo.threads or Path(demo.run.dir) / "demo.sqlite")) as threads:
-        runner = web.AppRunner(Server(demo, rollouts, threads).app(), handler_cancellation=True, access_log=None, shutdown_timeout=1)
-        await runner.setup()
-        try:
-            await web.SockSite(runner, listening).start()
-            host, port = listening.getsockname()[:2]
-            yield f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-        finally:
-            await runner.cleanup()
+        yield Server(demo, rollouts, threads).app()
 
 
 async def serve(demo: Demo, listening: socket.socket, rollouts: Rollouts, console: Console) -> None:
     """Serves the page until SIGINT or SIGTERM."""
-    async with serving(demo, listening, rollouts) as url:
-        ended, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, ended.set)
-        if not ip_address(listening.getsockname()[0]).is_loopback:
-            console.print(f"note: whoever can reach {demo.host} can use the model and read what was asked", markup=False, soft_wrap=True)
-        console.print(f"{printable(demo.model)}: {url} (Ctrl-C ends it)", markup=False, soft_wrap=True)
-        if not demo.no_open and _has_display():
-            await asyncio.to_thread(webbrowser.open, url)
-        await ended.wait()
+    async with opened(demo, rollouts) as app, serving(app, listening, cancels=True) as url:
+        with told_to_end() as told:
+            address = listening.getsockname()[0]
+            if not ip_address(address).is_loopback:
+                note = f"note: whoever can reach {address} can use the model, and read and delete what was asked"
+                console.print(note, markup=False, soft_wrap=True)
+            console.print(f"{printable(demo.model)}: {url} (Ctrl-C ends it)", markup=False, soft_wrap=True)
+            if not demo.no_open and _has_display():
+                await asyncio.to_thread(webbrowser.open, url)
+            await told.wait()
 
 
 def _has_display() -> bool:

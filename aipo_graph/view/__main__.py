@@ -5,7 +5,7 @@ import asyncio
 import os
 import sys
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,16 +54,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_folder(name: str) -> Path:
     """The folder of a run, or of that name below ``runs/``. Raises ConfigError where there is none, or no run in it."""
-    folder = next((path for path in (Path(name), RUNS / name) if path.is_dir()), None)
-    if folder is None:
-        if Path(name).is_file():
-            raise ConfigError(f"{name} is a file: give the folder of the run that it belongs to")
-        there = [path.name for path in RUNS.iterdir() if path.is_dir()] if RUNS.is_dir() else []
-        raise ConfigError(f"no run {name!r} here or in {RUNS}/{nearest(name, there)}")
-    if not any((folder / file).exists() for file in ("traces.jsonl", "metrics.jsonl", "config.yaml")):
-        raise ConfigError(
-            f"{folder} is no run's folder: it has no traces.jsonl, metrics.jsonl or config.yaml; name one that training wrote"
-        )
+    try:
+        folder = next((path for path in (Path(name), RUNS / name) if path.is_dir()), None)
+        if folder is None:
+            if Path(name).is_file():
+                raise ConfigError(f"{name} is a file: give the folder of the run that it belongs to")
+            there = [path.name for path in RUNS.iterdir() if path.is_dir()] if RUNS.is_dir() else []
+            raise ConfigError(f"no run {name!r} here or in {RUNS}/{nearest(name, there)}")
+        if not any((folder / file).exists() for file in ("traces.jsonl", "metrics.jsonl", "config.yaml")):
+            raise ConfigError(
+                f"{folder} is no run's folder: it has no traces.jsonl, metrics.jsonl or config.yaml; name one that training wrote"
+            )
+    except OSError as error:
+        raise ConfigError(f"run {name!r} cannot be looked at: {error.strerror}; name another, or make it readable") from error
     return folder
 
 
@@ -72,14 +75,17 @@ def build(folders: Sequence[Path], traces: int, console: Console) -> tuple[str, 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         reading = progress.add_task("reading", total=sum(_size(folder) for folder in folders))
         runs = [read_run(folder, traces, lambda size: progress.advance(reading, size)) for folder in folders]
-        data = {"index": index_of(runs)}
         pages = [(place, number) for place, viewed in enumerate(runs) for number in range(viewed.pages)]
-        try:
+
+        def data() -> Iterator[tuple[str, bytes]]:
+            yield "index", index_of(runs)
             for place, number in progress.track(pages, description="writing"):
-                data[f"page-{place}-{number}"] = runs[place].page(number)
+                yield f"page-{place}-{number}", runs[place].page(number)
+
+        try:
+            return assemble(_title(runs), SCRIPTS, STYLES, data()), runs
         except KeyError as error:
             raise ConfigError("traces.jsonl was cut off while it was read, for the run goes on; repeat the command") from error
-    return assemble(_title(runs), SCRIPTS, STYLES, data), runs
 
 
 def write(folders: Sequence[Path], out: Path, traces: int, console: Console) -> None:
@@ -93,7 +99,7 @@ def write(folders: Sequence[Path], out: Path, traces: int, console: Console) -> 
         _say_notes(viewed, console)
     counts = [(found["shown"], found["recorded"]) for found in (viewed.index() for viewed in runs)]
     told = " and ".join(f"{shown:,} traces" if shown == recorded else f"{shown:,} of {recorded:,} traces" for shown, recorded in counts)
-    console.print(f"{out}: {told}, {out.stat().st_size / 1e6:.2f} MB", markup=False)
+    console.print(f"{cli.printable(str(out))}: {told}, {out.stat().st_size / 1e6:.2f} MB", markup=False)
 
 
 def show(folders: Sequence[Path], traces: int, host: str, port: int, opens: bool, console: Console) -> None:
@@ -108,7 +114,7 @@ def show(folders: Sequence[Path], traces: int, host: str, port: int, opens: bool
         console.print(f"note: whoever can reach {host} can read the run", markup=False)
 
     def started(url: str) -> None:
-        console.print(f"{url}: {' and '.join(str(viewed.folder) for viewed in runs)}; Ctrl-C ends it", markup=False)
+        console.print(f"{url}: {cli.printable(' and '.join(str(viewed.folder) for viewed in runs))}; Ctrl-C ends it", markup=False)
         if opens:
             webbrowser.open(url)
 
@@ -116,12 +122,14 @@ def show(folders: Sequence[Path], traces: int, host: str, port: int, opens: bool
 
 
 def command(argv: list[str]) -> None:
-    given = _parser().parse_args(argv)
+    given = _parser().parse_intermixed_args(argv)  # OTHER may come after an option
     if given.out and given.serve:
         raise ConfigError("--out: --serve writes no file; leave one of them out")
     if given.out and given.out.suffix not in (".html", ".htm"):
         raise ConfigError(f"--out {given.out}: the file's name must end in .html")
-    folders = [run_folder(name) for name in (given.run, given.other) if name]
+    folders = [run_folder(name) for name in (given.run, given.other) if name is not None]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError(f"{given.run} and {given.other} are one run; name another to compare it with, or none")
     console = Console(soft_wrap=True, highlight=False)
     opens = not given.no_open and _has_display()
     if given.serve:
@@ -152,13 +160,13 @@ def _has_display() -> bool:
 
 
 def _natural(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 15 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no count: give 1 or more")
     return int(text)
 
 
 def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
+    if not text.isdecimal() or len(text) > 5 or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: give 0 to 65535")
     return int(text)
 

@@ -1,10 +1,19 @@
 """Files of lines that another process may still be writing."""
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 SEEN = 64
 """Bytes of the last line that must still be there for what follows them to be a continuation."""
+
+
+def opened(path: Path) -> BinaryIO:
+    """For its bytes. Raises OSError for what is no file: one would wait for a pipe without end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a file")
+    return path.open("rb")
 
 
 class Growing:
@@ -28,7 +37,7 @@ class Growing:
         if not self._offset:
             return False
         try:
-            with self.path.open("rb") as file:
+            with opened(self.path) as file:
                 file.seek(self._offset - len(self._seen))
                 return file.read(len(self._seen)) != self._seen
         except OSError:
@@ -38,7 +47,7 @@ class Growing:
         """(offset, line) of each line that is new; ``lines`` is the number of the last one, from 1."""
         self.rest, self.fault = False, ""
         try:
-            with self.path.open("rb") as file:
+            with opened(self.path) as file:
                 file.seek(self._offset)
                 for line in file:
                     self.rest = not line.endswith(b"\n")

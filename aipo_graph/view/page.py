@@ -4,7 +4,7 @@ import gzip
 import html
 import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -47,12 +47,14 @@ PAGE = """<!doctype html>
 """
 
 
-def assemble(title: str, scripts: Sequence[str], styles: Sequence[str], data: Mapping[str, bytes] = {}, *, live: bool = False) -> str:
+def assemble(
+    title: str, scripts: Sequence[str], styles: Sequence[str], data: Iterable[tuple[str, bytes]] = (), *, live: bool = False
+) -> str:
     """The page. The same arguments give the same text.
 
     Args:
         scripts: files below ``static/``, or absolute paths, run in this order; so the styles.
-        data: entry NAME becomes the element ``data-NAME``, which nothing of the entry can end.
+        data: (NAME, entry) becomes the element ``data-NAME``, which nothing of the entry can end. Packed one by one.
         live: may ask the server that it came from.
     """
     run = [_text(name) for name in scripts]
@@ -71,7 +73,7 @@ def assemble(title: str, scripts: Sequence[str], styles: Sequence[str], data: Ma
         title=html.escape(title),
         styles="\n".join(f"<style>{text}</style>" for text in shown),
         source="live" if live else "static",
-        data="\n".join(_data(name, content) for name, content in data.items()),
+        data="\n".join(_data(name, content) for name, content in data),
         scripts="\n".join(f"<script>{text}</script>" for text in run),
     )
 

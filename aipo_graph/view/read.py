@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from pydantic import ValidationError
@@ -53,7 +54,7 @@ class ViewedRun:
     """
 
     def __init__(self, folder: Path, traces: int = 2000, *, live: bool = False) -> None:
-        self.folder, self.name = folder, folder.resolve().name
+        self.folder, self.name = folder, _spelt(folder.resolve().name)
         self.state = "stopped"
         self._most, self._live = traces, live
         self._metrics, self._traces = Growing(folder / "metrics.jsonl"), Growing(folder / "traces.jsonl")
@@ -120,7 +121,7 @@ class ViewedRun:
             self._notes.pop(name, None)
             try:
                 read(path if mark else None)
-            except (OSError, ValueError, ConfigError) as error:
+            except (OSError, TypeError, ValueError, ConfigError) as error:  # TypeError: a date as a key in a list
                 self._notes[name] = f"{name} is not shown: {' '.join(str(error).split())}"
         self.state = "running" if _locked(self.folder) else "finished" if self._marks["summary.json"] else "stopped"
 
@@ -145,7 +146,7 @@ class ViewedRun:
         try:
             self._pieces = open_pieces(self.folder, self._settings)
             self._notes.pop("pieces", None)
-        except ConfigError as error:
+        except (ConfigError, OSError, RuntimeError) as error:  # policy.model may be no name of a file, ~nobody too
             self._notes["pieces"] = f"texts are shown whole, without the numbers of their tokens: {error}"
 
     def _take_point(self, offset: int, line: bytes) -> bool:
@@ -250,7 +251,7 @@ class ViewedRun:
         steps = self._settings.get("train.steps", "")
         return {
             "name": self.name,
-            "folder": str(self.folder),
+            "folder": _spelt(str(self.folder)),
             "state": self.state,
             "notes": self._all_notes(),
             "shown": len(shown),
@@ -296,20 +297,25 @@ def read_run(folder: Path, traces: int = 2000, progress: Callable[[int], None] =
 
 
 def index_of(runs: Sequence[ViewedRun]) -> bytes:
-    """The index of a page as JSON."""
-    return to_json({"version": __version__, "runs": [viewed.index() for viewed in runs]}, inf_nan_mode="null")
+    """The index of a page as JSON. Runs of one name are told apart by their folders."""
+    told = [viewed.index() for viewed in runs]
+    if len({entry["name"] for entry in told}) < len(told):
+        told = [entry | {"name": entry["folder"]} for entry in told]
+    return to_json({"version": __version__, "runs": told}, inf_nan_mode="null")
 
 
 def _locked(folder: Path) -> bool:
     """Whether a trainer has the folder. Asked for by a shared lock, given back at once."""
     try:
-        lock = os.open(folder / "lock", os.O_RDONLY)
+        lock = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
     except OSError:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:  # a file system without locks
+        return False
     finally:
         os.close(lock)
     return False
@@ -320,6 +326,8 @@ def _mark(path: Path) -> tuple[int, int] | None:
     try:
         stat = path.stat()
     except OSError:
+        return None
+    if not S_ISREG(stat.st_mode):
         return None
     return stat.st_mtime_ns, stat.st_size
 
@@ -335,10 +343,15 @@ def _number(value: object) -> float | None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every setting. Lone surrogates, which YAML can spell, become question marks."""
+    """(dotted key, text) of every setting."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield f"{prefix}{key}".encode(errors="replace").decode(), text.encode(errors="replace").decode()
+            yield _spelt(f"{prefix}{key}"), _spelt(text)
+
+
+def _spelt(text: str) -> str:
+    """Without lone surrogates, which YAML and names of files can hold and JSON cannot: they become question marks."""
+    return text.encode(errors="replace").decode()

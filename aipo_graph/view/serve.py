@@ -1,11 +1,13 @@
-"""The page of a live run: a server on loopback that reads what the run appends, when it is asked."""
+"""The page of a live run, read when it is asked for; and how a page is served on loopback, which the demo does too."""
 
 import asyncio
 import errno
 import hashlib
 import ipaddress
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -75,23 +77,51 @@ def application(runs: Sequence[ViewedRun], page: str, host: str) -> web.Applicat
     return app
 
 
-async def serve(app: web.Application, host: str, port: int, started: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM; ``started`` is told the URL. Raises ConfigError where the port cannot be had."""
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+def bound(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError where it cannot be had."""
+    try:
+        host.encode("idna")  # else a bare TypeError comes from create_server
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except UnicodeError as error:
+        raise ConfigError(f"--host {host}: no name of a machine; choose another, 127.0.0.1 for this machine alone") from error
+    except OSError as error:
+        raise ConfigError(_refused(host, port, error)) from error
+
+
+@asynccontextmanager
+async def serving(app: web.Application, listening: socket.socket, *, cancels: bool = False) -> AsyncIterator[str]:
+    """The page is served, at the URL. ``cancels``: whether who goes away cancels the handler of their request."""
+    runner = web.AppRunner(app, handler_cancellation=cancels, access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise ConfigError(_refused(host, port, error)) from error
-        stopping, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stopping.set)
-        name = f"[{host}]" if ":" in host else host
-        started(f"http://{name}:{runner.addresses[0][1]}/")
-        await stopping.wait()
+        await web.SockSite(runner, listening).start()
+        host, port = listening.getsockname()[:2]
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     finally:
         await runner.cleanup()
+
+
+@contextmanager
+def told_to_end() -> Iterator[asyncio.Event]:
+    """Set by SIGINT and by SIGTERM. After this block they end the process at once, whatever is still being closed."""
+    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, told.set)
+    try:
+        yield told
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def serve(app: web.Application, host: str, port: int, started: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM; ``started`` is told the URL. Raises ConfigError where the port cannot be had."""
+    with bound(host, port) as listening:
+        async with serving(app, listening) as url:
+            with told_to_end() as told:
+                started(url)
+                await told.wait()
 
 
 def _refused(host: str, port: int, error: OSError) -> str:
@@ -99,7 +129,8 @@ def _refused(host: str, port: int, error: OSError) -> str:
         return f"port {port} of {host} is in use; choose another --port, or 0 for any that is free"
     if error.errno == errno.EACCES:
         return f"port {port} may not be opened by you; choose a --port above 1023"
-    return f"cannot listen on {host}, port {port} ({error.strerror or error}); choose another --host, 127.0.0.1 for this machine alone"
+    why = str(error.strerror or error).partition(" (while")[0]  # Python repeats the address
+    return f"cannot listen on {host}, port {port} ({why}); choose another --host, 127.0.0.1 for this machine alone"
 
 
 def _ours(given: str, host: str) -> bool:

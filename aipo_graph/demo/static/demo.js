@@ -185,15 +185,47 @@ function majority(runs) {
   return `the vote goes to ${first.answer}${verdict}`;
 }
 
-function isKnown(right) {
-  return right !== null && right !== undefined;
+function isKnown(value) {
+  return value !== null && value !== undefined;
+}
+
+/**
+ * A segment as it would stand with agents: where the policy wrote feedback of its own, that is a line for itself.
+ * `feedback`: its opening and its closing tag.
+ */
+function linesOf(segment, [opening, closing]) {
+  if (segment.source !== "policy") return [segment];
+  const text = segment.tokens.join("");
+  const starts = [];
+  let place = 0;
+  segment.tokens.forEach((piece, index) => {
+    const breaks = text.startsWith(opening, place) || text.startsWith(closing, place - closing.length);
+    if (!index || (piece && breaks)) starts.push(index);
+    place += piece.length;
+  });
+  return starts.map((start, line) => {
+    const end = starts[line + 1];
+    return { ...segment, tokens: segment.tokens.slice(start, end), logprobs: segment.logprobs?.slice(start, end) };
+  });
+}
+
+/** The arrow keys choose the next radio button of a group, as they do in a form. */
+function onArrows(event) {
+  const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+  if (!step) return;
+  event.preventDefault();
+  const radios = [...event.currentTarget.children];
+  const next = radios.at((radios.indexOf(event.target) + step) % radios.length);
+  next.focus();
+  next.click();
 }
 
 /** One choice of several; `options`: [name, label] each. */
 function Switch({ label, options, value, onChange, testid }) {
-  return html`<div class="switch" role="radiogroup" aria-label=${label} data-testid=${testid}>
+  return html`<div class="switch" role="radiogroup" aria-label=${label} onKeyDown=${onArrows} data-testid=${testid}>
     ${options.map(([name, text]) => html`<button key=${name} type="button" role="radio" data-choice=${name}
-      aria-checked=${String(name === value)} onClick=${() => onChange(name)}>${text}</button>`)}
+      aria-checked=${String(name === value)} tabindex=${name === value ? 0 : -1}
+      onClick=${() => onChange(name)}>${text}</button>`)}
   </div>`;
 }
 
@@ -217,17 +249,18 @@ function AskForm({ about, form, setForm, error, running, onAsk, onStop, onSample
   const onKeyDown = (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    onAsk();
+    if (!event.repeat) onAsk();
   };
   return html`<form class="card ask" noValidate onSubmit=${(event) => { event.preventDefault(); onAsk(); }}>
     <label class="question-label" for="question">Question</label>
     <div class="question">
-      <textarea id="question" ref=${box} rows="1" value=${form.question} placeholder=${about.example}
+      <textarea id="question" ref=${box} rows="1" value=${form.question}
+        placeholder=${about.example && `for example ${about.example}`}
         spellcheck="false" autocomplete="off" onInput=${set("question")} onKeyDown=${onKeyDown}
         data-testid="question" ...${bad("question")} />
       ${running
-        ? html`<button class="button stop" type="button" onClick=${onStop} data-testid="stop">
-            Stop<kbd>Esc</kbd></button>`
+        ? html`<button class="button stop" type="button" onClick=${(event) => event.detail < 2 && onStop()}
+            data-testid="stop">Stop<kbd>Esc</kbd></button>`
         : html`<button class="button primary" type="submit" data-testid="ask">Ask<kbd>↵</kbd></button>`}
     </div>
     <p class="error" id="error" role="alert" data-testid="error">${error && visible(error.message)}</p>
@@ -266,18 +299,17 @@ function Earlier({ earlier, current, onOpen, onForget }) {
 function moment(text) {
   const time = new Date(text);
   const today = time.toDateString() === new Date().toDateString();
-  const style = today ? { hour: "2-digit", minute: "2-digit" } : { dateStyle: "medium", timeStyle: "short" };
-  return time.toLocaleString([], style);
+  return time.toLocaleString([], { dateStyle: today ? undefined : "medium", timeStyle: "short" });
 }
 
 function Chips({ runs, running, sample, onSample }) {
   if (runs.length < 2) return null;
-  return html`<div class="chips" role="radiogroup" aria-label="sample">${runs.map((run) => {
+  return html`<div class="chips" role="radiogroup" aria-label="sample" onKeyDown=${onArrows}>${runs.map((run) => {
     const state = stateOf(run, running);
     const [sign, title] = STATES[state];
     return html`<button key=${run.sample} type="button" role="radio" class=${`chip ${state}`} title=${title}
-      aria-checked=${String(run.sample === sample)} onClick=${() => onSample(run.sample)}
-    >${run.sample + 1}<i>${sign}</i></button>`;
+      aria-checked=${String(run.sample === sample)} tabindex=${run.sample === sample ? 0 : -1}
+      onClick=${() => onSample(run.sample)}>${run.sample + 1}<i>${sign}</i></button>`;
   })}</div>`;
 }
 
@@ -301,15 +333,19 @@ function Votes({ runs, onSample }) {
   </div>`;
 }
 
-/** One side: the graph, what was written, how the samples voted. */
-function Side({ mode, graph, runs, running, sample, shade, onSample }) {
+/** One side: how the samples voted, the graph, what was written. */
+function Side({ about, mode, runs, running, sample, shade, onSample }) {
+  const graph = about.graphs[mode];
   const run = runs.find((made) => made.sample === sample) || runs[0];
   const [step, setStep] = useState(null);
   const [node, setNode] = useState(null);
   const visits = useMemo(() => visitOfSegments(run), [run]);
-  const place = useMemo(() => new Map(run.segments.map((segment, index) => [segment, index])), [run]);
-  const atStep = (segment) => step !== null && visits[place.get(segment)] === step;
-  const lit = (segment) => (node === null ? atStep(segment) : segment.author === node);
+  const lines = useMemo(() => new Map(run.segments.flatMap(
+    (segment, index) => linesOf(segment, about.feedback).map((line) => [line, visits[index]]),
+  )), [run]);
+  const written = useMemo(() => ({ ...run, segments: [...lines.keys()] }), [lines]);
+  const atStep = (line) => step !== null && lines.get(line) === step;
+  const lit = (line) => (node === null ? atStep(line) : line.author === node);
   const state = stateOf(run, running);
   const box = useRef(null);
   useEffect(() => {
@@ -319,13 +355,13 @@ function Side({ mode, graph, runs, running, sample, shade, onSample }) {
     <header><h3>${TITLES[mode]}</h3><span class=${`badge ${state}`}>${STATES[state].join(" ")}</span></header>
     <div class="tally"><${Chips} runs=${runs} running=${running} sample=${run.sample} onSample=${onSample} />
       <${Votes} runs=${runs} onSample=${onSample} /></div>
-    <div class="picture">${run.status
+    <div class="picture" style=${{ maxWidth: `${graph.width}px` }}>${run.status
       ? html`<${PathPlayer} graph=${graph} trace=${run} onStep=${setStep} onNode=${setNode} />`
       : html`<${GraphPicture} graph=${graph} path=${run.path} active=${run.active} ended=${false} />`}</div>
     <div class="written">
       ${run.error && html`<p class="fault" data-testid="fault">${visible(run.error)}</p>`}
       <div class="transcript" tabindex="0" role="region" aria-label=${`what was written: ${TITLES[mode]}`} ref=${box}>
-        <${TraceTokens} trace=${run} colour=${shade} marked=${lit} />
+        <${TraceTokens} trace=${written} colour=${shade} marked=${lit} />
         ${state === "running" && html`<p class="writing muted"><i></i><bdi>${visible(run.active || "waits")}</bdi></p>`}
       </div>
       ${run.status && html`<${Facts} run=${run} />`}
@@ -339,10 +375,10 @@ function Facts({ run }) {
   const consults = run.segments.filter((segment) => segment.source === "agent").length;
   const facts = [
     ["answer", run.answer === null ? "–" : html`<bdi>${visible(cut(run.answer, 80))}</bdi>`],
-    ["reward", fixed(run.reward)],
+    ...(isKnown(run.reward) ? [["reward", fixed(run.reward)]] : []),
     ["consults", grouped(consults)],
     ["sampled tokens", grouped(tokens.policy || 0)],
-    ["ended", run.status],
+    ...(run.status === "done" ? [] : [["ended", run.status]]),
     ...Object.entries(run.scores).filter(([name, value]) => value && ["violation", "leaks"].includes(name)),
   ];
   return html`<dl class="facts">
@@ -371,7 +407,7 @@ function Result({ about, asked, running }) {
         testid="colour" onChange=${setShade} />
       <${Legend} colour=${shade} />
     </div>
-    <div class="sides">${sides.map(([mode, made]) => html`<${Side} key=${mode} mode=${mode} graph=${about.graphs[mode]}
+    <div class="sides">${sides.map(([mode, made]) => html`<${Side} key=${mode} about=${about} mode=${mode}
       runs=${made} running=${running} sample=${sample} shade=${shade} onSample=${setSample} />`)}</div>
   </section>`;
 }
@@ -396,22 +432,24 @@ function useConversation(form, setForm) {
   };
   const remember = async () => setEarlier(await getJson("/history"));
   const leave = () => { current.current?.abort.abort(); current.current = null; pace.drop(); setRunning(false); };
-  const ask = () => guarded(async () => {
-    leave();
-    const mine = { abort: new AbortController(), thread: null };
-    current.current = mine;
+  const begin = (asking) => { leave(); current.current = asking; setRunning(true); showAddress(asking.thread); };
+  const ask = (words = {}) => guarded(async () => {
+    const asks = { ...form, ...words };
+    setForm(asks);
+    const asking = { abort: new AbortController(), thread: null };
+    // What is refused leaves the question that runs alone.
     const onEvent = (event) => {
-      if (current.current !== mine) return;
-      if (event.event === "asked") { mine.thread = event.thread; setRunning(true); showAddress(event.thread); }
+      if (event.event === "asked") { asking.thread = event.thread; begin(asking); }
+      if (current.current !== asking) return;
       if (event.error) setError(new Refusal(event.error));
       pace.push(event);
     };
     try {
-      const { question, mode } = form;
-      const [samples, temperature, seed] = [form.samples, form.temperature, form.seed].map(numberIn);
-      await stream({ question, mode, samples, temperature, seed }, onEvent, mine.abort.signal);
+      const { question, mode } = asks;
+      const [samples, temperature, seed] = [asks.samples, asks.temperature, asks.seed].map(numberIn);
+      await stream({ question, mode, samples, temperature, seed }, onEvent, asking.abort.signal);
     } finally {
-      if (current.current === mine) { pace.end(); if (mine.thread) await remember(); }
+      if (current.current === asking) { pace.end(); await remember(); }
     }
   });
   const stop = () => guarded(async () => { pace.hurry(); await post("/stop", { thread: current.current.thread }); });
@@ -432,7 +470,8 @@ function useConversation(form, setForm) {
     const { question } = await getJson(`/sample?kind=${encodeURIComponent(kind)}`);
     setForm((before) => ({ ...before, question }));
   });
-  return { asked, running, error, earlier, ask, stop, open, forget, sample, remember: () => guarded(remember) };
+  const refresh = () => remember().catch(setError);
+  return { asked, running, error, earlier, ask, stop, open, forget, sample, refresh };
 }
 
 function numberIn(text) {
@@ -455,8 +494,11 @@ function Demo({ about }) {
   const [form, setForm] = useState(about.asks);
   const talk = useConversation(form, setForm);
   useEffect(() => {
-    talk.remember();
+    talk.refresh();
     if (location.hash) talk.open(location.hash.slice(1));
+    // Another tab may have asked meanwhile.
+    window.addEventListener("focus", talk.refresh);
+    return () => window.removeEventListener("focus", talk.refresh);
   }, []);
   useEffect(() => {
     const onKeyDown = (event) => { if (event.key === "Escape" && talk.running) talk.stop(); };
@@ -474,25 +516,33 @@ function Demo({ about }) {
         onAsk=${talk.ask} onStop=${talk.stop} onSample=${talk.sample} />
       ${talk.asked
         ? html`<${Result} about=${about} asked=${talk.asked} running=${talk.running} />`
-        : html`<${Welcome} about=${about} />`}
+        : html`<${Welcome} about=${about} onAsk=${talk.ask} />`}
     </div>
-    <aside class="card earlier" aria-label="earlier questions"><h3>Earlier questions</h3>
+    <aside class="card earlier" aria-label="earlier questions"><h2>Earlier questions</h2>
       <${Earlier} earlier=${talk.earlier} current=${talk.asked?.thread} onOpen=${talk.open}
         onForget=${talk.forget} /></aside>
   </div>`;
 }
 
-function Welcome({ about }) {
+/** What stands there before the first question. */
+function Welcome({ about, onAsk }) {
   const words = {
-    alone: "The policy by itself, as it is after training.",
-    with_agents: `The policy may ask ${about.agents.join(", ")}; their words are spliced in.`,
+    alone: "The policy answers by itself.",
+    with_agents: `The policy may ask ${about.agents.join(", ")}; what they reply stands among its own words.`,
   };
-  return html`<section class="sides welcome">${Object.keys(TITLES).map((mode) => html`<div
-      class="card side" key=${mode}>
-    <header><h3>${TITLES[mode]}</h3></header>
-    <div class="picture"><${GraphPicture} graph=${about.graphs[mode]} /></div>
-    <p class="muted">${words[mode]}</p>
-  </div>`)}</section>`;
+  return html`<section class="welcome" aria-label="what this page shows">
+    <p>Ask a question: the policy, which is the language model that is trained, answers it alone and with the help of
+      its agents, while you watch.
+      ${about.example && html` <button class="button" type="button" data-testid="example"
+        onClick=${() => onAsk({ question: about.example })}>Try <bdi>${visible(cut(about.example, 60))}</bdi></button>`}
+    </p>
+    <div class="sides">${Object.keys(TITLES).map((mode) => html`<div class="card side" key=${mode}>
+      <h3>${TITLES[mode]}</h3>
+      <p class="muted">${words[mode]}</p>
+      <div class="picture" style=${{ maxWidth: `${about.graphs[mode].width}px` }}>
+        <${GraphPicture} graph=${about.graphs[mode]} /></div>
+    </div>`)}</div>
+  </section>`;
 }
 
 getJson("/about").then(
