@@ -150,7 +150,9 @@ def test_agent_gradient_is_weight_times_advantage_times_score(a: float) -> None:
     rho = [1e-4, 0.05, 0.1, 0.3, 0.9]
     floor = 0.1 if a > 0 else 0.0
     assert weights_of_agent_tokens(rho, a, Loss(floor=0.1)) == pytest.approx([max(p, floor) for p in rho], rel=1e-3)
-    assert weights_of_agent_tokens(rho, a, Loss(floor=0.1, ceiling=0.25)) == pytest.approx([min(max(p, floor), 0.25) for p in rho], rel=1e-3)
+    assert weights_of_agent_tokens(rho, a, Loss(floor=0.1, ceiling=0.25)) == pytest.approx(
+        [min(max(p, floor), 0.25) for p in rho], rel=1e-3
+    )
     assert weights_of_agent_tokens(rho, a, Loss(agent="sft")) == pytest.approx([1.0] * 5, rel=1e-3)
     assert weights_of_agent_tokens(rho, a, Loss(agent="gated")) == pytest.approx([float(a > 0)] * 5, rel=1e-3)
     shaped = [0.1 * p / (p + 0.1) ** 2 for p in rho]

@@ -6,11 +6,9 @@ closed tab ends its runs; what was made until then is stored all the same.
 
 import asyncio
 import json
-import os
 import re
 import socket
 import sqlite3
-import sys
 import webbrowser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,7 +35,7 @@ from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.types import Problem
-from aipo_graph.view.page import assemble, csp
+from aipo_graph.view.page import assemble, csp, has_display
 from aipo_graph.view.pieces import Pieces, open_pieces
 from aipo_graph.view.serve import guard, secured, serving, told_to_end
 
@@ -292,11 +290,6 @@ async def serve(demo: Demo, listening: socket.socket, rollouts: Rollouts, consol
                 note = f"note: whoever can reach {address} can use the model, and read and delete what was asked"
                 console.print(note, markup=False, soft_wrap=True)
             console.print(f"{printable(demo.model)}: {url} (Ctrl-C ends it)", markup=False, soft_wrap=True)
-            if not demo.no_open and _has_display():
+            if not demo.no_open and has_display():
                 await asyncio.to_thread(webbrowser.open, url)
             await told.wait()
-
-
-def _has_display() -> bool:
-    """Without one, webbrowser would start a browser that draws in the terminal."""
-    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import os
 import sys
 import webbrowser
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from aipo_graph.errors import ConfigError
 from aipo_graph.load import nearest
 from aipo_graph.log import write_whole
 
-from .page import SCRIPTS, STYLES, assemble
+from .page import SCRIPTS, STYLES, assemble, has_display
 from .read import ViewedRun, index_of, read_run
 
 RUNS = Path("runs")
@@ -131,7 +130,7 @@ def command(argv: list[str]) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError(f"{given.run} and {given.other} are one run; name another to compare it with, or none")
     console = Console(soft_wrap=True, highlight=False)
-    opens = not given.no_open and _has_display()
+    opens = not given.no_open and has_display()
     if given.serve:
         show(folders, given.traces, given.host, given.port, opens, console)
         return
@@ -152,11 +151,6 @@ def _say_notes(viewed: ViewedRun, console: Console) -> None:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in (folder / "traces.jsonl", folder / "metrics.jsonl") if path.is_file())
-
-
-def _has_display() -> bool:
-    """Without one, webbrowser would start a browser that draws in the terminal."""
-    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
 
 
 def _natural(text: str) -> int:

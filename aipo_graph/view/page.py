@@ -2,7 +2,9 @@
 
 import gzip
 import html
+import os
 import re
+import sys
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -101,3 +103,8 @@ def _hash(text: str) -> str:
 def _data(name: str, content: bytes) -> str:
     packed = b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode()
     return f'<script type="application/octet-stream" id="data-{html.escape(name)}">{packed}</script>'
+
+
+def has_display() -> bool:
+    """Without one, webbrowser would start a browser that draws in the terminal."""
+    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
