@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,26 @@ PIXELS = """(canvas, name) => {
 }"""
 
 
+@pytest.fixture(scope="module")
+def page_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The page of run folders, written once."""
+
+    @cache
+    def page(*folders: Path) -> Path:
+        file = tmp_path_factory.mktemp("page") / "view.html"
+        write(folders, file, 100, Console(quiet=True))
+        return file
+
+    return page
+
+
 @pytest.fixture
-def dashboard(chromium: Browser, tmp_path: Path) -> Iterator[Open]:
+def dashboard(chromium: Browser, page_of: Callable[..., Path]) -> Iterator[Open]:
     """Opens the dashboard of run folders. What the page's console says, and requests to elsewhere, fail the test."""
     said: list[str] = []
 
     def open_page(*folders: Path, width: int = 1280, theme: str = "light") -> Page:
-        file = tmp_path / "view.html"
-        write(folders, file, 100, Console(quiet=True))
+        file = page_of(*folders)
         page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)  # type: ignore[arg-type]
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -58,8 +71,8 @@ def changed(viewed_run: Path, tmp_path: Path) -> Change:
     """A run with other metrics than the trainer's."""
 
     def change(edit: Callable[[list[Row]], list[Row]]) -> Path:
-        folder = tmp_path / "changed"
-        folder.mkdir(exist_ok=True)
+        folder = tmp_path / f"changed-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
         (folder / "config.yaml").write_text((viewed_run / "config.yaml").read_text())
         rows = edit(read_metrics(viewed_run / "metrics.jsonl"))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -23,6 +23,7 @@ function TraceCard({ trace, entry, colour, run = null, graph = null, onOpen = nu
       ${entry.error !== null && html`<p class="reason"><${Clipped} text=${entry.error} limit=${200} keep=${160} /></p>`}
     </header>
     ${graph && html`<${GraphPicture} graph=${graph} path=${trace.path} ended=${!wasCut(entry)} />`}
+    <${NoColours} trace=${trace} colour=${colour} />
     <${TraceTokens} trace=${trace} colour=${colour} />
   </section>`;
 }
@@ -30,10 +31,10 @@ function TraceCard({ trace, entry, colour, run = null, graph = null, onOpen = nu
 /** The G siblings of a problem side by side. */
 function GroupView({ runs, source, entry, all, colour, go }) {
   const entries = useMemo(() => groupOf(all, entry), [all, entry.run, entry.group]);
-  const { traces, error } = useTraces(source, entries);
-  if (error) return html`<p class="problem-note bad">${error.message}</p>`;
-  if (!traces) return html`<p class="muted loading">loading …</p>`;
-  const mean = (kind) => meanReward(entries.filter((one) => one.withAgents === kind));
+  const { loaded, error } = useTraces(source, entries);
+  if (!loaded) return html`<${Waiting} error=${error} />`;
+  const mean = (kind) => meanReward(entries.filter((one) => one.withAgents === kind && !wasCut(one)));
+  const { about } = loaded[0].trace;
   return html`<article class="group" data-testid="group">
     <div class="card head">
       <div class="about">
@@ -43,8 +44,8 @@ function GroupView({ runs, source, entry, all, colour, go }) {
           <span class="tag">step ${entry.step}</span><span class="tag">${plural(entries.length, "sibling")}</span>
         </div>
         <dl class="facts">
-          <dt>question</dt><dd class="quote"><${Clipped} text=${traces[0].about.question} /></dd>
-          <dt>right answer</dt><dd class="quote"><${Clipped} text=${traces[0].about.answer} /></dd>
+          <dt>question</dt><dd class="quote"><${Clipped} text=${about.question} /></dd>
+          <dt>right answer</dt><dd class="quote"><${Clipped} text=${about.answer} /></dd>
           <dt>mean reward</dt><dd>
             <b>${fixed(mean(true), 2)}</b> with agents · <b>${fixed(mean(false), 2)}</b> alone</dd>
         </dl>
@@ -53,7 +54,7 @@ function GroupView({ runs, source, entry, all, colour, go }) {
         </div>
     </div>
     <div class="siblings" tabindex="0" role="group" aria-label="siblings, scroll sideways">
-      ${entries.map((one, index) => html`<${TraceCard} key=${one.key} trace=${traces[index]} entry=${one}
+      ${loaded.map(({ entry: one, trace }) => html`<${TraceCard} key=${one.key} trace=${trace} entry=${one}
         colour=${colour}
         onOpen=${() => go({ view: "trace", trace: one.key })} />`)}
     </div>
@@ -94,7 +95,7 @@ function Compare({ runs, source, entry, all, colour, place, go }) {
   const b = same.find((one) => one.key === place.b) || partnerOf(a, same);
   const elsewhere = new Set(same.map(sceneOf)).size > 1;
   const both = useTraces(source, b ? [a, b] : [a]);
-  const asked = new Set(both.traces?.map((trace) => trace.about.question));
+  const questions = new Set(both.loaded?.map(({ trace }) => trace.about.question));
   const chooseProblem = (name) => {
     const entries = shared.find(([problem]) => problem === name)[1];
     go({ a: entries[0].key, b: partnerOf(entries[0], entries).key });
@@ -107,28 +108,28 @@ function Compare({ runs, source, entry, all, colour, place, go }) {
             onChange=${(event) => event.target.value && chooseProblem(event.target.value)}>
             ${!elsewhere && html`<option value="" selected>choose one …</option>`}
             ${shared.map(([name]) => html`<option key=${name} value=${name}
-              selected=${name === a.problem}>${name}</option>`)}
+              selected=${name === a.problem}>${spelt(name)}</option>`)}
           </select></label>`
         : html`<p class="muted"
-          data-testid="nothing-shared">No problem stands here in two runs or at two steps: each was trained on once.
+          data-testid="nothing-shared">No problem stands here in two runs or at two steps: each is recorded once.
             Give the page a second run with the same seed to compare them; siblings can be compared as they are.</p>`}
       ${shared.length > 0 && !elsewhere && html`<p class="muted"><b><bdi>${visible(cut(a.problem, 120))}</bdi>
-        </b> was seen once only; below are two of its siblings.</p>`}
-      ${asked.size > 1 && html`<p class="bad"
+        </b> is recorded once only; below are two of its siblings.</p>`}
+      ${questions.size > 1 && html`<p class="bad"
         data-testid="different-questions">The two have the same problem id but different questions:
         the runs drew their problems from different seeds or data.</p>`}
     </div>
     <div class="pair">
-      ${both.error && html`<p class="problem-note bad">${both.error.message}</p>`}
+      ${both.error && html`<${Waiting} error=${both.error} />`}
       ${[["A", a, "a"], ["B", b, "b"]].map(([name, one, side], index) => html`<${Compared} key=${side} name=${name}
         entry=${one} entries=${same}
-        runs=${runs} trace=${both.traces?.[index]} colour=${colour}
+        runs=${runs} loaded=${both.loaded?.find((found) => found.entry.key === one?.key)} colour=${colour}
           onChoose=${(key) => go({ a: a.key, b: b?.key || "", [side]: key })} />`)}
     </div>
   </article>`;
 }
 
-function Compared({ name, entry, entries, runs, trace, colour, onChoose }) {
+function Compared({ name, entry, entries, runs, loaded, colour, onChoose }) {
   if (!entry) return html`<p class="muted">This problem has one trace only.</p>`;
   const scenes = [...new Set(entries.map(sceneOf))];
   return html`<div class="compared" data-testid=${`compare-${name.toLowerCase()}`}>
@@ -139,8 +140,8 @@ function Compared({ name, entry, entries, runs, trace, colour, onChoose }) {
             selected=${one.key === entry.key}>${nameOf(one, scene, runs)}</option>`)}
         </optgroup>`)}
       </select></label>
-    ${trace && html`<${TraceCard} trace=${trace} entry=${entry} colour=${colour} run=${runs[entry.run]}
-      graph=${runs[entry.run].graph} />`}
+    ${loaded && html`<${TraceCard} key=${entry.key} trace=${loaded.trace} entry=${entry} colour=${colour}
+      run=${runs[entry.run]} graph=${runs[entry.run].graph} />`}
   </div>`;
 }
 

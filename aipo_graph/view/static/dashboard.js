@@ -326,21 +326,6 @@ function ChartControls({ board, runs, axis, onAxis, span, onSpan, zoomed, skippe
   </div>`;
 }
 
-/** Redraws the charts when the theme changes. */
-function useBoardColours(board) {
-  useEffect(() => {
-    const recolour = () => board.recolour();
-    const attributes = new MutationObserver(recolour);
-    const system = matchMedia("(prefers-color-scheme: dark)");
-    attributes.observe(document.documentElement, { attributes: true });
-    system.addEventListener("change", recolour);
-    return () => {
-      attributes.disconnect();
-      system.removeEventListener("change", recolour);
-    };
-  }, [board]);
-}
-
 function Dashboard({ runs: given }) {
   const board = useMemo(() => new ChartBoard(), []);
   const runs = useMemo(() => given.map((run) => ({ ...run, metrics: complete(run.metrics) })), [given]);
@@ -352,7 +337,11 @@ function Dashboard({ runs: given }) {
     board.rescale(range);
     setZoom(range);
   };
-  useBoardColours(board);
+  useEffect(() => {
+    const recolour = () => board.recolour();
+    document.addEventListener("themechange", recolour);
+    return () => document.removeEventListener("themechange", recolour);
+  }, [board]);
   const xs = useMemo(() => runs.map((run) => along(run, axis)), [runs, axis]);
   const names = useMemo(() => metricNames(runs), [runs]);
   const sections = useMemo(() => {

@@ -6,6 +6,7 @@ const PLACE = {
   from: "", to: "", reward: "", status: "", agent: "", help: "", failures: "", text: "", order: "oldest",
 };
 const FILTERS = ["from", "to", "reward", "status", "agent", "help", "failures", "text"];
+const SETTLED = 200;
 const ORDERS = {
   oldest: ["oldest first", null],
   newest: ["newest first", (one, two) => two.step - one.step || two.group - one.group || one.member - two.member],
@@ -36,23 +37,22 @@ function usePlace() {
       history[moved ? "pushState" : "replaceState"](null, "", writePlace(place));
       written.current = place;
     };
-    const timer = setTimeout(write, moved ? 0 : 200);
+    const timer = setTimeout(write, moved ? 0 : SETTLED);
     return () => clearTimeout(timer);
   }, [place]);
   useEffect(() => {
     const back = () => { written.current = readPlace(); setPlace(written.current); };
     addEventListener("hashchange", back);
-    addEventListener("popstate", back);
-    return () => { removeEventListener("hashchange", back); removeEventListener("popstate", back); };
+    return () => removeEventListener("hashchange", back);
   }, []);
   return [place, go];
 }
 
 /** The entries that a place's filters leave, in its order. */
 function leftOf(entries, place) {
-  performance.mark("filter-start");
-  const from = place.from === "" ? -Infinity : Number(place.from);
-  const to = place.to === "" ? Infinity : Number(place.to);
+  const start = performance.now();
+  const from = stepOr(place.from, -Infinity);
+  const to = stepOr(place.to, Infinity);
   const text = place.text.trim().toLowerCase();
   const left = entries.filter((entry) => entry.step >= from && entry.step <= to
     && (!place.reward || outcomeOf(entry) === place.reward)
@@ -61,11 +61,15 @@ function leftOf(entries, place) {
     && (!place.help || entry.withAgents === (place.help === "with"))
     && (!place.failures || wasCut(entry))
     && (!text || entry.problem.toLowerCase().includes(text)));
-  const order = (ORDERS[place.order] || ORDERS.oldest)[1];
+  const order = ORDERS[oneOf(ORDERS, place.order)][1];
   if (order) left.sort(order);
   performance.clearMeasures("filter");
-  performance.measure("filter", "filter-start");
+  performance.measure("filter", { start });
   return left;
+}
+
+function stepOr(text, otherwise) {
+  return /^\d+$/.test(text) ? Number(text) : otherwise;
 }
 
 /** Whether a trace asked an agent ("=name"), or nobody ("none"). */
@@ -88,6 +92,10 @@ function Filters({ run, entries, left, place, go, search }) {
   const cutShort = useMemo(() => entries.filter(wasCut).length, [entries]);
   const filtered = FILTERS.some((name) => place[name] !== "");
   const set = (name) => (value) => go({ [name]: value });
+  const clear = (event) => {
+    event.target.closest(".side").querySelector(".list").focus();
+    go(Object.fromEntries(FILTERS.map((name) => [name, ""])));
+  };
   return html`<div class="filters" role="search" aria-label="filter traces">
     <${Steps} entries=${entries} left=${left} place=${place} go=${go} />
     <details class="choices-fold" open=${matchMedia("(min-width: 761px)").matches}><summary>filters</summary><div
@@ -97,9 +105,9 @@ function Filters({ run, entries, left, place, go, search }) {
       <${Choice} label="agents" testid="filter-help" value=${place.help} onChange=${set("help")}
         options=${[["", "with or alone"], ["with", "with agents"], ["alone", "alone"]]} />
       <${Choice} label="consulted" testid="filter-agent" value=${place.agent} onChange=${set("agent")}
-        options=${[["", "any or none"], ...run.agents.map((name) => [`=${name}`, name]), ["none", "nobody"]]} />
+        options=${[["", "any or none"], ...run.agents.map((name) => [`=${name}`, spelt(name)]), ["none", "nobody"]]} />
       <${Choice} label="status" testid="filter-status" value=${place.status} onChange=${set("status")}
-        options=${[["", "all"], ...statuses.map((name) => [name, name])]} />
+        options=${[["", "all"], ...statuses.map((name) => [name, spelt(name)])]} />
     </div></details>
     <div class="filter-row">
       <input type="search" ref=${search} placeholder="problem id" aria-label="search problem id"
@@ -114,10 +122,10 @@ function Filters({ run, entries, left, place, go, search }) {
       <span role="status" data-testid="count">
         <b>${grouped(left.length)}</b> of ${plural(entries.length, "trace")}</span>
       <button type="button" class="link" disabled=${!filtered} data-testid="clear"
-        onClick=${() => go(Object.fromEntries(FILTERS.map((name) => [name, ""])))}>clear</button>
+        onClick=${clear}>clear</button>
       <select class="order" aria-label="order" value=${place.order}
         onChange=${(event) => go({ order: event.target.value })}>
-        ${Object.entries(ORDERS).map(([name, [label]]) => html`<option value=${name}
+        ${Object.entries(ORDERS).map(([name, [label]]) => html`<option key=${name} value=${name}
           selected=${name === place.order}>${label}</option>`)}
       </select>
     </div>
@@ -127,20 +135,21 @@ function Filters({ run, entries, left, place, go, search }) {
 /** Mean reward by step of what the other filters leave, over a pair of sliders that choose the steps. */
 function Steps({ entries, left, place, go }) {
   const [low, high] = useMemo(() => stepsOf(entries), [entries]);
-  const from = clamp(place.from === "" ? low : Number(place.from), low, high);
-  const to = clamp(place.to === "" ? high : Number(place.to), low, high);
+  const from = clamp(stepOr(place.from, low), low, high);
+  const to = clamp(stepOr(place.to, high), from, high);
   const choose = (start, end) => go({ from: start <= low ? "" : String(start), to: end >= high ? "" : String(end) });
-  const means = useMemo(() => meansByStep(left, low, high), [left, low, high]);
+  const stepAt = (event) => clamp(Number(event.target.value), low, high);
+  const begin = (event) => choose(stepAt(event), Math.max(stepAt(event), to));
+  const end = (event) => choose(Math.min(from, stepAt(event)), stepAt(event));
+  const means = useMemo(() => meansByStep(left), [left]);
   const share = (step) => (high > low ? (step - low + 0.5) / (high - low + 1) : 0.5);
   const spot = ([step, mean]) => `${share(step)} ${0.95 - 0.9 * mean}`;
   const curve = (points) => (points.length ? `M${points.map(spot).join("L")}h0.001` : "");
   return html`<div class="steps" data-testid="filter-step">
     <div class="steps-label"><span>steps</span>
-      <input type="number" aria-label="first step" min=${low} max=${high} value=${from} data-testid="step-from"
-        onChange=${(event) => choose(Number(event.target.value), to)} />
+      <${StepField} label="first step" min=${low} max=${high} value=${from} testid="step-from" onChange=${begin} />
       <span>to</span>
-      <input type="number" aria-label="last step" min=${low} max=${high} value=${to} data-testid="step-to"
-        onChange=${(event) => choose(from, Number(event.target.value))} />
+      <${StepField} label="last step" min=${low} max=${high} value=${to} testid="step-to" onChange=${end} />
       <span class="steps-key"><i class="key alone"></i>alone <i class="key with"></i>with agents</span>
     </div>
     <svg class="strip" viewBox="0 0 1 1" preserveAspectRatio="none" role="img"
@@ -151,11 +160,19 @@ function Steps({ entries, left, place, go }) {
     </svg>
     <div class="sliders">
       <input type="range" aria-label="first step" min=${low} max=${high} value=${from}
-        onInput=${(event) => choose(Math.min(Number(event.target.value), to), to)} />
+        onInput=${begin} />
       <input type="range" aria-label="last step" min=${low} max=${high} value=${to}
-        onInput=${(event) => choose(from, Math.max(Number(event.target.value), from))} />
+        onInput=${end} />
     </div>
   </div>`;
+}
+
+/** A field for a number, set only when the number changes: what is being typed survives a drawing in between. */
+function StepField({ label, min, max, value, testid, onChange }) {
+  const field = useRef(null);
+  useEffect(() => { field.current.value = value; }, [value]);
+  return html`<input type="number" ref=${field} aria-label=${label} min=${min} max=${max} data-testid=${testid}
+    onChange=${onChange} />`;
 }
 
 function stepsOf(entries) {
@@ -169,7 +186,7 @@ function stepsOf(entries) {
 function meansByStep(entries) {
   const sums = { alone: new Map(), with: new Map() };
   for (const entry of entries) {
-    if (entry.reward === null) continue;
+    if (entry.reward === null || wasCut(entry)) continue;
     const of = sums[entry.withAgents ? "with" : "alone"];
     const [sum, count] = of.get(entry.step) || [0, 0];
     of.set(entry.step, [sum + entry.reward, count + 1]);

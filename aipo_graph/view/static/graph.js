@@ -40,7 +40,7 @@ function sumVisits(traces) {
 }
 
 /**
- * A graph (graph.json) as SVG. `path`: the visited nodes in order, highlighted and counted; or `counts`: of many traces.
+ * A graph (graph.json) as SVG. `path`: the visited nodes in order, lit up and counted; or `counts`: of many traces.
  * `active`: the node to light. `onNode(name | null)` is told which node is pointed at.
  */
 function GraphPicture({ graph, path = null, active = null, counts = null, ended = true, onNode = null }) {
@@ -51,7 +51,8 @@ function GraphPicture({ graph, path = null, active = null, counts = null, ended 
   const edges = graph.edges.map((edge) => ({ edge, count: visits.edges[edgeKey(edge.source, edge.target)] || 0 }));
   edges.sort((one, two) => one.count - two.count);
   const told = graph.nodes.map((node) => `${labelOf(node)} ${visits.nodes[node.name] || 0}`).join(", ");
-  return html`<svg class="graph" viewBox=${`0 0 ${graph.width} ${graph.height}`} role="img" data-testid="graph"
+  return html`<svg class="graph" viewBox=${`0 0 ${graph.width} ${graph.height}`} data-testid="graph"
+      role=${onNode ? "group" : "img"}
       aria-label=${`visits of the graph: ${told}`}>
     ${edges.map(({ edge, count }) => html`<${GraphEdge} key=${edgeKey(edge.source, edge.target)} edge=${edge}
       count=${count}
@@ -66,19 +67,22 @@ function GraphPicture({ graph, path = null, active = null, counts = null, ended 
 }
 
 function labelOf(node) {
-  return node.label || node.name.replaceAll("_", "");
+  return spelt(node.label || node.name.replaceAll("_", ""));
 }
 
 function GraphNode({ node, count, unit, active, onNode }) {
   const label = labelOf(node);
   const size = Math.min(0.72 * unit, (1.3 * node.width) / Math.max(label.length, 1));
   const badge = count > 0 && node.role !== "end";
-  const heard = onNode && node.role !== "end";
+  const told = `${label}: ${plural(count, "visit")}`;
+  const here = () => onNode(node.name);
+  const gone = () => onNode(null);
+  const heard = onNode && node.role !== "end" && {
+    tabindex: 0, role: "img", "aria-label": told, onMouseEnter: here, onFocus: here, onMouseLeave: gone, onBlur: gone,
+  };
   return html`<g class=${classes("node", node.role, count > 0 && "taken", active && "active")} data-node=${node.name}
-      tabindex=${heard ? 0 : null} onMouseEnter=${heard && (() => onNode(node.name))}
-        onMouseLeave=${heard && (() => onNode(null))}
-      onFocus=${heard && (() => onNode(node.name))} onBlur=${heard && (() => onNode(null))}>
-    <title>${`${label}: ${plural(count, "visit")}`}</title>
+      ...${heard || {}}>
+    <title>${told}</title>
     <rect x=${node.x - node.width / 2} y=${node.y - node.height / 2} width=${node.width} height=${node.height}
       rx=${0.45 * unit} />
     <text x=${node.x} y=${node.y} font-size=${size}>${label}</text>

@@ -37,10 +37,11 @@ function TraceList({ entries, chosen, onChoose }) {
     if (place * ROW < scrollTop) box.current.scrollTop = place * ROW;
     if ((place + 1) * ROW > scrollTop + clientHeight) box.current.scrollTop = (place + 1) * ROW - clientHeight;
   }, [place, chosen]);
-  const first = Math.max(0, Math.floor(view.top / ROW) - AROUND);
-  const last = Math.min(entries.length, Math.ceil((view.top + view.height) / ROW) + AROUND);
+  const top = clamp(view.top, 0, entries.length * ROW - view.height);
+  const first = Math.max(0, Math.floor(top / ROW) - AROUND);
+  const last = Math.min(entries.length, Math.ceil((top + view.height) / ROW) + AROUND);
   return html`<div class="list" ref=${box} onScroll=${look} role="listbox" tabindex="0" aria-label="traces"
-      aria-activedescendant=${place >= 0 ? `row-${chosen}` : null}>
+      aria-activedescendant=${place >= first && place < last ? `row-${chosen}` : null}>
     <div class="list-all" style=${{ height: `${entries.length * ROW}px` }}>
       ${entries.slice(first, last).map((entry, index) => html`<${TraceRow} key=${entry.key} entry=${entry}
         top=${(first + index) * ROW}

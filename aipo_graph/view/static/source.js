@@ -117,23 +117,28 @@ async function tracesOf(source, entries, said = null) {
   return entries.map((entry) => {
     const page = pages.get(`${entry.run}.${entry.page}`);
     const trace = page.traces[entry.row];
-    if (!trace) throw new Error(`page ${entry.page} has no trace ${entry.row}; the run has changed, reload this page`);
-    return { ...trace, key: entry.key, about: page.problems[trace.problem] };
+    if (trace?.step !== entry.step || trace.group !== entry.group) {
+      throw new Error(`page ${entry.page} has another trace at ${entry.row}: the run has changed, reload this page`);
+    }
+    return { ...trace, about: page.problems[trace.problem] };
   });
 }
 
-/** {traces, error} of entries: traces is null while they load. */
+/**
+ * {loaded, error} of entries: loaded is [{entry, trace}], of the entries before while those asked for are read and null
+ * at first. What could not be read is tried again when the index changes.
+ */
 function useTraces(source, entries) {
-  const [loaded, setLoaded] = useState({ names: "", traces: null, error: null });
+  const [state, setState] = useState({ loaded: null, error: null });
   const names = entries.map((entry) => entry.key).join(" ");
   useEffect(() => {
     let wanted = true;
-    if (!entries.length) { setLoaded({ names, traces: [], error: null }); return undefined; }
     tracesOf(source, entries).then(
-      (traces) => wanted && setLoaded({ names, traces, error: null }),
-      (error) => wanted && setLoaded({ names, traces: null, error }),
+      (traces) => wanted
+        && setState({ loaded: entries.map((entry, index) => ({ entry, trace: traces[index] })), error: null }),
+      (error) => wanted && setState({ loaded: null, error }),
     );
     return () => { wanted = false; };
-  }, [source, names]);
-  return loaded.names === names ? loaded : { traces: null, error: null };
+  }, [source, names, state.error && entries[0]]);
+  return state;
 }

@@ -1,6 +1,6 @@
 "use strict";
 
-const { h, html, render, Component, useState, useEffect, useMemo, useRef, useCallback } = htmPreact;
+const { h, html, render, useState, useEffect, useMemo, useRef, useCallback } = htmPreact;
 
 /** A number to `digits` significant digits, "–" where there is none. */
 function fixed(value, digits = 3) {
@@ -28,7 +28,7 @@ function plural(count, noun) {
 }
 
 function minus(text) {
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 /** The names of classes that hold. */
@@ -46,6 +46,11 @@ function symbol(character) {
   const code = character.codePointAt(0).toString(16);
   if (code.length <= 2) return `\\x${code.padStart(2, "0")}`;
   return code.length <= 4 ? `\\u${code.padStart(4, "0")}` : `\\U${code.padStart(8, "0")}`;
+}
+
+/** Such text where only a string can stand, as in an option or an attribute: invisible characters as symbols. */
+function spelt(text) {
+  return text.replace(UNSEEN, (character) => symbol(character));
 }
 
 /** Text that a model wrote, as text nodes: invisible characters as symbols of their own style, newlines kept. */
@@ -81,6 +86,28 @@ function Clipped({ text, limit = LONG, keep = 300 }) {
 /** The first characters of a text, never half of a surrogate pair. */
 function cut(text, length) {
   return text.slice(0, length).replace(/[\ud800-\udbff]$/, "");
+}
+
+/** A choice of one of `options`, [name, label, title] each; the arrow keys move along them. */
+function Switch({ label, options, value, onChange, testid = null, kind = "" }) {
+  return html`<div class=${classes("switch", kind)} role="radiogroup" aria-label=${label} data-testid=${testid}
+    onKeyDown=${arrowAlong}>
+    ${options.map(([name, text, title]) => html`<button key=${name} type="button" role="radio" data-choice=${name}
+      title=${title} aria-checked=${String(name === value)} tabindex=${name === value ? 0 : -1}
+      onClick=${() => onChange(name)}>${text}</button>`)}
+  </div>`;
+}
+
+const ALONG = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
+
+/** An arrow key chooses the next button of a group, round its end. */
+function arrowAlong(event) {
+  if (!Object.hasOwn(ALONG, event.key)) return;
+  const buttons = [...event.currentTarget.querySelectorAll("button")];
+  const next = buttons.at((buttons.indexOf(event.target) + ALONG[event.key]) % buttons.length);
+  event.preventDefault();
+  next.focus();
+  next.click();
 }
 
 const SYSTEM_DARK = matchMedia("(prefers-color-scheme: dark)");

@@ -2,25 +2,25 @@
 
 /** How a colour switch reads a token: its value, the edges between its bins (classes prefix-0 …), the legend. */
 const COLOURS = {
-  source: { label: "source", title: "Who wrote it" },
+  source: { label: "source", title: "who wrote it" },
   logprob: {
     label: "log p", prefix: "seq", edges: [-0.01, -0.1, -0.3, -0.7, -1.5, -3, -5, -8], descending: true,
-    title: "Log-probability before the step's updates: pale is expected, dark a surprise",
+    title: "log-probability before the step's updates: strong is a surprise",
     value: (token) => token.learner ?? token.behaviour,
   },
   ratio: {
     label: "ratio", prefix: "div", edges: [0.1, 0.5, 0.8, 0.98, 1.02, 1.25, 2, 10], middle: "1",
-    title: "Learner's probability over the sampler's: 1 is on-policy",
+    title: "the learner's probability over the sampler's: 1 is on-policy",
     value: (token) => token.ratio,
   },
   coefficient: {
-    label: "coefficient", prefix: "seq", edges: [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75],
-    title: "How strongly it is learned from, per unit of advantage: 0 is not at all",
+    label: "coefficient", prefix: "seq", edges: [0, 0.2, 0.4, 0.7, 0.95, 1.05, 1.4, 1.9],
+    title: "how strongly it is learned from, per unit of advantage: hatched is not at all",
     value: (token) => token.coefficient,
   },
   advantage: {
     label: "advantage", prefix: "div", edges: [-1.5, -0.75, -0.25, -0.001, 0.001, 0.25, 0.75, 1.5], middle: "0",
-    title: "Above 0 it is made likelier, below 0 less likely",
+    title: "above 0 it is made likelier, below 0 less likely",
     value: (token) => token.advantage,
   },
 };
@@ -48,6 +48,11 @@ function binOf(scale, value) {
   return `${scale.prefix}-${past}`;
 }
 
+/** A choice among the keys of a table, the first of them where it is none. */
+function oneOf(table, name) {
+  return Object.hasOwn(table, name) ? name : Object.keys(table)[0];
+}
+
 function tokenClass(segment, index, colour) {
   const scale = COLOURS[colour];
   return scale.value ? binOf(scale, scale.value(tokenOf(segment, index))) : "";
@@ -56,12 +61,8 @@ function tokenClass(segment, index, colour) {
 /** The switch between the colourings, with the legend of the one in use. */
 function ColourSwitch({ colour, onChange }) {
   return html`<div class="colouring">
-    <div class="switch" role="radiogroup" aria-label="Colour tokens by" data-testid="colour">
-      ${COLOUR_NAMES.map((name) => html`<button
-        key=${name} type="button" role="radio" aria-checked=${String(name === colour)} title=${COLOURS[name].title}
-        data-colour=${name} onClick=${() => onChange(name)}
-      >${COLOURS[name].label}</button>`)}
-    </div>
+    <${Switch} label="colour tokens by" testid="colour" value=${colour} onChange=${onChange}
+      options=${COLOUR_NAMES.map((name) => [name, COLOURS[name].label, COLOURS[name].title])} />
     <${Legend} colour=${colour} />
   </div>`;
 }
@@ -71,18 +72,29 @@ function Legend({ colour }) {
   if (!scale.value) {
     return html`<div class="legend" data-testid="legend">
       <span class="swatch policy">policy</span><span class="swatch agent">agent</span><span
-        class="swatch context">context</span>
+        class="swatch context">context</span><span class="muted">${scale.title}; struck out is masked</span>
     </div>`;
   }
   const place = scale.edges.length / 2;
   const hidden = (index) => scale.middle && (index === place - 1 || index === place);
   const edgeLabel = (edge, index) => (hidden(index) ? "" : minus(String(edge).replace("0.", ".")));
-  return html`<div class="legend" data-testid="legend" title=${`${scale.title}. Plain: does not apply to the token.`}>
-    <div class="scale">${[...scale.edges, null].map((edge, index) => html`<span key=${index}
+  return html`<div class="legend" data-testid="legend">
+    <div class=${`scale by-${colour}`}>${[...scale.edges, null].map((edge, index) => html`<span key=${index}
       class=${`bin ${scale.prefix}-${index}`}>
       ${index === place && scale.middle && html`<i class="middle">${scale.middle}</i>`}
       ${edge !== null && html`<i>${edgeLabel(edge, index)}</i>`}</span>`)}</div>
+    <span class="muted">${scale.title}; plain is outside the loss</span>
   </div>`;
+}
+
+/** Why no token of a trace has a colour, where that is so. */
+function NoColours({ trace, colour }) {
+  const { label, value } = COLOURS[colour];
+  const some = (found) => trace.segments.some((part) => part.tokens.some((_, index) => found(tokenOf(part, index))));
+  if (!value || some((token) => value(token) !== null)) return null;
+  return html`<p class="muted" data-testid="no-colours">${some((token) => token.advantage === 0)
+    ? "The advantage of this trace is 0: nothing was learned from it."
+    : `No ${label} is recorded for this trace: it was not trained on, or its run is of an earlier version.`}</p>`;
 }
 
 /** The segments of one thread as turns: the policy writes, or something is spliced in, context around it included. */
@@ -109,8 +121,12 @@ function turnsOf(segments) {
 function TraceTokens({ trace, colour = "source", marked = null }) {
   const [shown, setShown] = useState(null);
   const box = useRef(null);
-  const threads = [...new Set(trace.segments.map((segment) => segment.thread))];
-  const place = new Map(trace.segments.map((segment, index) => [segment, index]));
+  const threads = useMemo(() => {
+    const place = new Map(trace.segments.map((segment, index) => [segment, index]));
+    const names = [...new Set(trace.segments.map((segment) => segment.thread))];
+    return names.map((name) => html`<${Thread} key=${name} name=${names.length > 1 ? name : ""} place=${place}
+      turns=${turnsOf(trace.segments.filter((part) => part.thread === name))} colour=${colour} marked=${marked} />`);
+  }, [trace, colour, marked]);
   useEffect(() => setShown(null), [trace]);
   const show = (event) => {
     const element = event.target.closest?.(".token");
@@ -121,18 +137,17 @@ function TraceTokens({ trace, colour = "source", marked = null }) {
     if (event.key === "Escape") setShown(null);
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
     const tokens = [...box.current.querySelectorAll(".token")];
-    const next = tokens.indexOf(event.target) + (event.key === "ArrowRight" ? 1 : -1);
-    if (!tokens[next]) return;
+    const next = tokens[tokens.indexOf(event.target) + (event.key === "ArrowRight" ? 1 : -1)];
+    if (!next) return;
     event.preventDefault();
-    tokens[next].focus();
+    next.focus();
   };
   const segment = shown && trace.segments[shown.segment];
-  return html`<div class=${`tokens by-${colour}`} ref=${box} data-testid="tokens"
+  return html`<div class=${`tokens by-${colour}`} ref=${box} data-testid="tokens" tabindex="0" role="group"
+      aria-label="tokens, read one by one with the arrow keys"
       onMouseOver=${show} onfocusin=${show} onClick=${show} onKeyDown=${onKeyDown}
       onMouseLeave=${() => setShown(null)} onfocusout=${() => setShown(null)}>
-    ${threads.map((thread) => html`<${Thread} key=${thread} name=${threads.length > 1 ? thread : ""} colour=${colour}
-      marked=${marked}
-      turns=${turnsOf(trace.segments.filter((part) => part.thread === thread))} place=${place} />`)}
+    ${threads}
     ${segment && segment.tokens[shown.index] !== undefined
       && html`<${Tooltip} segment=${segment} index=${shown.index} element=${shown.element} />`}
   </div>`;
@@ -140,7 +155,7 @@ function TraceTokens({ trace, colour = "source", marked = null }) {
 
 function Thread({ name, turns, place, colour, marked }) {
   const lit = (turn) => marked !== null && turn.segments.some(marked);
-  return html`<section class="thread" aria-label=${name ? `thread ${name}` : "transcript"}>
+  return html`<section class="thread" aria-label=${name ? `thread ${spelt(name)}` : "transcript"}>
     ${name && html`<h4 class="thread-name">thread <b>${visible(name)}</b></h4>`}
     ${turns.map((turn, index) => html`<div key=${index} class=${classes("turn", turn.kind, lit(turn) && "lit")}>
       <div class="turn-name"><bdi>${visible(turn.name)}</bdi></div>
@@ -163,8 +178,7 @@ function SegmentTokens({ segment, place, colour, named }) {
           class="author">${named && html`<bdi>${visible(segment.author)}</bdi> `}${segment.masked && "masked"}</span>`
     }${tokens.map((piece, index) => html`<span
       key=${index} class=${`token ${tokenClass(segment, index, colour)}`} data-segment=${place} data-index=${index}
-      tabindex=${place === 0 && index === 0 ? 0 : -1}
-    >${pieceOf(piece)}</span>${!spaced && html`<wbr />`}`)}${
+      tabindex="-1">${pieceOf(piece)}</span>${!spaced && html`<wbr />`}`)}${
       hidden > 0 && html`<button class="more" type="button"
         onClick=${() => setAll(true)}>… show ${plural(hidden, "more token")}</button>`
     }</span>`;
@@ -184,6 +198,8 @@ function Tooltip({ segment, index, element }) {
     box.current.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - width - 8))}px`;
     box.current.style.top = `${Math.max(8, below ? at.bottom + 6 : at.top - height - 6)}px`;
     box.current.style.visibility = "visible";
+    element.setAttribute("aria-describedby", "token-numbers");
+    return () => element.removeAttribute("aria-describedby");
   }, [segment, index, element]);
   const token = tokenOf(segment, index);
   const rows = [
@@ -195,7 +211,7 @@ function Tooltip({ segment, index, element }) {
     ["version", segment.version < 0 ? "–" : String(segment.version)],
     segment.masked && ["masked", "yes, not trained on"],
   ].filter(Boolean);
-  return html`<div class="tooltip" role="tooltip" ref=${box} data-testid="tooltip">
+  return html`<div class="tooltip" role="tooltip" id="token-numbers" ref=${box} data-testid="tooltip">
     <div class="piece"><bdi>${visible(cut(token.piece, 80))}${token.piece.length > 80 && "…"}</bdi></div>
     <div class=${`by ${segment.source}`}>${segment.source} · <bdi>${visible(segment.author)}</bdi></div>
     <dl>${rows.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl>

@@ -1,6 +1,6 @@
 "use strict";
 
-const VIEWS = { trace: "trace", group: "group", compare: "compare" };
+const VIEWS = { trace: "Trace", group: "Group", compare: "Compare" };
 
 /** The traces tab: the list with its filters, and one trace, its group, or two compared. */
 function Traces({ runs, source, place, go, follow, setFollow }) {
@@ -10,7 +10,8 @@ function Traces({ runs, source, place, go, follow, setFollow }) {
   const all = useMemo(() => new Map(tables.flat().map((entry) => [entry.key, entry])), [tables]);
   const left = useMemo(() => leftOf(entries, place), [entries, ...FILTERS.map((name) => place[name]), place.order]);
   const search = useRef(null);
-  const entry = all.get(place.trace) || left[0] || null;
+  const first = useSettled(left[0] || null);
+  const entry = all.get(place.trace) || first;
   const choose = useCallback((key) => {
     setFollow(false);
     go({ trace: key, ...(place.view === "compare" ? { view: "trace" } : {}) });
@@ -25,7 +26,9 @@ function Traces({ runs, source, place, go, follow, setFollow }) {
   if (runs.every((one) => !one.traces.step.length)) return html`<${NoTraces} runs=${runs} />`;
   return html`<div class="traces">
     <aside class="side" aria-label="traces">
-      ${runs.length > 1 && html`<${RunSwitch} runs=${runs} run=${run} go=${go} />`}
+      ${runs.length > 1 && html`<${Switch} label="run" kind="runs" testid="filter-run" value=${run}
+        options=${runs.map((one, index) => [index, html`<bdi>${one.name}</bdi>`])}
+        onChange=${(index) => go({ run: String(index), trace: "" })} />`}
       <${Filters} run=${runs[run]} entries=${entries} left=${left} place=${place} go=${go} search=${search} />
       <${TraceList} entries=${left} chosen=${entry?.key} onChoose=${choose} />
     </aside>
@@ -41,12 +44,20 @@ function newestOf(entries) {
   return entries.reduce((best, entry) => (newer(entry, best) ? entry : best));
 }
 
-function RunSwitch({ runs, run, go }) {
-  return html`<div class="switch runs" role="radiogroup" aria-label="run" data-testid="filter-run">
-    ${runs.map((one, index) => html`<button key=${index} type="button" role="radio"
-      aria-checked=${String(index === run)}
-      onClick=${() => go({ run: String(index), trace: "" })}><bdi>${one.name}</bdi></button>`)}
-  </div>`;
+/** A value once it has stayed for a moment: what is costly to draw follows a filter when the typing is over. */
+function useSettled(value) {
+  const [settled, setSettled] = useState(value);
+  useEffect(() => {
+    const timer = setTimeout(() => setSettled(value), SETTLED);
+    return () => clearTimeout(timer);
+  }, [value]);
+  return settled;
+}
+
+/** In place of traces: what went wrong, or that they are being read. */
+function Waiting({ error }) {
+  return error ? html`<p class="problem-note bad" role="alert">${visible(error.message)}</p>`
+    : html`<p class="muted loading">loading …</p>`;
 }
 
 function NoTraces({ runs }) {
@@ -68,6 +79,7 @@ function useKeys(given) {
   useEffect(() => {
     const onKey = (event) => {
       if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.target.closest("dialog")) return;
       const { left, entry, move, place, go, search } = latest.current;
       if (isWriting(event.target)) { if (event.key === "Escape") event.target.blur(); return; }
       const inList = event.target === document.body || event.target.closest(".list");
@@ -90,19 +102,18 @@ function useKeys(given) {
 }
 
 function Stage({ runs, source, entry, left, all, place, go }) {
-  const view = VIEWS[place.view] || "trace";
-  const colour = COLOURS[place.colour] ? place.colour : "source";
+  const view = oneOf(VIEWS, place.view);
+  const colour = oneOf(COLOURS, place.colour);
+  const changes = {
+    trace: () => ({}),
+    group: () => ({ trace: entry.key }),
+    compare: () => ({ a: place.a || entry.key, b: place.a ? place.b : "" }),
+  };
   const shared = { runs, source, entry, left, all, colour, place, go };
   return html`
     <div class="stage-bar">
-      <div class="switch" role="radiogroup" aria-label="view">
-        <button type="button" role="radio" aria-checked=${String(view === "trace")}
-          onClick=${() => go({ view: "trace" })}>Trace</button>
-        <button type="button" role="radio" aria-checked=${String(view === "group")} data-testid="group-view"
-          onClick=${() => go({ view: "group", trace: entry.key })}>Group</button>
-        <button type="button" role="radio" aria-checked=${String(view === "compare")} data-testid="compare"
-          onClick=${() => go({ view: "compare", a: place.a || entry.key, b: place.a ? place.b : "" })}>Compare</button>
-      </div>
+      <${Switch} label="view" testid="view" value=${view} options=${Object.entries(VIEWS)}
+        onChange=${(name) => go({ view: name, ...changes[name]() })} />
       <${ColourSwitch} colour=${colour} onChange=${(name) => go({ colour: name })} />
     </div>
     ${view === "trace" && html`<${TraceView} ...${shared} />`}
@@ -111,7 +122,8 @@ function Stage({ runs, source, entry, left, all, place, go }) {
 }
 
 function HelpTag({ entry }) {
-  return entry.withAgents ? html`<span class="tag with">with agents</span>` : html`<span class="tag alone">alone</span>`;
+  return html`<span class=${`tag ${entry.withAgents ? "with" : "alone"}`}>${
+    entry.withAgents ? "with agents" : "alone"}</span>`;
 }
 
 /** What is said of a trace in chips: step, with agents or alone, how it ended. */
@@ -125,25 +137,29 @@ function Chips({ entry, run }) {
   </div>`;
 }
 
-function TraceView({ runs, source, entry, left, all, colour, place, go }) {
-  const { traces, error } = useTraces(source, [entry]);
-  const [kept, setKept] = useState(null);
-  const trace = traces?.[0] || kept;
+function TraceView({ source, entry, ...shared }) {
+  const { loaded, error } = useTraces(source, [entry]);
+  return loaded ? html`<${OneTrace} source=${source} ...${loaded[0]} ...${shared} />`
+    : html`<${Waiting} error=${error} />`;
+}
+
+function OneTrace({ runs, source, entry, trace, left, all, colour, place, go }) {
   const [node, setNode] = useState(null);
   const [visit, setVisit] = useState(null);
-  useEffect(() => { if (traces) setKept(traces[0]); }, [traces]);
-  const visits = useMemo(() => trace && visitOfSegments(trace), [trace]);
-  const marked = node !== null || visit !== null
-    ? (segment) => (node !== null ? segment.author === node : visits[trace.segments.indexOf(segment)] === visit) : null;
-  if (error) return html`<p class="problem-note bad">${error.message}</p>`;
-  if (!trace) return html`<p class="muted loading">loading …</p>`;
-  return html`<article class="trace" data-testid="trace" data-key=${trace.key}>
+  const marked = useMemo(() => {
+    if (node === null && visit === null) return null;
+    const visits = visitOfSegments(trace);
+    const lit = (segment, index) => (node === null ? visits[index] === visit : segment.author === node);
+    const segments = new Set(trace.segments.filter(lit));
+    return (segment) => segments.has(segment);
+  }, [trace, node, visit]);
+  return html`<article class="trace" data-testid="trace" data-key=${entry.key}>
     <div class="card head">
       <div class="about">
         <div class="title"><${Mark} entry=${entry} /><h2><bdi>${visible(cut(entry.problem, 200))}</bdi></h2></div>
         <${Chips} entry=${entry} run=${runs.length > 1 && runs[entry.run]} />
         ${entry.error !== null && html`<p class="reason" data-testid="reason"><${Clipped} text=${entry.error} /></p>`}
-        <${Facts} trace=${trace} entry=${entry} />
+        <${Facts} key=${entry.key} trace=${trace} entry=${entry} />
         <button type="button" class="button" data-testid="pin"
           onClick=${() => go({ view: "compare", a: entry.key, b: "" })}>compare …</button>
       </div>
@@ -151,7 +167,10 @@ function TraceView({ runs, source, entry, left, all, colour, place, go }) {
         go=${go}
         onNode=${setNode} onStep=${setVisit} />
     </div>
-    <div class="card"><${TraceTokens} trace=${trace} colour=${colour} marked=${marked} /></div>
+    <div class="card">
+      <${NoColours} trace=${trace} colour=${colour} />
+      <${TraceTokens} key=${entry.key} trace=${trace} colour=${colour} marked=${marked} />
+    </div>
   </article>`;
 }
 
@@ -162,28 +181,33 @@ function Facts({ trace, entry }) {
     <dt>right answer</dt><dd class="quote"><${Clipped} text=${trace.about.answer} /></dd>
     <dt>reward</dt><dd><b>${fixed(entry.reward)}</b>${scores.map(([name, value]) => html` <span
       class="muted"> · <bdi>${visible(name)}</bdi> ${fixed(value)}</span>`)}</dd>
-    <dt>advantage</dt><dd>${entry.advantage === null ? "not trained on" : signed(entry.advantage)}</dd>
+    <dt>advantage</dt><dd>${learnedOf(entry)}</dd>
     <dt>tokens</dt><dd>${grouped(entry.tokens)}</dd>
     <dt>seed</dt><dd class="muted">${trace.seed}</dd>
   </dl>`;
+}
+
+/** What an advantage meant for the trace's tokens. */
+function learnedOf({ advantage }) {
+  if (advantage === null) return "none recorded: not trained on, or an earlier version's run";
+  if (advantage === 0) return "0: nothing was learned from it";
+  return `${signed(advantage)}: made ${advantage > 0 ? "likelier" : "less likely"}`;
 }
 
 const SCOPES = { trace: "this trace", group: "its group", left: "all in the list" };
 
 /** The graph with the visits of one trace, step by step, or of many. */
 function GraphPanel({ runs, source, entry, trace, left, all, place, go, onNode, onStep }) {
-  const scope = SCOPES[place.graph] ? place.graph : "trace";
+  const scope = oneOf(SCOPES, place.graph);
   const graph = runs[entry.run].graph;
   useEffect(() => { onStep(null); onNode(null); }, [scope]);
   return html`<div class="graph-panel">
     <div class="graph-bar"><span class="muted">visits of</span>
-      <div class="switch small" role="radiogroup" aria-label="visits of">
-        ${Object.entries(SCOPES).map(([name, label]) => html`<button key=${name} type="button" role="radio"
-          aria-checked=${String(name === scope)} data-scope=${name}
-            onClick=${() => go({ graph: name })}>${label}</button>`)}
-      </div>
+      <${Switch} label="visits of" kind="small" value=${scope} options=${Object.entries(SCOPES)}
+        onChange=${(name) => go({ graph: name })} />
     </div>
-    ${scope === "trace" ? html`<${PathPlayer} graph=${graph} trace=${trace} onStep=${onStep} onNode=${onNode} />`
+    ${scope === "trace" ? html`<${PathPlayer} key=${entry.key} graph=${graph} trace=${trace}
+      onStep=${onStep} onNode=${onNode} />`
       : html`<${GraphOfMany} graph=${graph} source=${source} onNode=${onNode}
           entries=${scope === "group" ? groupOf(all, entry) : left} />`}
   </div>`;
@@ -209,7 +233,7 @@ function GraphOfMany({ graph, source, entries, onNode = null }) {
     );
     return () => { wanted = false; };
   }, [source, names]);
-  if (error) return html`<p class="problem-note bad">${error.message}</p>`;
+  if (error) return html`<${Waiting} error=${error} />`;
   return html`<div class="player">
     <${GraphPicture} graph=${graph} counts=${counted?.counts || noVisits()} onNode=${onNode} />
     <p class="muted player-bar">${done < 1 && entries.length ? `reading traces … ${percent(done)}`

@@ -31,11 +31,10 @@ function Viewer({ source, first }) {
     <${Header} runs=${runs} tab=${tab} go=${go} theme=${theme} turn=${turn} onHelp=${() => setHelp(true)}
       live=${source.live} follow=${follow} setFollow=${setFollow} lost=${lost} />
     <${Notes} runs=${runs} />
-    <div class="tab" role="tabpanel" aria-labelledby=${`tab-${tab}`}>
+    <div class="tab" id="panel" role="tabpanel" aria-labelledby=${`tab-${tab}`}>
       ${tab === "traces" && html`<${Traces} runs=${runs} source=${source} place=${place} go=${go}
         follow=${follow} setFollow=${setFollow} />`}
-      ${tab === "dashboard" && (typeof Dashboard === "function" ? html`<div class="dashboard-tab"><${Dashboard}
-        runs=${runs} /></div>` : html`<p class="empty muted">No dashboard here.</p>`)}
+      ${tab === "dashboard" && html`<div class="dashboard-tab"><${Dashboard} runs=${runs} /></div>`}
       ${tab === "settings" && html`<${Settings} runs=${runs} version=${first.version} />`}
     </div>
     ${help && html`<${Help} onClose=${() => setHelp(false)} />`}`;
@@ -46,10 +45,11 @@ function Header({ runs, tab, go, theme, turn, onHelp, live, follow, setFollow, l
     <h1>${runs.map((run, index) => html`<span key=${index} class="run-name">${index > 0 && html`<span
       class="muted"> and </span>`}<bdi
       title=${run.folder}>${run.name}</bdi> <${State} run=${run} lost=${lost} /></span>`)}</h1>
-    <nav class="tabs" role="tablist" aria-label="views">${TABS.map(([name, label]) => html`<button key=${name}
-      id=${`tab-${name}`} type="button"
-      role="tab" aria-selected=${String(name === tab)} data-testid=${`tab-${name}`}
-        onClick=${() => go({ tab: name })}>${label}</button>`)}</nav>
+    <div class="tabs" role="tablist" aria-label="views" onKeyDown=${arrowAlong}>
+      ${TABS.map(([name, label]) => html`<button key=${name} id=${`tab-${name}`} type="button" role="tab"
+        aria-selected=${String(name === tab)} aria-controls="panel" tabindex=${name === tab ? 0 : -1}
+        data-testid=${`tab-${name}`} onClick=${() => go({ tab: name })}>${label}</button>`)}
+    </div>
     <div class="tools">
       ${live && html`<button type="button" class="button" aria-pressed=${String(follow)} data-testid="follow"
         onClick=${() => setFollow(!follow)}>follow</button>`}
@@ -63,7 +63,8 @@ function Header({ runs, tab, go, theme, turn, onHelp, live, follow, setFollow, l
 function State({ run, lost }) {
   const steps = run.metrics.step?.at(-1) || 0;
   const state = lost ? "connection lost" : run.state;
-  return html`<span class=${`state ${lost ? "stopped" : run.state}`} title=${lost ? lost.message : ""}>${state}
+  return html`<span class=${`state ${lost ? "stopped" : run.state}`} title=${lost?.message}
+    role=${lost && "alert"}>${state}
     <span class="number"> ${steps}${run.steps ? `/${run.steps}` : ""} steps</span></span>`;
 }
 
