@@ -209,26 +209,6 @@ function linesOf(segment, [opening, closing]) {
   });
 }
 
-/** The arrow keys choose the next radio button of a group, as they do in a form. */
-function onArrows(event) {
-  const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-  if (!step) return;
-  event.preventDefault();
-  const radios = [...event.currentTarget.children];
-  const next = radios.at((radios.indexOf(event.target) + step) % radios.length);
-  next.focus();
-  next.click();
-}
-
-/** One choice of several; `options`: [name, label] each. */
-function Switch({ label, options, value, onChange, testid }) {
-  return html`<div class="switch" role="radiogroup" aria-label=${label} onKeyDown=${onArrows} data-testid=${testid}>
-    ${options.map(([name, text]) => html`<button key=${name} type="button" role="radio" data-choice=${name}
-      aria-checked=${String(name === value)} tabindex=${name === value ? 0 : -1}
-      onClick=${() => onChange(name)}>${text}</button>`)}
-  </div>`;
-}
-
 function Field({ name, label, error, children }) {
   return html`<label class=${classes("field", error?.field === name && "invalid")}>
     <span>${label}</span>${children}
@@ -304,7 +284,7 @@ function moment(text) {
 
 function Chips({ runs, running, sample, onSample }) {
   if (runs.length < 2) return null;
-  return html`<div class="chips" role="radiogroup" aria-label="sample" onKeyDown=${onArrows}>${runs.map((run) => {
+  return html`<div class="chips" role="radiogroup" aria-label="sample" onKeyDown=${arrowAlong}>${runs.map((run) => {
     const state = stateOf(run, running);
     const [sign, title] = STATES[state];
     return html`<button key=${run.sample} type="button" role="radio" class=${`chip ${state}`} title=${title}
