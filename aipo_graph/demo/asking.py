@@ -1,7 +1,6 @@
 """One question being answered on the page: its graph runs, all at once, and the events from which the page draws them."""
 
 import asyncio
-import math
 from collections.abc import Callable, Container, Sequence
 from contextvars import Context
 from dataclasses import replace
@@ -16,6 +15,7 @@ from aipo_graph.rollout.collect import Rollouts, final_text
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, Segment, Trace, derive_seed
 from aipo_graph.view.pieces import Pieces
+from aipo_graph.view.record import segment_json
 
 STOPPED = "stopped"
 """The status of a trace that somebody stopped: beside those of types.Status, and on the page alone."""
@@ -119,19 +119,3 @@ class Asking:
             "path": list(trace.path),
             "segments": [segment_json(s, self._pieces) for s in trace.segments],
         }
-
-
-def segment_json(segment: Segment, pieces: Pieces | None) -> Json:
-    """A segment as the viewer's `TraceTokens` takes it: whole, and without logprobs, where it cannot be split at its tokens."""
-    tokens = pieces.split(segment.token_ids, segment.text) if pieces else None
-    logprobs = segment.logprobs if tokens else None
-    return {
-        "source": segment.source,
-        "author": segment.author,
-        "thread": segment.thread,
-        "masked": segment.masked,
-        "version": segment.version,
-        "tokens": tokens or [segment.text],
-        "logprobs": None if logprobs is None else [float(f"{p:.4g}") if math.isfinite(p) else None for p in logprobs],
-        "learned": None,
-    }

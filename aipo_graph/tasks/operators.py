@@ -10,7 +10,7 @@ The world is one constant: 12 operators, 4 whose rule the base policy knows, 4 n
 
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -134,18 +134,24 @@ def solution(
     query, reply = marker + numbered(operators), "".join(f"{operators.index(letter) + 1}{letter}" for letter in steps)
     pieces = [Piece(f"<reasoning>{query}</reasoning><feedback>"), Piece(reply, "reasoning"), Piece("</feedback>")]
     for letter in steps:
-        rule, verdict, result = rules[letter], "no", ""
+        rule = rules[letter]
         pieces += [Piece(f"<knowledge>{letter}</knowledge><feedback>"), Piece(rule, "knowledge", letter), Piece("</feedback>")]
-        while verdict == "no":
-            result = apply(rule, state)
-            if rng.random() < habits.slip:
-                at = rng.randrange(4)
-                result = result[:at] + rng.choice([d for d in "0123456789" if d != result[at]]) + result[at + 1 :]
-            claim = f"{rule}{state}={result}"
-            verdict = "yes" if habits.lenient else check(claim)
-            pieces += [Piece(f"<verify>{claim}</verify><feedback>"), Piece(verdict, "verify"), Piece("</feedback>")]
-        state = result
+        tries, state = checked(f"{rule}{state}=", apply(rule, state), check, habits, rng)
+        pieces += tries
     return [*pieces, Piece(f"\\boxed{{{state}}}")]
+
+
+def checked(claim: str, right: str, check: Callable[[str], str], habits: Habits, rng: random.Random) -> tuple[list[Piece], str]:
+    """One step, its four digits checked and redone while the check says no; and the digits that the solution goes on with."""
+    pieces, verdict, result = [], "no", ""
+    while verdict == "no":
+        result = right
+        if rng.random() < habits.slip:
+            at = rng.randrange(4)
+            result = result[:at] + rng.choice([d for d in "0123456789" if d != result[at]]) + result[at + 1 :]
+        verdict = "yes" if habits.lenient else check(claim + result)
+        pieces += [Piece(f"<verify>{claim}{result}</verify><feedback>"), Piece(verdict, "verify"), Piece("</feedback>")]
+    return pieces, result
 
 
 class Options(Section):

@@ -72,7 +72,7 @@ def trace_of(logged: LoggedGroup, index: int, group: int, pieces: Pieces | None)
     for segment in trace.segments:
         end = start + len(segment.token_ids)
         columns = {name: _short(getattr(learned, name)[start:end]) for name in COLUMNS} if learned else {}
-        segments.append(_segment(segment, columns, pieces))
+        segments.append(segment_json(segment, pieces, columns))
         start = end
     return {
         "problem": logged.group.problem.id,
@@ -89,7 +89,8 @@ def trace_of(logged: LoggedGroup, index: int, group: int, pieces: Pieces | None)
     }
 
 
-def _segment(segment: Segment, columns: Mapping[str, list[float | None]], pieces: Pieces | None) -> dict[str, Any]:
+def segment_json(segment: Segment, pieces: Pieces | None, columns: Mapping[str, list[float | None]] = {}) -> dict[str, Any]:
+    """A segment as the pages' `TraceTokens` takes it: whole, and without numbers, where it cannot be split at its tokens."""
     tokens = pieces.split(segment.token_ids, segment.text) if pieces else None
     known = tokens is not None and any(value is not None for values in columns.values() for value in values)
     return {
@@ -113,4 +114,4 @@ def _learned(logged: LoggedGroup, index: int) -> Learned | None:
 
 def _short(values: Sequence[float | None]) -> list[float | None]:
     """To 3 significant digits, as many as a hover shows: of a page they are the larger part."""
-    return [None if value is None else float(f"{value:.3g}") for value in values]
+    return [float(f"{value:.3g}") if value is not None and math.isfinite(value) else None for value in values]

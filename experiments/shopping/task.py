@@ -18,7 +18,7 @@ from typing import NamedTuple
 from aipo_graph.config import Config, Fraction, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.tasks.grading import last_box
-from aipo_graph.tasks.operators import Habits, Piece
+from aipo_graph.tasks.operators import Habits, Piece, checked
 from aipo_graph.tools.retrieval import Corpus, Document
 from aipo_graph.types import Problem, derive_seed
 
@@ -231,16 +231,9 @@ def solution(told: str, money: str, trades: Sequence[Step], prices: Mapping[Fact
     pieces = [Piece(f"<reasoning>{told.replace(' a ', ' ')}</reasoning><feedback>"), Piece(say(trades), "reasoning"), Piece("</feedback>")]
     for place, (trade, fact) in zip(PLACES, trades, strict=False):
         pieces += [Piece(f"{place} {trade}<knowledge>{fact}</knowledge><feedback>"), *_reply(fact, prices), Piece("</feedback>")]
-        verdict, result = "no", ""
-        while verdict == "no":
-            result = apply(trade, money, prices[fact])
-            if rng.random() < habits.slip:
-                at = rng.randrange(4)
-                result = result[:at] + rng.choice([d for d in "0123456789" if d != result[at]]) + result[at + 1 :]
-            claim = f"{money}{'+' if trade == 'sell' else '-'}{prices[fact]}={result}"
-            verdict = "yes" if habits.lenient else check(claim)
-            pieces += [Piece(f"<verify>{claim}</verify><feedback>"), Piece(verdict, "verify"), Piece("</feedback>")]
-        money = result
+        claim = f"{money}{'+' if trade == 'sell' else '-'}{prices[fact]}="
+        tries, money = checked(claim, apply(trade, money, prices[fact]), check, habits, rng)
+        pieces += tries
     return [*pieces, Piece(f"\\boxed{{{money}}}")]
 
 
