@@ -49,7 +49,9 @@ def helpers(**changed: str) -> Settings:
 
 
 def agent(name: str) -> Settings:
-    return {"loss.agent": name}
+    """A coefficient by its name in the study: `signed` is `aipo` as it was at first, with the ratio's weight where A < 0, too."""
+    own = {"aipo": {"loss.negative": "0"}, "signed": {"loss.agent": "aipo", "loss.negative": "1"}}
+    return {"loss.agent": name} | own.get(name, {})
 
 
 WORDY = helpers(verify="wordy_verify", knowledge="wordy_knowledge", reasoning="wordy_reasoning")
@@ -58,25 +60,46 @@ COUNTERFACTUAL: Settings = {"loss.baseline": "counterfactual"}
 LEVELS = {"10": "wrong_10", "25": "wrong_25", "50": "wrong_50", "same30": "same_30", "same40": "same_40", "same60": "same_60"}
 ALGORITHMS = ("grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo")
 
+CONDITIONS: Mapping[str, Settings] = {
+    "clean": {},
+    "same30": helpers(knowledge="same_30"),
+    "wordy": WORDY | {"rollout.max_tokens": "240"},
+}
+CHANGES: Mapping[str, Settings] = (
+    {"aipo": agent("aipo"), "negative_0.3": agent("aipo") | {"loss.negative": "0.3"}, "signed": agent("signed")}
+    | {f"floor_{floor}": agent("aipo") | {"loss.floor": floor} for floor in ("0.03", "0.1", "1")}
+    | {f"ceiling_{ceiling}": agent("aipo") | {"loss.ceiling": ceiling} for ceiling in ("0.5", "1")}
+    | {f"lambda_{weight}": agent("aipo") | {"loss.agent_weight": weight} for weight in ("0.3", "3")}
+)
+"""Of the coefficient's settings, one at a time; the rest as the config has it (floor 0.3, ceiling 2, lambda 1, and 0 where A < 0)."""
+
 WORDY_VARIANTS: dict[str, Settings] = (
     {"base": WORDY}
-    | {name: agent(name) | WORDY for name in ("aipo", "gated", "sft", "luffy", "mask", "shortfall")}
+    | {name: agent(name) | WORDY for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "shortfall")}
     | {f"{name}_mu": agent(name) | WORDY_MU for name in ("aipo", "shortfall")}
-    | {"counterfactual": COUNTERFACTUAL | WORDY}
+    | {"counterfactual": agent("signed") | COUNTERFACTUAL | WORDY}
 )
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "tuning": Experiment(
         {f"grpo_{lr}": ALONE | {"optimizer.lr": lr} for lr in ("3e-5", "1e-4", "3e-4", "7e-4")}
-        | {f"floor_{floor}": {"loss.floor": floor} for floor in ("0.03", "0.1", "0.3", "1")}
-        | {f"ceiling_{ceiling}": {"loss.ceiling": ceiling} for ceiling in ("1", "2")}
-        | {f"lambda_{weight}": {"loss.agent_weight": weight} for weight in ("0.3", "1", "3")}
+        | {f"floor_{floor}": agent("signed") | {"loss.floor": floor} for floor in ("0.03", "0.1", "0.3", "1")}
+        | {f"ceiling_{ceiling}": agent("signed") | {"loss.ceiling": ceiling} for ceiling in ("1", "2")}
+        | {f"lambda_{weight}": agent("signed") | {"loss.agent_weight": weight} for weight in ("0.3", "1", "3")}
         | {f"agent_{name}": agent(name) for name in ("gated", "shortfall", "sft")}
-        | {"baseline_counterfactual": COUNTERFACTUAL}
+        | {"baseline_counterfactual": agent("signed") | COUNTERFACTUAL}
+    ),
+    "choice": Experiment(
+        {
+            f"{condition}/{change}": settings | condition_settings
+            for condition, condition_settings in CONDITIONS.items()
+            for change, settings in CHANGES.items()
+        },
+        bases={"wordy": "wordy"},
     ),
     "coefficients": Experiment(
         {"base": {}}
-        | {name: agent(name) for name in ("aipo", "gated", "sft", "luffy", "mask", "ppo", "shortfall")}
+        | {name: agent(name) for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo", "shortfall")}
         | {"echo": agent("echo") | {"loss.agent_weight": "0.1"}}
         | {"grpo": GRPO}
         | {"raft": {"rollout.with_agents": "1", "loss.advantage": "raft", "loss.agent": "gated"}}
@@ -85,13 +108,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         {
             f"{name}@{level}": agent(name) | helpers(knowledge=factory)
             for level, factory in LEVELS.items()
-            for name in ("aipo", "gated", "sft", "luffy", "shortfall")
+            for name in ("aipo", "signed", "gated", "sft", "luffy", "shortfall")
         }
-        | {f"counterfactual@{level}": COUNTERFACTUAL | helpers(knowledge=factory) for level, factory in LEVELS.items()}
+        | {f"counterfactual@{level}": agent("signed") | COUNTERFACTUAL | helpers(knowledge=factory) for level, factory in LEVELS.items()}
     ),
     "verbose": Experiment(WORDY_VARIANTS, settings={"rollout.max_tokens": "240"}, bases={"*": "wordy"}),
     "foreign": Experiment(
-        WORDY_VARIANTS | {"aipo_lambda_0.1": WORDY | {"loss.agent_weight": "0.1"}},
+        WORDY_VARIANTS | {"aipo_lambda_0.1": agent("aipo") | WORDY | {"loss.agent_weight": "0.1"}},
         settings={"rollout.max_tokens": "240"},
         bases={"*": "reader"},
     ),
@@ -101,7 +124,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         | {"ceiling_0.5": {"loss.ceiling": "0.5"}, "ceiling_1": {"loss.ceiling": "1"}}
         | {f"lambda_{weight}": {"loss.agent_weight": weight} for weight in ("0.3", "3")}
         | {f"share_{share}": {"rollout.with_agents": share} for share in ("0.25", "0.75", "1")}
-        | {"negative_floor": agent("clip"), "baseline_group": {"loss.baseline": "group"}, "mu_0.5": {"loss.behaviour": "0.5"}}
+        | {"negative_floor": agent("clip"), "baseline_group": {"loss.baseline": "group"}, "mu_0.5": {"loss.behaviour": "0.5"}},
+        settings={"loss.negative": "0"},
     ),
     "generality": Experiment(
         {
@@ -111,7 +135,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         bases={"qwen3": "qwen3", "gemma3": "gemma3"},
     ),
     "boundary": Experiment(
-        {name: {} for name in ("base", "aipo", "grpo", "mask", "sft")},
+        {name: {} for name in ("base", "aipo", "signed", "grpo", "mask", "sft")},
         settings={"evaluate.problems": "48", "evaluate.samples": "256"},
         policies_of="coefficients",
         kinds=("hard",),
@@ -119,20 +143,32 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         k=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     ),
     "transfer": Experiment(
-        {name: {} for name in ("base", "aipo", "grpo", "mask", "sft")},
+        {name: {} for name in ("base", "aipo", "signed", "grpo", "mask", "sft")},
         settings={"rollout.max_tokens": "240"},
         policies_of="coefficients",
         kinds=("long",),
     ),
     "second": Experiment(
-        {"base": {}, "aipo": agent("aipo"), "mask": agent("mask"), "gated": agent("gated"), "grpo": GRPO},
+        {"base": {}, "aipo": agent("aipo"), "signed": agent("signed"), "mask": agent("mask"), "gated": agent("gated"), "grpo": GRPO},
         config="experiments/shopping/config.yaml",
         bases={"*": "shopping"},
     ),
 }
 
 REPORTED = (1, 2, 3, 4, 5)
+CHOOSING = ("tuning", "choice")
+"""Experiments that chose settings; every other one reports."""
 ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
+    ("choice", ("same30/aipo", "wordy/aipo", "clean/aipo", "same30/signed", "wordy/signed"), (100,)),
+    ("choice", ("same30/floor_1", "wordy/floor_1", "same30/floor_0.1", "wordy/floor_0.1"), (100,)),
+    ("choice", ("same30/ceiling_1", "wordy/ceiling_1", "same30/lambda_3", "wordy/lambda_3", "same30/lambda_0.3"), (100,)),
+    ("choice", ("clean/floor_1", "clean/floor_0.1", "clean/ceiling_1", "clean/lambda_3"), (100,)),
+    ("choice", ("same30/aipo", "wordy/aipo", "clean/aipo"), (101,)),
+    ("faulty", ("aipo@same30",), REPORTED),
+    ("coefficients", ("aipo",), REPORTED),
+    ("verbose", ("aipo",), REPORTED),
+    ("faulty", ("aipo@25", "aipo@50", "aipo@10", "aipo@same40"), (1, 2, 3)),
+    ("faulty", ("gated@same30", "gated@25", "gated@50"), REPORTED),
     ("tuning", ("grpo_1e-4", "grpo_3e-4", "grpo_3e-5"), (100,)),
     ("coefficients", ("aipo", "sft", "gated", "mask", "luffy"), (1, 2)),
     ("coefficients", ("base", "grpo"), (1,)),
@@ -179,6 +215,7 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("faulty", tuple(EXPERIMENTS["faulty"].variants), (2, 3)),
     ("ablations", tuple(EXPERIMENTS["ablations"].variants), (2, 3)),
     ("tuning", tuple(EXPERIMENTS["tuning"].variants), TUNING_SEEDS),
+    ("choice", tuple(EXPERIMENTS["choice"].variants), TUNING_SEEDS),
 )
 """By worth, first to last: where the time ends, what stands last is missing."""
 

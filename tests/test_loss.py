@@ -159,6 +159,13 @@ def test_agent_gradient_is_weight_times_advantage_times_score(a: float) -> None:
     assert weights_of_agent_tokens(rho, a, Loss(agent="luffy")) == pytest.approx(shaped, rel=1e-3)
 
 
+def test_negative_scales_what_a_failed_trace_says_of_its_replies() -> None:
+    rho = [1e-4, 0.05, 0.9]
+    assert weights_of_agent_tokens(rho, -0.5, Loss(negative=0.3, ceiling=0.5)) == pytest.approx([0.3 * min(p, 0.5) for p in rho], rel=1e-3)
+    assert weights_of_agent_tokens(rho, -0.5, Loss(negative=0)) == [0, 0, 0]
+    assert weights_of_agent_tokens(rho, 0.5, Loss(negative=0)) == weights_of_agent_tokens(rho, 0.5, Loss())
+
+
 def test_the_exact_ratio_vanishes_where_the_floor_does_not() -> None:
     assert weights_of_agent_tokens([1e-6], 1.0, Loss(agent="ppo"))[0] < 1e-5
     assert weights_of_agent_tokens([1e-6], 1.0, Loss(floor=0.1))[0] == pytest.approx(0.1)

@@ -14,7 +14,7 @@ from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.tasks.operators import OPERATORS, RULES
 from aipo_graph.types import Reply, Request
 from experiments import helpers, study
-from experiments.grid import EXPERIMENTS, TUNING_SEEDS, Run, runs
+from experiments.grid import CHOOSING, EXPERIMENTS, TUNING_SEEDS, Run, runs
 
 
 async def replies(agent: helpers.Changed, query: str, count: int = 400) -> list[Reply]:
@@ -28,8 +28,8 @@ def test_every_run_is_a_config_and_no_seed_both_chooses_and_reports(root: Path, 
     assert len({run.name for run in everything}) == len(everything)
     for run in {(run.experiment, run.variant): run for run in everything}.values():
         assert study.config_of(run, {}).run.name == run.name
-    assert {run.seed for run in everything if run.experiment == "tuning"} <= set(TUNING_SEEDS)
-    assert {run.seed for run in everything if run.experiment != "tuning"}.isdisjoint({0, *TUNING_SEEDS})
+    assert {run.seed for run in everything if run.experiment in CHOOSING} <= set(TUNING_SEEDS)
+    assert {run.seed for run in everything if run.experiment not in CHOOSING}.isdisjoint({0, *TUNING_SEEDS})
 
 
 async def test_wrong_replies_come_at_their_share_and_again_with_the_same_seed() -> None:

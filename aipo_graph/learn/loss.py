@@ -93,14 +93,14 @@ SURROGATES: dict[str, tuple[Ratio, Surrogate, Scale]] = {
 
 
 def _aipo(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """w A log pi with w = clip(sg[rho], floor where A > 0 else 0, ceiling).
+    """w A log pi with w = clip(sg[rho], floor, ceiling) where A > 0, else negative * min(sg[rho], ceiling).
 
     Our reconstruction of the "tailored importance sampling coefficient together with a clipping strategy" of arXiv 2605.08401. The exact
-    ratio vanishes on the tokens that the policy did not know: the floor keeps their gradient alive at a bounded bias. It is 0 for A < 0,
-    where pushing down a token of probability near 0 would blow up. The ceiling bounds the variance.
+    ratio vanishes on the tokens that the policy did not know: the floor keeps their gradient alive at a bounded bias. There is none for
+    A < 0, where pushing down a token of probability near 0 would blow up. The ceiling bounds the variance.
     """
-    floor = torch.where(advantages > 0, loss.floor, 0.0)
-    weight = torch.maximum(_exp(log_rho.detach()), floor).clamp(max=loss.ceiling)
+    rho = _exp(log_rho.detach()).clamp(max=loss.ceiling)
+    weight = torch.where(advantages > 0, rho.clamp(min=loss.floor), loss.negative * rho)
     return -weight * advantages * logprobs
 
 

@@ -14,10 +14,11 @@ from aipo_graph import cli
 from aipo_graph.errors import ConfigError
 from aipo_graph.log import write_whole
 from experiments import grid
+from experiments.grid import CHOOSING
 from experiments.report import figures
 from experiments.report.claims import LEVELS, RULE, Claim, Comparison, Verdict, claims, judge, together
 from experiments.report.markdown import fold, listed, plain, table, verbatim
-from experiments.report.sections import CHOOSING, HEADINGS, Group, Section, groups, sections, variants
+from experiments.report.sections import HEADINGS, Group, Section, groups, sections, variants
 from experiments.report.shortcomings import shortcomings
 from experiments.report.stored import Mean, Order, Run, Study, by_order, compare, read
 

@@ -92,10 +92,17 @@ SECTIONS = (
         "A second task",
         "Does the claim rest on one task? Word problems on prices, which stand in a small corpus that a helper searches.",
     ),
-    Section("tuning", "Choosing settings", "Learning rates of plain GRPO; floor, ceiling and λ. Seeds of their own.", decided=()),
+    Section(
+        "tuning", "Choosing settings", "Learning rates of plain GRPO; floor, ceiling and λ of `signed`.", decided=()
+    ),
+    Section(
+        "choice",
+        "Choosing the coefficient",
+        "`aipo` (floor 0.3, ceiling 2, λ 1, and 0 where A < 0), with one setting changed at a time, where helpers are right and terse, "
+        "where Knowledge repeats one wrong rule in 30 % of its replies, and where helpers are wordy. Seeds of their own.",
+        decided=(),
+    ),
 )
-CHOOSING = ("tuning", "defaults")
-"""Experiments that chose settings; every other one reports."""
 
 
 def sections(study: Study) -> list[Section]:

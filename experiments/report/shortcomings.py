@@ -4,9 +4,10 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from experiments.grid import CHOOSING
 from experiments.report.claims import Claim, Verdict
 from experiments.report.markdown import listed, plain
-from experiments.report.sections import CHOOSING, sections, variants
+from experiments.report.sections import sections, variants
 from experiments.report.stored import SEEDS, Run, Study, compare, untrained
 
 UNEQUAL = 0.05
