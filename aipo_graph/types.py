@@ -4,6 +4,7 @@ Column ``t`` of every array describes token ``t``: ``logprobs[t] = log p(token t
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,6 +26,18 @@ def derive_seed(*parts: int | str) -> int:
     """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def differ(rewards: Iterable[float]) -> bool:
+    """Whether finite rewards say which traces are better: by more than the float noise of how each was worked out.
+
+    Noise is a few roundings in float32, by the size of the rewards; near 0, where a sum cancelled, 1e-12.
+
+    >>> differ([0.1 + 0.2, 0.3]), differ([0.1 + 0.2 - 0.3, 0.0]), differ([0.3, 0.3001]), differ([]), differ([1.0])
+    (False, False, True, False, False)
+    """
+    found = list(rewards)
+    return bool(found) and not math.isclose(min(found), max(found), rel_tol=5e-7, abs_tol=1e-12)
 
 
 @dataclass(frozen=True, slots=True)

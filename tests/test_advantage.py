@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 
 from aipo_graph.learn.advantage import ESTIMATORS, advantages
 
@@ -54,6 +55,30 @@ def test_sets_of_one_and_sets_of_equals_give_zero(estimator: str) -> None:
     assert advantages([0.1] * 7, [True] * 7, [True] * 7, estimator=estimator, baseline="group") == (0.0,) * 7
     assert advantages([1.0, 0.0], [False] * 2, [True, False], estimator=estimator, baseline="group") == (0.0, 0.0)
     assert advantages([], [], [], estimator=estimator, baseline="group") == ()
+
+
+NOISE = [
+    [0.1 + 0.2, 0.3, 0.3, 0.3],
+    [-0.1 - 0.2, -0.3, -0.3, -0.3],
+    [(0.1 + 0.2) * 1e9, 0.3e9, 0.3e9, 0.3e9],
+    [(0.1 + 0.2) * 1e-9, 0.3e-9, 0.3e-9, 0.3e-9],
+    [0.1 + 0.2 - 0.3, 0.0, 0.0, -0.0],
+    [float(torch.tensor(0.3)), 0.3, 0.3, 0.3],
+    [float(sum([torch.tensor(0.1)] * 10)), 1.0, 1.0, 1.0],
+]
+SIGNAL = [[0.3, 0.3001, 0.3, 0.3], [1e6, 1e6 + 1, 1e6, 1e6], [0.0, 1e-9, 0.0, 0.0], [-1e-6, 1e-6, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("baseline", ["group", "split", "counterfactual"])
+@pytest.mark.parametrize("estimator", sorted(set(ESTIMATORS) - {"raft"}))
+@pytest.mark.parametrize("helped", [0, 2])
+def test_float_noise_is_no_signal_and_a_small_difference_is(estimator: str, baseline: str, helped: int) -> None:
+    flags = [True] * helped + [False] * (4 - helped)
+    for noisy in NOISE:
+        for rewards in (noisy, noisy[::-1]):
+            assert advantages(rewards, flags, ALL_4, estimator=estimator, baseline=baseline) == (0.0,) * 4
+    for rewards in SIGNAL:
+        assert any(advantages(rewards, flags, ALL_4, estimator=estimator, baseline=baseline)), rewards
 
 
 def test_counterfactual_credits_help_by_what_it_changed() -> None:

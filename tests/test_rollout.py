@@ -1,15 +1,20 @@
 """Graph runs from end to end: real models in the real engine, real compiled graphs, and everything that can go wrong in one."""
 
 import asyncio
+import itertools
 import math
 import random
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from langgraph.graph import END, START, StateGraph
 from rollout_world import NAMES, Exact, bpe, echo, sampling, settings, with_graph, world
 
@@ -285,6 +290,79 @@ async def test_a_graders_fault_gives_no_score(root: Path) -> None:
     assert trace.error == "TaskError: the grader's workers are gone"
     assert len(trace.segments) == 10
     assert metrics["ended/failed/TaskError"] == 0.5
+
+
+@dataclass
+class Says(Exact):
+    """A task that says this of each text."""
+
+    scores: Any = None
+
+    async def score(self, problem: Problem, text: str) -> Any:
+        return self.scores() if callable(self.scores) else self.scores
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (1, 1.0), (True, 1.0), (-0.5, -0.5), (Decimal("0.25"), 0.25), (Fraction(1, 3), 1 / 3), (np.float32(0.5), 0.5),
+        (np.bool_(False), 0.0), (np.array([2.0]), 2.0), (torch.tensor(0.5, requires_grad=True), 0.5), (torch.tensor([3]), 3.0),
+    ],
+)  # fmt: skip
+async def test_scores_are_numbers_of_any_library(root: Path, given: Any, expected: float) -> None:
+    trace, _ = await ended(replace(world(root, asks, helpers()), task=Says({"reward": given, "style": given, "odd": math.nan})))
+    assert {name: type(value) for name, value in trace.scores.items()} == dict.fromkeys(trace.scores, float)
+    assert (trace.reward, trace.scores["style"], trace.trained) == (expected, expected, True)  # a side score without a value costs nothing
+    assert math.isnan(trace.scores["odd"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "returned None; return a mapping"),
+        (0.5, "returned 0.5; return a mapping"),
+        ([("reward", 1.0)], r"returned \[\('reward', 1.0\)\]; return a mapping"),
+        ({}, r"gave no 'reward', only \[\]"),
+        ({"accuracy": 1.0}, r"gave no 'reward', only \['accuracy'\]"),
+        ({"reward": None}, "gave reward = None, which is no number"),
+        ({"reward": "1.0"}, "gave reward = '1.0', which is no number"),
+        ({"reward": np.str_("1")}, "gave reward = .*, which is no number"),
+        ({"reward": np.array(["1"])}, "gave reward = .*, which is no number"),
+        ({"reward": 1j}, "gave reward = 1j, which is no number"),
+        ({"reward": 10**400}, "gave reward = 1000.*, which is no number"),
+        ({"reward": [1.0]}, r"gave reward = \[1.0\], which is no number"),
+        ({"reward": torch.zeros(2, 2)}, "gave reward = tensor.*, which is no number"),
+        ({"reward": 1.0, "style": None}, "gave style = None, which is no number"),
+        ({"reward": 1.0, 3: 1.0}, "gave a score named 3; name it by a text"),
+        ({"reward": 1.0, "leaks": 1.0}, "gave a score named 'leaks'; name it by a text other than leaks"),
+    ],
+)  # fmt: skip
+async def test_what_is_no_score_is_one_line_that_names_it(root: Path, given: Any, said: str) -> None:
+    rollouts = replace(world(root, asks, helpers(), task={"name": "mine.py:build"}), task=Says(given))
+    with pytest.raises(ConfigError, match=rf"^task mine\.py:build, problem 'p': score\(\) {said}") as caught:
+        await rollouts.run_trace(PROBLEM, seed=0, with_agents=True)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+async def test_a_reward_of_nan_is_dropped_and_counted_and_in_no_average(root: Path) -> None:
+    found = iter([math.nan, 1.0, 0.0])
+    rollouts = replace(world(root, asks, helpers()), task=Says(lambda: {"reward": next(found)}))
+    group = TraceGroup(PROBLEM, tuple([await rollouts.run_trace(PROBLEM, seed=seed, with_agents=True) for seed in range(3)]))
+    batch = pack([group], rollouts.config.loss)
+    assert (len(batch), batch.counts["bad_reward"]) == (2, 1)
+    assert rollout_metrics([group], rollouts.agents, 0)["reward"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rewards", "redrawn"),
+    [([0.1 + 0.2, 0.3], True), ([math.nan, 0.3], True), ([0.3, 0.4], False), ([math.nan, math.nan], False)],
+)
+async def test_a_group_without_signal_is_drawn_again(root: Path, rewards: list[float], redrawn: bool) -> None:
+    found = itertools.cycle(rewards)
+    rollouts = world(root, asks, helpers(), rollout={"problems": 1, "traces": 2, "redraws": 1})
+    step = await replace(rollouts, task=Says(lambda: {"reward": next(found)})).run_step(0, 0)
+    assert len(step.discarded) == redrawn
 
 
 @pytest.mark.parametrize(

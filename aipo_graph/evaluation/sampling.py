@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -262,16 +263,17 @@ def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
         if segment.source == "agent":
             calls, tokens = consults.get(segment.author, (0, 0))
             consults[segment.author] = (calls + 1, tokens + len(segment.token_ids))
+    graded = not trace.trained or math.isfinite(trace.reward)
     answered = trace.trained and trace.scores.get("answered", 1.0)  # a task may know that the box is not where an answer counts
     return Sample(
         part.name,
         trace.problem_id,
         number,
-        trace.status,
+        trace.status if graded else "failed",
         trace.reward >= 1,
         sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
         consults,
-        trace.error and trace.error[:500],
+        trace.error and trace.error[:500] if graded else f"TaskError: the reward is {trace.reward}",
         answer=ballot(last_box(final_text(trace.segments))) if answered else "",
         leaks=int(trace.scores.get("leaks", 0)),
         violation=bool(trace.scores.get("violation")),

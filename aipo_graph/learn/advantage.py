@@ -3,6 +3,8 @@
 import statistics
 from collections.abc import Callable, Sequence
 
+from ..types import differ
+
 Estimator = Callable[[float, Sequence[float]], float]
 
 
@@ -37,7 +39,7 @@ def advantages(
     ``group`` compares each trace with all. ``split`` compares traces with agents with the whole group and traces alone with the
     alone ones only, so that what fails only for want of help is not pushed down. ``counterfactual`` (ours) compares a trace with agents
     with the alone ones and itself: help counts by what it changed, and is not blamed for a failure that came without it, too. Untrained
-    traces get 0 and count in no statistic; a set of one trace, or of equal rewards, gives 0 (``raft`` compares nothing).
+    traces get 0 and count in no statistic; a set whose rewards do not `differ`, or of one trace, gives 0 (``raft`` compares nothing).
 
     >>> advantages([1, 1, 0, 0], [True, True, False, False], [True] * 4, estimator="dr_grpo", baseline="split")
     (0.5, 0.5, 0.0, 0.0)
@@ -49,6 +51,6 @@ def advantages(
     result = []
     for reward, helped, counts in zip(rewards, with_agents, trained, strict=True):
         peers = everyone if baseline == "group" or (helped and baseline == "split") else [*alone, reward] if helped else alone
-        flat = estimator != "raft" and (len(peers) < 2 or min(peers) == max(peers))
-        result.append(0.0 if flat or not counts else ESTIMATORS[estimator](reward, peers))
+        compared = counts and (estimator == "raft" or differ(peers))
+        result.append(ESTIMATORS[estimator](reward, peers) if compared else 0.0)
     return tuple(result)

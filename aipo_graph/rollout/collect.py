@@ -1,10 +1,13 @@
 """Runs graphs over problems: one trace, one group, an endless stream of groups. Every token is checked against the ledger."""
 
 import asyncio
+import math
+import reprlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import isawaitable
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,11 +30,13 @@ from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.protocol import parse_request, writes_feedback
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.grading import leaks
-from aipo_graph.types import Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed
+from aipo_graph.types import Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed, differ
 
 OnSegments = Callable[[tuple[Segment, ...]], None]
 T = TypeVar("T")
 PROBE_TOKENS = 128
+COUNTED = ("leaks", "violation", "rewrites")
+"""Scores that are counted here; a task's own have other names."""
 MOST_PASSED_OVER = 10_000
 """Problems in a row that `task.max_prompt_tokens` may pass over."""
 
@@ -92,13 +97,13 @@ class Rollouts:
         """One graph run on one problem, scored.
 
         A fault of an agent, the engine or the grader, or a time-out, ends the trace with its partial segments and a reason;
-        a bug in the graph raises GraphError.
+        a bug in the graph raises GraphError, scores that are none ConfigError.
         """
         trace = await self.run_graph(problem, seed=seed, with_agents=with_agents, on_segments=on_segments)
         if not trace.trained:
             return trace
         try:
-            scores = {**trace.scores, **await self.task.score(problem, self._answer(trace))}
+            scores = {**trace.scores, **await self._score(problem, self._answer(trace))}
         except TaskError as error:
             return replace(trace, status="failed", error=f"TaskError: {error}")
         if with_agents and self.agents and any(writes_feedback(text) for text in policy_texts(trace)):
@@ -192,6 +197,20 @@ class Rollouts:
         text = final_text(trace.segments)
         return str(self.tokenizer.chat.parse(text).content) if in_messages(self._graph(trace.with_agents)) else text
 
+    async def _score(self, problem: Problem, text: str) -> dict[str, float]:
+        """What the task says of a final text, any kind of number as a float. Raises TaskError, ConfigError for what is no score."""
+        where = f"task {self.config.task.name}, problem {problem.id!r}: score()"
+        given: Any = self.task.score(problem, text)
+        found = await given if isawaitable(given) else given
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"{where} returned {_short(found)}; return a mapping of names to numbers, 'reward' among them")
+        if "reward" not in found:
+            raise ConfigError(f"{where} gave no 'reward', only {_short(list(found))}; return one")
+        for name in found:
+            if not isinstance(name, str) or name in COUNTED:
+                raise ConfigError(f"{where} gave a score named {_short(name)}; name it by a text other than {', '.join(COUNTED)}")
+        return {name: _number(value, f"{where} gave {name} = {_short(value)}") for name, value in found.items()}
+
     def _ending(self, segments: tuple[Segment, ...], chat: ChatRun | None) -> Status:
         """Why a run that ended by itself did: out of tokens, refused a consult, or done."""
         if chat:
@@ -264,7 +283,23 @@ class Rollouts:
 
 def _has_signal(group: TraceGroup) -> bool:
     """Whether rewards differ. A group that failed as a whole says nothing of the problem; it stays, to be counted as failed."""
-    return len({trace.reward for trace in group.traces if trace.trained}) != 1
+    rewards = [trace.reward for trace in group.traces if trace.trained and math.isfinite(trace.reward)]
+    return not rewards or differ(rewards)
+
+
+def _number(value: Any, gave: str) -> float:
+    """A number of any library (bool, Fraction, a tensor of one element) as a float; nan and inf are numbers, too. Raises ConfigError."""
+    try:
+        item = value.item() if hasattr(value, "item") else value
+        if not isinstance(item, str | bytes | bytearray):
+            return float(item)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise ConfigError(f"{gave}, which is no number; return one for each score, or leave it out")
+
+
+def _short(value: Any) -> str:
+    return " ".join(reprlib.repr(value).split())
 
 
 async def gather(runs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,5 +1,6 @@
 """What one step's traces say, as flat numbers for the log."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -60,5 +61,5 @@ def _tokens(trace: Trace, source: str) -> int:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
+    found = [value for value in values if math.isfinite(value)]
     return sum(found) / len(found) if found else float("nan")
