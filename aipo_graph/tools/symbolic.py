@@ -41,7 +41,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
 }
 
 
-async def check(claim: str, workers: sandbox.Workers = sandbox.SHARED) -> str:
+async def check(claim: str) -> str:
     r"""``yes``, ``no`` or ``cannot check: reason`` for a claim such as ``3*(4+5) = 27``, ``\frac12 > 0.3`` or ``x^2-1 = (x-1)(x+1)``.
 
     An equation with variables is a claim that it holds for all of them. A chain ``a = b = c`` claims each of its links.
@@ -62,11 +62,11 @@ async def check(claim: str, workers: sandbox.Workers = sandbox.SHARED) -> str:
         return "yes" if all(_holds(a, sign, b, side) for a, sign, b, side in links) else "no"  # type: ignore[arg-type]
     verdicts = []
     for a, sign, b in zip(sides, signs, sides[1:], strict=False):
-        verdicts.append(await _in_worker(_link, latex(a), sign, latex(b), workers=workers))
+        verdicts.append(await _in_worker(_link, latex(a), sign, latex(b)))
     return "no" if "no" in verdicts else next((v for v in verdicts if v != "yes"), "yes")
 
 
-async def evaluate(expression: str, workers: sandbox.Workers = sandbox.SHARED) -> str:
+async def evaluate(expression: str) -> str:
     r"""The value of an expression, exact where it is rational: ``3*(4+5)`` gives ``27``, ``1/3+1/6`` gives ``1/2``.
 
     Otherwise its simplified form, with six digits where it is a number, or ``cannot evaluate: reason``.
@@ -79,13 +79,13 @@ async def evaluate(expression: str, workers: sandbox.Workers = sandbox.SHARED) -
     value = exact(text)
     if value is not None and max(value.numerator.bit_length(), value.denominator.bit_length()) < 600:
         return str(value)
-    verdict = await _in_worker(_value, latex(text), workers=workers)
+    verdict = await _in_worker(_value, latex(text))
     return verdict.replace("cannot check", "cannot evaluate")
 
 
-async def _in_worker(function: Callable[..., str], *args: str, workers: sandbox.Workers) -> str:
+async def _in_worker(function: Callable[..., str], *args: str) -> str:
     try:
-        return str(await workers.run(function, *args, timeout=CPU_SECONDS))
+        return str(await sandbox.SHARED.run(function, *args, timeout=CPU_SECONDS))
     except sandbox.InputFault as fault:
         log.debug("sandbox: %s for %r", fault, args)
         return f"cannot check: {fault}"
