@@ -232,10 +232,12 @@ class Loss(Section):
     """Probability assumed for agent tokens whose helper recorded none (mu)."""
     gamma: PositiveFloat = 0.1
     """luffy: the constant of pi / (pi + gamma)."""
-    clip_low: Fraction = 0.2
-    """Lower clip of the policy ratio."""
+    clip_low: NonNegativeFloat = 0.2
+    """Lower clip of the policy ratio, 1 - clip_low; cispo as published has none: 1 or more."""
     clip_high: PositiveFloat = 0.28
-    """Upper clip of the policy ratio."""
+    """Upper clip of the policy ratio, 1 + clip_high."""
+    clip_dual: NonNegativeFloat = 0.0
+    """Where A < 0, no loss above clip_dual * abs(A), however large the ratio (3 is usual); 0 is no such bound."""
     mismatch_cap: PositiveFloat = 2.0
     """Largest weight exp(old - behaviour) that corrects a policy token for sampler-learner mismatch or lag."""
     kl_weight: NonNegativeFloat = 0.0
@@ -245,8 +247,12 @@ class Loss(Section):
     def _check(self) -> Self:
         if self.floor > self.ceiling:
             raise ValueError(f"loss.floor = {self.floor}: above loss.ceiling = {self.ceiling}")
-        if self.clip_low >= 1:
-            raise ValueError(f"loss.clip_low = {self.clip_low}: the ratio's lower clip is 1 - clip_low; give less than 1")
+        if self.clip_low >= 1 and self.algorithm != "cispo":
+            reason = f"with loss.algorithm = {self.algorithm} the ratio's lower clip is 1 - clip_low; give less than 1"
+            raise ValueError(f"loss.clip_low = {self.clip_low}: {reason}")
+        if self.clip_dual and (self.clip_dual <= 1 or self.algorithm == "cispo"):
+            reason = "cispo clips every ratio; leave it 0" if self.algorithm == "cispo" else "give more than 1 (3 is usual), or 0 for none"
+            raise ValueError(f"loss.clip_dual = {self.clip_dual}: {reason}")
         return self
 
 

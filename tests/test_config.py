@@ -172,7 +172,12 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("--rollout.traces 1", "rollout.traces = 1: a trace is rewarded against the others"),
         ("--rollout.traces 4 --rollout.with_agents 0.1", "rollout.with_agents = 0.1: that is 0 of rollout.traces = 4"),
         ("--loss.floor 3", "loss.floor = 3.0: above loss.ceiling = 2.0"),
-        ("--loss.clip_low 1", "loss.clip_low = 1.0"),
+        ("--loss.clip_low 1", "loss.clip_low = 1.0: with loss.algorithm = grpo the ratio's lower clip is 1 - clip_low; give less than 1"),
+        ("--loss.clip_low 1 --loss.algorithm gspo", "loss.clip_low = 1.0: with loss.algorithm = gspo"),
+        ("--loss.clip_low -0.1 --loss.algorithm cispo", "loss.clip_low = '-0.1': must be greater than or equal to 0"),
+        ("--loss.clip_high 0 --loss.algorithm cispo", "loss.clip_high = '0': must be greater than 0"),
+        ("--loss.clip_dual 1", "loss.clip_dual = 1.0: give more than 1 (3 is usual), or 0 for none"),
+        ("--loss.clip_dual 3 --loss.algorithm cispo", "loss.clip_dual = 3.0: cispo clips every ratio; leave it 0"),
         ("--optimizer.betas 0.9,1", "optimizer.betas = (0.9, 1.0): both must be below 1"),
         ("--train.minibatches 99", "train.minibatches = 99: more than rollout.problems = 32"),
         ("--loss.baseline counterfactual --rollout.with_agents 1", "loss.baseline = counterfactual: rollout.with_agents = 1"),
@@ -181,6 +186,23 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
 )
 def test_bad_command_line_is_one_line(argv: str, message: str) -> None:
     assert message in refusal(*argv.split())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "low", "high"),
+    [
+        ("grpo", 0.2, 0.2),
+        ("dapo", 0.2, 0.28),
+        ("dr_grpo", 0.2, 0.2),
+        ("gspo", 3e-4, 4e-4),
+        ("cispo", 1, 5),
+        ("cispo", 1e3, 4),
+        ("rloo", 0.2, 0.2),
+    ],
+)
+def test_the_clips_that_the_papers_use(algorithm: str, low: float, high: float) -> None:
+    loss = settings("--loss.algorithm", algorithm, "--loss.clip_low", str(low), "--loss.clip_high", str(high)).loss
+    assert (loss.clip_low, loss.clip_high) == (low, high)
 
 
 def test_share_of_agents_in_whole_traces() -> None:

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,32 @@ def test_policy_surrogates_by_hand(name: str) -> None:
     assert float(sums["policy_loss"]) == pytest.approx(hand_policy_loss(name), rel=1e-5)
     assert float(total) == pytest.approx(hand_policy_loss(name), rel=1e-5)
     assert not gradient[batch_of().source == AGENT].any()
+
+
+# Ratios of row 0 (A > 0 or < 0): exp(2), exp(-3); the mismatch weight of its first token is exp(.1).
+WIDE = torch.tensor([[0.0, 1.0, -4.2, -3.0, -1.0], [0.0, -0.3, 0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "a", "first", "second", "share"),
+    [
+        ({"algorithm": "dapo"}, 0.5, 1.28, math.exp(-3), 1 / 3),
+        ({"algorithm": "dapo"}, -0.5, math.exp(2), 0.8, 1 / 3),
+        ({"algorithm": "dapo", "clip_dual": 3}, 0.5, 1.28, math.exp(-3), 1 / 3),
+        ({"algorithm": "dapo", "clip_dual": 3}, -0.5, 3, 0.8, 2 / 3),
+        ({"algorithm": "dapo", "clip_dual": 9}, -0.5, math.exp(2), 0.8, 1 / 3),
+        ({"algorithm": "cispo"}, 0.5, 1.28 * 1.0, 0.8 * -4.2, 2 / 3),
+        ({"algorithm": "cispo", "clip_low": 1, "clip_high": 4}, 0.5, 5 * 1.0, math.exp(-3) * -4.2, 1 / 3),
+        ({"algorithm": "cispo", "clip_low": 50, "clip_high": 9}, -0.5, math.exp(2) * 1.0, math.exp(-3) * -4.2, 0),
+    ],
+)
+def test_clips_by_hand(settings: dict[str, Any], a: float, first: float, second: float, share: float) -> None:
+    batch = batch_of(a0=a, a1=0.0)
+    _, sums, gradient = parts(Loss.model_validate(settings | {"agent": "mask"}), batch, WIDE)
+    assert float(sums["policy_loss"]) == pytest.approx(-a * (math.exp(0.1) * first + second) / 3, rel=1e-5)
+    assert summarise(sums, batch.authors, 1)["clip_fraction"] == pytest.approx(share)
+    if settings["algorithm"] == "dapo":  # a clip that takes effect ends the gradient
+        assert int((gradient[0, 1:3] == 0).sum()) == round(3 * share)
 
 
 @pytest.mark.parametrize(("name", "form"), [("gspo", "mean"), ("rloo", "sum")])

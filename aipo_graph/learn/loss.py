@@ -58,8 +58,10 @@ def _sum_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 
 def _clipped(log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
+    """-min(r A, clip(r) A), and with ``clip_dual`` = c no more than -c A where A < 0 (dual clip, arXiv 1912.09729, equation 5)."""
     ratio = _exp(log_ratio)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high) * advantages)
+    least = torch.minimum(ratio * advantages, ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high) * advantages)
+    return -torch.where(advantages < 0, torch.maximum(least, loss.clip_dual * advantages), least) if loss.clip_dual else -least
 
 
 def _weighted(log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
@@ -215,7 +217,11 @@ def _policy_sums(
     ratio, raw, log_raw = _exp(log_ratio)[policy], _exp(log_mismatch)[policy], log_mismatch[policy].clamp(-CLAMP, CLAMP)
     mismatch = (raw - 1).abs()
     value, weight = values[policy], weight[policy]
-    clipped = ((value > 0) & (ratio > 1 + loss.clip_high)) | ((value < 0) & (ratio < 1 - loss.clip_low))
+    above, below = ratio > 1 + loss.clip_high, ratio < 1 - loss.clip_low
+    if loss.algorithm == "cispo":  # its clip takes effect on either side, whatever the sign
+        clipped = (value != 0) & (above | below)
+    else:
+        clipped = ((value > 0) & above) | ((value < 0) & (below | ((ratio > loss.clip_dual) & (loss.clip_dual > 0))))
     top = torch.zeros(1, device=ratio.device)
     return {
         "policy_count": policy.sum(),

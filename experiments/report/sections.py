@@ -92,9 +92,7 @@ SECTIONS = (
         "A second task",
         "Does the claim rest on one task? Word problems on prices, which stand in a small corpus that a helper searches.",
     ),
-    Section(
-        "tuning", "Choosing settings", "Learning rates of plain GRPO; floor, ceiling and λ of `signed`.", decided=()
-    ),
+    Section("tuning", "Choosing settings", "Learning rates of plain GRPO; floor, ceiling and λ of `signed`.", decided=()),
     Section(
         "choice",
         "Choosing the coefficient",
