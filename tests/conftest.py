@@ -1,4 +1,4 @@
-"""One torch thread per process, set before anything imports torch: more are slower beside other load."""
+"""What all tests share. One torch thread per process, set before anything imports torch: more are slower beside other load."""
 
 import asyncio
 import os
@@ -10,10 +10,39 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+TOGETHER = (
+    ("vllm_server", "vllm_train", "vllm_in_process", "chat_agents"),
+    ("view", "view_browser", "dashboard", "docs"),
+)
+"""Test files that share what is slow to make: a vLLM server, a trained run."""
+LONG = ("vllm_server", "train", "view", "site", "packaging", "study", "pretrain")
+"""Files that take longest, begun first, so that no process is left alone with one at the end."""
+
+
+class Files(LoadScopeScheduling):
+    """Side by side (`pytest -n 2`), a process takes a whole file, or all that share something."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+        return next((names[0] for names in TOGETHER if name in names), name)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Files:
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")
