@@ -60,6 +60,8 @@ class Run(Section):
     """Checkpoints kept; at least two, so that a damaged one can be skipped."""
     trace_groups: NonNegativeInt = 2
     """Groups per step written to traces.jsonl."""
+    tracing: bool = False
+    """Let LangSmith and other tracers that LANGSMITH_* and LANGCHAIN_* variables turn on see every graph run, its tokens included."""
 
 
 class Policy(Section):

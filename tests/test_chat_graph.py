@@ -16,7 +16,7 @@ from langchain.agents.middleware import before_model
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, RemoveMessage, SystemMessage, trim_messages
 from langchain_core.tools import tool
 from langgraph.errors import GraphBubbleUp
-from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import RetryPolicy, Send, interrupt
 from rollout_world import Exact, save_tiny, settings
 from test_messages import QWEN
@@ -552,14 +552,6 @@ async def test_outside_a_run_it_says_so(tmp_path: Path) -> None:
     del rollouts.tokenizer.__dict__["chat"]
     with pytest.raises(ConfigError, match="has no chat template"):
         await run(rollouts)
-
-
-async def test_a_graph_may_have_no_reply(tmp_path: Path) -> None:
-    async def silent(state: MessagesState) -> Any:
-        return None
-
-    trace = await run(build(tmp_path, messages_graph({"silent": silent}, [(START, "silent"), ("silent", END)])))
-    assert (trace.status, trace.segments, trace.path, trace.reward) == ("done", (), ("silent",), 0.0)
 
 
 async def test_the_worked_example_runs_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

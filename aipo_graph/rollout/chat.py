@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackHandler, CallbackManagerForLLMRun
@@ -294,6 +294,8 @@ class PolicyChatModel(BaseChatModel):
     A tool or a node that raises fails its trace: let a tool answer a bad call with a text, which the policy can learn from.
     """
 
+    cache: Literal[False] = False
+    """Never LangChain's cache of answers: each trace samples its own."""
     max_tokens: int | None = None
     """Longest reply; the trace's budget ends it in any case."""
 

@@ -17,20 +17,22 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphRecursionError, InvalidUpdateError
 from langgraph.types import StreamMode
+from langsmith import tracing_context
 
 from aipo_graph.config import Config
 from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, TaskError
 from aipo_graph.load import find, model
 from aipo_graph.rollout.agents import Agent
+from aipo_graph.rollout.apart import fresh_stores, unsolved
 from aipo_graph.rollout.chat import ChatRun, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
 from aipo_graph.rollout.ledger import Ledger
-from aipo_graph.rollout.open import open_agents, open_graph
+from aipo_graph.rollout.open import open_agents, open_graph, without_tracers
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.protocol import parse_request, writes_feedback
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.grading import leaks
-from aipo_graph.types import Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed, differ
+from aipo_graph.types import TRAINED, Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed, differ
 
 OnSegments = Callable[[tuple[Segment, ...]], None]
 T = TypeVar("T")
@@ -71,6 +73,8 @@ class Rollouts:
     @classmethod
     def open(cls, config: Config, engine: Engine, task: Task, chats: Mapping[str, BaseChatModel] | None = None) -> "Rollouts":
         """Loads everything that the config names; ``chats`` are the language models of agents, by name. Raises ConfigError."""
+        if not config.run.tracing:
+            without_tracers()
         agents = open_agents(config.agents.use, config, chats or {})
         return cls(
             config,
@@ -135,7 +139,12 @@ class Rollouts:
         reason: str | None = None
         try:
             async with asyncio.timeout(self.config.rollout.timeout) as clock:
-                with self.engine.run(f"{problem.id}/{seed}"), chat.active() if chat else nullcontext():
+                with (
+                    self.engine.run(f"{problem.id}/{seed}"),
+                    fresh_stores(),
+                    nullcontext() if self.config.run.tracing else tracing_context(enabled=False),
+                    chat.active() if chat else nullcontext(),
+                ):
                     async for kind, chunk in self._stream(graph, problem, context, chat):
                         if kind == "values":
                             known, segments = len(segments), chat.settle() if chat else _segments(chunk)
@@ -174,6 +183,9 @@ class Rollouts:
         ledger.check(segments, complete=status in ("done", "budget"))
         if status == "done":
             status = self._ending(segments, chat)
+        if status in TRAINED and not any(s.source == "policy" for s in segments):
+            why = reason or "no node asked it"
+            status, reason = "failed", f"NoTokens: the graph ended without a word of the policy ({why}); see its routes"
         scores = {"rewrites": float(chat.rewrites)} if chat else {}
         return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason)
 
@@ -188,7 +200,7 @@ class Rollouts:
         settings: RunnableConfig = {"recursion_limit": self.config.rollout.max_supersteps}
         modes: list[StreamMode] = ["updates", "values"]
         if chat is None:
-            return graph.astream({"problem": problem, "segments": ()}, settings, context=context, stream_mode=modes)
+            return graph.astream({"problem": unsolved(problem), "segments": ()}, settings, context=context, stream_mode=modes)
         settings["callbacks"] = [chat]
         return graph.astream({"messages": [HumanMessage(problem.question)]}, settings, context={}, stream_mode=modes)
 

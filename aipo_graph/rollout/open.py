@@ -1,5 +1,7 @@
 """The graphs and agents that a config names by path."""
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,6 +13,7 @@ from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import call, load
 from aipo_graph.rollout.agents import Agent
+from aipo_graph.rollout.apart import apart
 from aipo_graph.rollout.graph import Graph
 from aipo_graph.rollout.protocol import FEEDBACK
 
@@ -18,7 +21,7 @@ from aipo_graph.rollout.protocol import FEEDBACK
 def open_graph(path: str) -> Graph:
     """The compiled graph behind a path: a graph, or a function without arguments that returns one. Raises ConfigError.
 
-    Its checkpointer is left out: a trace runs once, from its start, and nothing of it is to be kept beside it.
+    Nothing that it keeps outlives a trace: see :func:`apart`, which raises GraphError.
     """
     found = load(path)
     graph = call(path, found) if callable(found) and not isinstance(found, (StateGraph, CompiledStateGraph)) else found
@@ -26,7 +29,17 @@ def open_graph(path: str) -> Graph:
         graph = graph.compile()
     if not isinstance(graph, CompiledStateGraph):
         raise ConfigError(f"{path}: a {type(graph).__name__} is not a LangGraph graph; name a StateGraph or a function that returns one")
-    return graph.copy({"checkpointer": None})
+    return apart(graph, path)
+
+
+def without_tracers() -> None:
+    """Turns off, for this process and those it starts, the tracers that LangChain's environment variables turn on: what they send is
+    questions, token ids and replies. Values are set, not removed, so that a graph's own `load_dotenv()` does not bring them back.
+    """
+    ours = ("LANGSMITH_TRACING", "LANGSMITH_TRACING_V2", "LANGCHAIN_TRACING", "LANGCHAIN_TRACING_V2")
+    given = (name for name in os.environ if re.fullmatch(r"LANG(SMITH|CHAIN)_(\w+_)?TRACING(_V2)?", name))
+    os.environ.update(dict.fromkeys((*ours, *given), "false"))
+    os.environ.pop("LANGCHAIN_HANDLER", None)
 
 
 def open_agents(paths: Mapping[str, str], config: Config, chats: Mapping[str, BaseChatModel] | None = None) -> dict[str, Agent]:
