@@ -283,7 +283,8 @@ def test_tracers_see_runs_where_the_config_asks_and_never_an_answer(
     )
     keys = {"LANGSMITH_API_KEY": "x", "LANGSMITH_ENDPOINT": url, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
     command = [sys.executable, "-c", ASK, "asked" if asked else ""]
-    done = subprocess.run(command, env={**os.environ, **keys, **variables}, capture_output=True, text=True, timeout=100)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("LANG")}
+    done = subprocess.run(command, env={**clean, **keys, **variables}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     answer, status = done.stdout.split()
     sent = b"".join(smith.got)  # type: ignore[attr-defined]
