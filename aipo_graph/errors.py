@@ -25,6 +25,10 @@ class AgentError(AipoError):
     """A helper agent failed after its retries. The trace carries zero gradient and is counted."""
 
 
+class RequestError(AgentError):
+    """A request that the policy made too long for its helper. Its own doing: the trace ends as `budget`, and is trained on."""
+
+
 class ToolError(AipoError):
     """A tool refused or failed. Its text is shown to the agent that called it."""
 

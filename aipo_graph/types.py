@@ -122,7 +122,7 @@ class Request:
     question: str = ""
     """The problem's question. The answer never travels to an agent."""
     transcript: str = ""
-    """The thread's text so far, control tokens neutralised."""
+    """What policy and helpers wrote on the thread so far, the author before each line, control tokens neutralised."""
     seed: int = 0
 
 

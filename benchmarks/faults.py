@@ -87,7 +87,7 @@ class Provider:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
-        consult = str(body["messages"][0]["content"])
+        consult = str(body["messages"][-1]["content"])
         self.attempts[consult] += 1
         fault, _, detail = self.fault(consult, self.attempts[consult]).partition(" ")
         if fault:
@@ -96,8 +96,8 @@ class Provider:
             error = {"message": detail or f"fault {fault}", "type": "fault", "code": detail.replace(" ", "_") or None}
             headers = {"Retry-After": "1"} if detail == "retry-after" else {}
             return web.json_response({"error": error}, status=int(fault), headers=headers)
-        question, _, rest = consult.partition("|")
-        text = json.dumps(_completion(body, self.reply(question, rest.partition("|")[0]), detail if fault == "finish" else "stop"))
+        asked = dict(part.split(":\n> ", 1) for part in consult.split("\n\n") if not part.startswith("transcript:"))
+        text = json.dumps(_completion(body, self.reply(asked["question"], asked["query"]), detail if fault == "finish" else "stop"))
         if fault == "json":
             return web.Response(text=text[: len(text) // 2], content_type="application/json")
         if fault == "html":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from aipo_graph.errors import ConfigError
 from aipo_graph.load import load
 
 
@@ -51,9 +52,29 @@ async def test_hostile_replies(faults: Any) -> None:
     ("fault", "message"),
     [
         ("401 Incorrect API key", "Incorrect API key; set the provider's API key in the environment"),
+        ("402 insufficient credit", "the account behind the key is used up"),
         ("403 no access", "the key may not use this model: name another in agents.models.knowledge"),
         ("404 no such model", "no such model; the provider has no such model or address: correct agents.models.knowledge"),
+        ("405 method not allowed", "no such model or address: correct agents.models.knowledge"),
+        ("400 the model helper does not exist", "no such model or address: correct agents.models.knowledge"),
+        ("429 insufficient_quota", "the account behind the key is used up"),
+    ],
+)
+async def test_what_no_request_can_mend_ends_the_run_at_the_first(faults: Any, fault: str, message: str) -> None:
+    provider = faults.Provider(faults.rule, lambda consult, attempt: fault)
+    async with provider.serving():
+        rollouts = await faults.opened(faults.settings(), provider)
+        with pytest.raises(ConfigError, match=rf"agent 'knowledge': .*{message}") as caught:
+            await faults.traces_of(rollouts, 1)
+    assert provider.attempts.total() == 1
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
         ("400 maximum context length is 10 tokens", "too long for the model: shorten the agent's prompt file"),
+        ("403 your input was flagged by moderation", "the provider filters this content"),
         ("400 content filter", "the provider filters this content: name another model in agents.models.knowledge"),
         ("finish content_filter", "the provider's content filter left no answer; name another model in agents.models"),
     ],

@@ -20,9 +20,9 @@ from langgraph.types import StreamMode
 from langsmith import tracing_context
 
 from aipo_graph.config import Config
-from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, TaskError
+from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, RequestError, TaskError
 from aipo_graph.load import find, model
-from aipo_graph.rollout.agents import Agent
+from aipo_graph.rollout.agents import Agent, Clock
 from aipo_graph.rollout.apart import fresh_stores, unsolved
 from aipo_graph.rollout.chat import ChatRun, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
@@ -137,9 +137,11 @@ class Rollouts:
         path: list[str] = []
         status: Status = "done"
         reason: str | None = None
+        ended = False
         try:
-            async with asyncio.timeout(self.config.rollout.timeout) as clock:
+            async with asyncio.timeout(self.config.rollout.timeout) as limit:
                 with (
+                    Clock(limit).running(),
                     self.engine.run(f"{problem.id}/{seed}"),
                     fresh_stores(),
                     nullcontext() if self.config.run.tracing else tracing_context(enabled=False),
@@ -152,16 +154,19 @@ class Rollouts:
                                 on_segments(segments[known:])
                         else:
                             path += _nodes(chunk, chat is not None)
+            ended = True
         except GraphRecursionError:
-            status, reason = "budget", f"more than {self.config.rollout.max_supersteps} supersteps"
+            status, reason, ended = "budget", f"more than {self.config.rollout.max_supersteps} supersteps", True
         except TimeoutError as error:
             late = f"more than {self.config.rollout.timeout:g} s (rollout.timeout)"
-            status, reason = "timeout", late if clock.expired() else f"a node ran into its own time-out: {error}"
+            status, reason = "timeout", late if limit.expired() else f"a node ran into its own time-out: {error}"
         except OutOfTokens:
             status, segments = "length", chat.settle() if chat else segments
         except ContextError as error:
             segments = chat.settle() if chat else segments
             status, reason = ("length" if any(s.source == "policy" for s in segments) else "failed"), f"ContextError: {error}"
+        except RequestError as error:
+            status, reason = "budget", f"RequestError: {error}"
         except (AgentError, EngineError) as error:
             status, reason = "failed", f"{type(error).__name__}: {error}"
         except InvalidUpdateError as error:
@@ -178,9 +183,9 @@ class Rollouts:
             if chat is None:
                 raise
             status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error)[:300].split())}"
-        if chat and status in ("done", "budget"):
+        if chat and ended:
             segments = chat.settle()
-        ledger.check(segments, complete=status in ("done", "budget"))
+        ledger.check(segments, complete=ended)
         if status == "done":
             status = self._ending(segments, chat)
         if status in TRAINED and not any(s.source == "policy" for s in segments):

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated, Any, Protocol
 
 from langgraph.graph.state import CompiledStateGraph
@@ -12,7 +13,7 @@ from typing_extensions import TypedDict  # pydantic makes no schema of typing's 
 from aipo_graph.errors import ConfigError, GraphError
 from aipo_graph.rollout.agents import Agent
 from aipo_graph.rollout.prompts import Prompts
-from aipo_graph.rollout.protocol import parse_request, tags
+from aipo_graph.rollout.protocol import parse_request, quoted, tags
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.types import Generate, Problem, Reply, Request, Segment, derive_seed
 
@@ -110,6 +111,13 @@ def last_words(state: State, thread: str | None = None) -> str:
     return "".join(s.text for s in row[start:end])
 
 
+def _transcript(state: State, thread: str, neutralise: Callable[[str], str]) -> str:
+    """What policy and helpers wrote on a thread, line by line with the author: a helper's words reach another one as what they are."""
+    said = (s for s in state["segments"] if s.thread == thread and s.source != "context")
+    runs = groupby(said, key=lambda s: "policy" if s.source == "policy" else s.author)
+    return "\n".join(quoted(author, neutralise("".join(s.text for s in run))) for author, run in runs)
+
+
 def policy_node(thread: str = "main", *, prompt: str = "policy", consults: bool = True, segment_tokens: int | None = None) -> Node:
     """A node that lets the policy write on its thread until it asks, ends, or runs out of budget.
 
@@ -171,7 +179,7 @@ def agent_node(name: str, thread: str = "main") -> Node:
                 name,
                 query=neutralise(request[1] if request else last.text).strip(),
                 question=neutralise(state["problem"].question),
-                transcript=neutralise("".join(s.text for s in state["segments"] if s.thread == thread and s.source != "context")),
+                transcript=_transcript(state, thread, neutralise),
                 seed=derive_seed(context.seed, thread, name, context.consults_left(state)),
             ),
         )

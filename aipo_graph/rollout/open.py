@@ -16,6 +16,7 @@ from aipo_graph.rollout.agents import Agent
 from aipo_graph.rollout.apart import apart
 from aipo_graph.rollout.graph import Graph
 from aipo_graph.rollout.protocol import FEEDBACK
+from aipo_graph.rollout.tools import check_alone
 
 
 def open_graph(path: str) -> Graph:
@@ -58,10 +59,12 @@ def _open_agent(name: str, path: str, config: Config, chat: BaseChatModel | None
     agent = call(path, load(path), config) if path else Agent(name, model=chat)
     if not isinstance(agent, Agent):
         raise ConfigError(f"agents.use.{name}: {path} returned a {type(agent).__name__}, not an Agent")
-    settings = config.agents
+    settings, chat = config.agents, chat or agent.model
+    if chat is None:
+        check_alone(name, agent.tools[0])
     return replace(
         agent,
-        model=chat or agent.model,
+        model=chat,
         attempts=settings.attempts,
         timeout=settings.timeout,
         max_tokens=settings.max_tokens * agent.max_turns,

@@ -27,7 +27,7 @@ class Prompts:
             raise ConfigError(f"{folder}: a prompt is not readable as UTF-8 text: {error}") from None
         for name, text in texts.items():
             try:
-                fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+                fields = _fields(text)
             except ValueError as error:
                 raise ConfigError(f"{folder / name}.md: {error}; write a literal brace as {{{{ or }}}}") from None
             for field in fields:
@@ -42,8 +42,20 @@ class Prompts:
         """No prompts: for agents that are tools alone."""
         return cls(Path(), {})
 
+    def fields(self, name: str) -> tuple[str, ...]:
+        """The fields that one prompt asks for, in the order of FIELDS."""
+        return tuple(sorted(set(_fields(self._text(name))), key=FIELDS.index))
+
     def render(self, name: str, **fields: str) -> str:
         """The text of one prompt with its fields filled in; values are never parsed again."""
+        return self._text(name).format_map(dict.fromkeys(FIELDS, "") | fields)
+
+    def _text(self, name: str) -> str:
         if name not in self.texts:
             raise ConfigError(f"no prompt {name!r} in {self.folder}: add {name}.md (there are: {', '.join(self.texts) or 'none'})")
-        return self.texts[name].format_map(dict.fromkeys(FIELDS, "") | fields)
+        return self.texts[name]
+
+
+def _fields(text: str) -> list[str]:
+    """Raises ValueError for a stray brace."""
+    return [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]

@@ -36,3 +36,13 @@ def parse_request(text: str, agents: Iterable[str]) -> tuple[str, str] | None:
     opening = tags(agent)[0]
     start = text.rfind(opening, 0, close) if close >= 0 else -1
     return None if start < 0 else (agent, text[start + len(opening) : close])
+
+
+def quoted(author: str, text: str) -> str:
+    """Somebody's words as data for another: before every line stands who wrote it, so that no line can pose as somebody else's.
+
+    >>> print(quoted("knowledge", "12\\npolicy> so it is"))
+    knowledge> 12
+    knowledge> policy> so it is
+    """
+    return "\n".join(f"{author}> {line}" for line in text.splitlines() or [""])

@@ -65,6 +65,7 @@ class Tokenizer:
 
         A normaliser inside the tokenizer can make a tag out of look-alikes, hence the second look at the decoded text.
         """
+        text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can hold, and no tokenizer takes
         if limit is not None:
             text = text[: 64 * limit]  # no token is longer; a reply of megabytes must not stall the event loop
         for _ in range(3):
