@@ -1,17 +1,24 @@
 """Untrusted text never becomes a control token; sampled ids stay as they are; prompts keep their tags."""
 
+import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from rollout_world import NAMES, bpe, save_tiny
+from langgraph.graph import START, StateGraph
+from rollout_world import NAMES, Exact, bpe, echo, save_tiny, with_graph, world
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from aipo_graph import pretrain
 from aipo_graph.errors import ConfigError
+from aipo_graph.rollout import Context, State, agent_node, by_request, policy_node
+from aipo_graph.rollout.collect import final_text, policy_texts
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.rollout.tokens import Tokenizer
-from aipo_graph.types import Reply
+from aipo_graph.types import Completion, Reply, Segment
 
 TAGS = [tag for name in (*NAMES, FEEDBACK) for tag in tags(name)]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -134,3 +141,104 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(ConfigError, match=r"no usable tokenizer .*policy\.model must hold tokenizer\.json"):
         Tokenizer.load(tmp_path)
+
+
+# --- what is sampled in several segments
+
+TEXT = "so it is, 12 and  3; naïve 😀👩‍🔬 漢字 don't <knowledge>what is it 漢 about</knowledge>"
+LEARNT = [TEXT, "what is it about , then ? <knowledge> </knowledge> \\boxed{1000}"] * 9
+
+
+def sentencepiece() -> RawTokenizer:
+    """As Llama 2's: a blank stands before every word, and characters that it does not know are bytes."""
+    raw = RawTokenizer(models.BPE())
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    plain = [text.translate({ord(c): None for c in text if ord(c) > 127}) for text in LEARNT]
+    raw.train_from_iterator(plain, trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    learnt = json.loads(raw.to_str())["model"]
+    vocab = {piece: i for i, piece in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]])}
+    raw.model = models.BPE(vocab, [tuple(pair) for pair in learnt["merges"]], unk_token="<unk>", byte_fallback=True)
+    return raw
+
+
+def metaspace() -> RawTokenizer:
+    raw = RawTokenizer(models.Unigram())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    raw.train_from_iterator(LEARNT, trainers.UnigramTrainer(vocab_size=90, unk_token="<unk>", show_progress=False))
+    return raw
+
+
+def wordpiece() -> RawTokenizer:
+    raw = RawTokenizer(models.WordPiece(unk_token="[UNK]"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece(cleanup=True)
+    raw.train_from_iterator(LEARNT, trainers.WordPieceTrainer(vocab_size=150, special_tokens=["[UNK]"], show_progress=False))
+    return raw
+
+
+def wrapped(raw: RawTokenizer) -> PreTrainedTokenizerFast:
+    raw.add_special_tokens(["<eos>"])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+KINDS = {
+    "bytes": bpe,
+    "sentencepiece": lambda: wrapped(sentencepiece()),
+    "metaspace": lambda: wrapped(metaspace()),
+    "wordpiece": lambda: wrapped(wordpiece()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+async def test_texts_of_segments_join_to_the_text_of_all_ids(kind: str, length: int, root: Path) -> None:
+    """Through the graph: blanks and characters that fall between two segments are kept, and the request across them is found."""
+    raw = KINDS[kind]()
+    graph = StateGraph(State, context_schema=Context)
+    graph.add_node("policy", policy_node(segment_tokens=length))
+    graph.add_node("knowledge", agent_node("knowledge"))
+    graph.add_edge(START, "policy")
+    graph.add_edge("knowledge", "policy")
+    graph.add_conditional_edges("policy", by_request)
+    asked: list[str] = []
+    written = raw.encode(TEXT, add_special_tokens=False)
+    done = raw.encode("\\boxed{1000}", add_special_tokens=False)
+
+    def look(query: str) -> str:
+        asked.append(query)
+        return "12"
+
+    rollouts = with_graph(
+        world(root, str, [echo("knowledge", look)], raw, rollout={"max_tokens": 2000, "max_supersteps": 500}), graph.compile()
+    )
+    position = 0
+
+    async def generate(prompt_ids: Sequence[int], *, max_tokens: int, **_: object) -> Completion:
+        nonlocal position
+        row = [*written, *done, raw.eos_token_id]
+        end = min(position + max_tokens, len(row), len(written) if position < len(written) else len(row))
+        ids, position = tuple(row[position:end]), end
+        return Completion(ids, (-0.5,) * len(ids), "length", 0)
+
+    object.__setattr__(rollouts.engine, "generate", generate)
+    trace = await rollouts.run_trace(Exact().train(0), seed=0, with_agents=True)
+    assert trace.error is None
+    first, last = policy_texts(trace)
+    assert first == raw.decode(written, clean_up_tokenization_spaces=False)
+    assert last == final_text(trace.segments) == raw.decode([*done, raw.eos_token_id], clean_up_tokenization_spaces=False)
+    (query,) = asked
+    assert query == first.rpartition("</knowledge>")[0].rpartition("<knowledge>")[2].strip()
+    assert "漢" in query or kind == "wordpiece"
+    assert "what is it" in query
+
+
+def test_the_beginning_of_a_character_goes_to_the_segment_that_ends_it() -> None:
+    raw = bpe()
+    tokenizer = Tokenizer(raw, NAMES)
+    ids = tuple(raw.encode("a😀b", add_special_tokens=False))
+    run: list[Segment] = []
+    for token in ids:
+        text = tokenizer.continued(run, (token,), more=True)
+        run.append(Segment("policy", "policy", (token,), text, logprobs=(-0.5,)))
+    assert [segment.text for segment in run] == ["a", "", "", "", "😀", "b"]
+    assert tokenizer.continued([], ids[:3]) == "a\ufffd"  # nothing follows

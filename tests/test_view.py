@@ -38,6 +38,7 @@ from aipo_graph.view import page
 from aipo_graph.view.follow import Growing
 from aipo_graph.view.pieces import Pieces
 from aipo_graph.view.read import PAGE_TRACES, ViewedRun, index_of, read_run
+from aipo_graph.view.record import split
 from aipo_graph.view.serve import application
 
 TOKENIZER = RawTokenizer.from_file(str(data("operators") / "tokenizer.json"))
@@ -403,6 +404,31 @@ def test_a_text_that_ends_or_starts_in_the_middle_of_a_character(tmp_path: Path)
     found = pieces.split(half, raw.decode(half))
     assert found is not None
     assert "".join(found) == raw.decode(half)
+
+
+def test_segments_that_part_a_character_are_split_as_one_text(tmp_path: Path) -> None:
+    raw = bpe().backend_tokenizer
+    pieces = saved(raw, tmp_path)
+    ids = tuple(raw.encode("a😀b", add_special_tokens=False).ids)
+
+    def written(token_ids: tuple[int, ...], text: str, thread: str = "main") -> Segment:
+        return Segment("policy", "policy", token_ids, text, logprobs=(-0.5,) * len(token_ids), thread=thread)
+
+    segments = [
+        written(ids[:3], "a"),
+        written(ids[:2], "a", "other"),
+        written(ids[3:], "😀b"),
+        Segment("context", "x", ids, "a😀b"),
+        written(ids, "a😀b"),
+    ]
+    assert split(segments, pieces) == [
+        ["a", "", ""],
+        ["a", ""],
+        ["", "😀", "b"],
+        ["a", "", "", "", "😀", "b"],
+        ["a", "", "", "", "😀", "b"],
+    ]
+    assert split(segments[:1], None) == [None]
 
 
 def test_tokens_that_end_one_character_and_start_the_next(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from aipo_graph.rollout.collect import Rollouts, final_text
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, Segment, Trace, derive_seed
 from aipo_graph.view.pieces import Pieces
-from aipo_graph.view.record import segment_json
+from aipo_graph.view.record import segment_json, split
 
 STOPPED = "stopped"
 """The status of a trace that somebody stopped: beside those of types.Status, and on the page alone."""
@@ -87,7 +87,7 @@ class Asking:
 
         def append(segments: Sequence[Segment]) -> None:
             made[0] = replace(made[0], segments=(*made[0].segments, *segments))
-            self._tell(planned, {"event": "segments", "segments": [segment_json(s, self._pieces) for s in segments]})
+            self._tell(planned, {"event": "segments", "segments": self._segments(made[0].segments)[-len(segments) :]})
 
         which = "graph" if planned["with_agents"] else "solo"
         graph = getattr(self._rollouts, which)
@@ -117,5 +117,8 @@ class Asking:
             "answer": box,
             "vote": ballot(box),
             "path": list(trace.path),
-            "segments": [segment_json(s, self._pieces) for s in trace.segments],
+            "segments": self._segments(trace.segments),
         }
+
+    def _segments(self, segments: Sequence[Segment]) -> list[Json]:
+        return [segment_json(segment, tokens) for segment, tokens in zip(segments, split(segments, self._pieces), strict=True)]

@@ -243,11 +243,14 @@ class Rollouts:
         """Counts replies that state the gold answer, and masks them or drops the trace as `agents.leak` says."""
         known = problem.question
         marked = []
+        before: Segment | None = None
         for segment in trace.segments:
             leaked = segment.source == "agent" and leaks(segment.text, problem.answer, known)
             marked.append(replace(segment, masked=True) if leaked and self.config.agents.leak == "mask" else segment)
             if not trace.scores.get("leaks") and not leaked:  # what is said after a leak may come from it
-                known += segment.text
+                goes_on = before is not None and (before.source, before.thread) == ("policy", segment.thread) and segment.source == "policy"
+                known += segment.text if goes_on else f"\n{segment.text}"
+            before = segment
             if leaked:
                 trace = replace(trace, scores={**trace.scores, "leaks": trace.scores.get("leaks", 0.0) + 1})
         if self.config.agents.leak == "drop" and trace.scores.get("leaks"):

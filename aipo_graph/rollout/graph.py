@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Annotated, Any, Protocol
 
 from langgraph.graph.state import CompiledStateGraph
@@ -145,11 +145,14 @@ def policy_node(thread: str = "main", *, prompt: str = "policy", consults: bool 
             stop=stop,
             temperature=context.temperature,
         )
+        run = [*takewhile(lambda s: s.source == "policy", reversed(written))][::-1]
+        count = len(completion.token_ids)
+        more = segment_tokens is not None and segment_tokens <= count < left and completion.token_ids[-1] not in context.tokenizer.eos_ids
         sampled = Segment(
             "policy",
             author="policy" if thread == "main" else thread,
             token_ids=completion.token_ids,
-            text=context.tokenizer.decode(completion.token_ids),
+            text=context.tokenizer.continued(run, completion.token_ids, more=more),
             logprobs=completion.logprobs,
             version=completion.version,
             updates=completion.updates,

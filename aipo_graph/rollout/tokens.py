@@ -55,6 +55,18 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return decode(self._tokenizer, token_ids)
 
+    def continued(self, run: Sequence[Segment], token_ids: Sequence[int], *, more: bool = False) -> str:
+        """The text that ids add to an unbroken run of segments, so that the run's texts join to the text of all its ids.
+
+        Decoded alone, ids that begin inside a word or a character lose its blank or show U+FFFD.
+
+        Args:
+            more: ids may follow; the beginning of a character at the end is left to those that complete it.
+        """
+        before = sum(len(s.text) for s in run)
+        text = self.decode([*(token for s in run for token in s.token_ids), *token_ids])
+        return (text.rstrip("\ufffd") if more else text)[before:]
+
     @cached_property
     def chat(self) -> ChatFormat:
         """How the policy's chat template writes messages. Raises ConfigError where it has none."""

@@ -44,6 +44,9 @@ class Pieces:
             elif start is not None:
                 pieces[start:place] = self._characters(token_ids[start:place])
                 start = None
+        if not text.endswith(CUT):  # the beginning of a character, which nothing completed
+            last = next((place for place in reversed(range(len(pieces))) if pieces[place]), 0)
+            pieces[last:] = [piece.rstrip(CUT) for piece in pieces[last:]]
         surplus = sum(map(len, pieces)) - len(text)
         for place, piece in enumerate(pieces):
             if surplus <= 0:

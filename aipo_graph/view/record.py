@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from aipo_graph.log import LoggedGroup
@@ -69,10 +70,10 @@ def trace_of(logged: LoggedGroup, index: int, group: int, pieces: Pieces | None)
     """The ``index``-th trace of line number ``group``, token by token where its pieces are known."""
     trace, learned = logged.group.traces[index], _learned(logged, index)
     segments, start = [], 0
-    for segment in trace.segments:
+    for segment, tokens in zip(trace.segments, split(trace.segments, pieces), strict=True):
         end = start + len(segment.token_ids)
         columns = {name: _short(getattr(learned, name)[start:end]) for name in COLUMNS} if learned else {}
-        segments.append(segment_json(segment, pieces, columns))
+        segments.append(segment_json(segment, tokens, columns))
         start = end
     return {
         "problem": logged.group.problem.id,
@@ -89,9 +90,27 @@ def trace_of(logged: LoggedGroup, index: int, group: int, pieces: Pieces | None)
     }
 
 
-def segment_json(segment: Segment, pieces: Pieces | None, columns: Mapping[str, list[float | None]] = {}) -> dict[str, Any]:
-    """A segment as the pages' `TraceTokens` takes it: whole, and without numbers, where it cannot be split at its tokens."""
-    tokens = pieces.split(segment.token_ids, segment.text) if pieces else None
+def split(segments: Sequence[Segment], pieces: Pieces | None) -> list[list[str] | None]:
+    """The pieces of each segment's text, None where its tokens do not make it. What the policy wrote in a row is split as one text."""
+    found: list[list[str] | None] = [pieces.split(s.token_ids, s.text) if pieces else None for s in segments]
+    runs: dict[str, list[int]] = {}
+    for place, segment in enumerate(
+        (*segments, *(Segment("context", "", (), "", thread=thread) for thread in {s.thread for s in segments}))
+    ):
+        if segment.source == "policy":
+            runs.setdefault(segment.thread, []).append(place)
+        elif pieces and len(run := runs.pop(segment.thread, [])) > 1:
+            ids, text = [token for i in run for token in segments[i].token_ids], "".join(segments[i].text for i in run)
+            rest = iter(pieces.split(ids, text) or ())
+            parts = [list(islice(rest, len(segments[i].token_ids))) for i in run]
+            if ["".join(part) for part in parts] == [segments[i].text for i in run]:
+                for i, part in zip(run, parts, strict=True):
+                    found[i] = part
+    return found
+
+
+def segment_json(segment: Segment, tokens: list[str] | None, columns: Mapping[str, list[float | None]] = {}) -> dict[str, Any]:
+    """A segment as the pages' `TraceTokens` takes it: whole, and without numbers, where it could not be split into its ``tokens``."""
     known = tokens is not None and any(value is not None for values in columns.values() for value in values)
     return {
         "source": segment.source,
