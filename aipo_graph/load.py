@@ -19,6 +19,15 @@ IMPORT_FAULTS = (
     OSError, RuntimeError, AssertionError, ArithmeticError,
 )  # fmt: skip
 
+CLIENT_FAULTS = (("openai", "OpenAIError"), ("anthropic", "AnthropicError"), ("botocore.exceptions", "BotoCoreError"),
+                 ("google.auth.exceptions", "GoogleAuthError"))  # fmt: skip
+
+
+def faults() -> tuple[type[Exception], ...]:
+    """IMPORT_FAULTS, and what a model's client can raise when it is made, a missing key for one: classes that we do not import."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in CLIENT_FAULTS)
+    return (*IMPORT_FAULTS, *(fault for fault in found if fault))
+
 
 def shipped() -> Path:
     """The folder that holds ``graphs/``, ``prompts/`` and ``configs/``: inside an installed wheel, else the checkout."""
@@ -121,7 +130,7 @@ def _import_file(path: Path) -> ModuleType:
 def _guarded(spec: str, path: Path | None, run: Callable[[], Any]) -> Any:
     try:
         return run()
-    except IMPORT_FAULTS as fault:
+    except faults() as fault:
         text = " ".join(str(fault).split()) or "no message"
         if path is None and isinstance(fault, ModuleNotFoundError) and fault.name and spec.startswith(fault.name):
             raise ConfigError(f"{spec!r}: no module {fault.name!r}; install it, or give the file as path/to/file.py:name") from fault

@@ -1,5 +1,9 @@
 """Agents that are language models: which tokens are recorded, how models are opened, and what a reply may say."""
 
+import contextlib
+import gzip
+import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,16 +18,20 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
 from rollout_world import Scribe, bpe, save_tiny, settings
-from vllm_world import OPERATORS, base, exact, gap, proxy, served
+from vllm_world import OPERATORS, ROOT, base, exact, gap, proxy, served
 
+from aipo_graph import cli
 from aipo_graph.config import Config
-from aipo_graph.engines.chat import EngineChatModel, describe, open_chats
+from aipo_graph.engines.chat import LONGEST_ANSWER, EngineChatModel, describe, open_chats
+from aipo_graph.engines.client import Client, Unanswered
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.engines.open import open_engine
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import AgentError, ConfigError
+from aipo_graph.load import find
 from aipo_graph.messages import ChatFormat
 from aipo_graph.rollout import Agent
 from aipo_graph.rollout.collect import Rollouts
+from aipo_graph.rollout.open import open_agents
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.grading import leaks
@@ -340,3 +348,156 @@ def test_the_prompts_ask_for_one_line_and_no_answer(root: Path) -> None:
         assert len(text) < 800
     assert "1+1?" in prompts.render("reasoning", question="1+1?")
     assert "1+1?" not in prompts.render("verify", question="1+1?")  # the claim alone is checked
+
+
+# --- over HTTP: a server that speaks the chat-completions protocol, and LangChain's client
+
+
+def spoken(text: str | None, **message: Any) -> dict[str, Any]:
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text, **message}}
+    usage = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+
+
+def called(name: str, arguments: Any, **call: Any) -> dict[str, Any]:
+    return {"id": "call-1", "type": "function", "function": {"name": name, "arguments": arguments}, **call}
+
+
+def over(url: str) -> ChatOpenAI:
+    return ChatOpenAI(model="m", base_url=f"{url}/v1", api_key="none", max_retries=0)  # type: ignore[arg-type]
+
+
+def shipped_agents() -> list[tuple[str, str, str]]:
+    """(agent, factory or nothing, folder of prompts) of every config, and every factory in graphs/ and examples/."""
+    found = {}
+    for path in (*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*/config.yaml")):
+        config = cli.parse([str(path)], Config, prog="", doc="", default="")[0]
+        for name, factory in config.agents.use.items():
+            found[name, factory] = config.rollout.prompts
+    for file in (*ROOT.glob("graphs/*agents.py"), *ROOT.glob("examples/*/agents.py")):
+        for name in re.findall(r"^def (\w+)\(config: Config\) -> Agent:", file.read_text(), re.M):
+            found.setdefault((name, f"{file}:{name}"), "prompts")
+    return sorted((name, factory, prompts) for (name, factory), prompts in found.items())
+
+
+@pytest.mark.parametrize(("name", "factory", "prompts"), shipped_agents())
+async def test_every_shipped_agent_with_a_language_model(name: str, factory: str, prompts: str) -> None:
+    """The model is offered the agent's tools, calls each, is given what it returned, and answers."""
+    asked: list[dict[str, Any]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append(body := await request.json())
+        done = [message for message in body["messages"] if message["role"] == "tool"]
+        if len(done) < len(body.get("tools", ())):
+            function = body["tools"][len(done)]["function"]
+            (parameter,) = function["parameters"]["required"]
+            arguments = json.dumps({parameter: "3*(4+5) = 27"})
+            return web.json_response(spoken(None, tool_calls=[called(function["name"], arguments)]))
+        return web.json_response(spoken(f"It said: {done[-1]['content']}" if done else "No tool."))
+
+    async with served(handler) as url:
+        config = settings()
+        agent = open_agents({name: factory}, config, {name: over(url)})[name]
+        texts = {name: "Help.", **Prompts.read(Path(find(prompts, "dir"))).texts}
+        reply = await agent(Request(name, "3*(4+5) = 27", question="1+1?", transcript="policy> so"), Prompts(Path(), texts))
+    assert len(asked) == 1 + len(agent.tools)
+    for tool in asked[0].get("tools", ()):
+        assert tool["function"]["description"]
+        assert "error" not in reply.text
+    assert reply.text.startswith("It said: " if agent.tools else "No tool.")
+    assert [message["role"] for message in asked[0]["messages"]] == ["system", "user"]
+
+
+async def look_up(query: str) -> str:
+    """Looks a word up."""
+    return f"about {query}"
+
+
+ANSWER = spoken("Correct.")
+
+
+@pytest.mark.parametrize("body", [
+    {key: value for key, value in ANSWER.items() if key != "choices"},
+    *({**ANSWER, "choices": choices} for choices in (None, [], "x", {"a": 1}, 3, [None], ["x"], [{"index": 0}], [{"message": None}])),
+    *(spoken(content) for content in (3, {"a": 1}, [None], True)),  # type: ignore[arg-type]
+    *([], [1], "hello", 3, None, {}, {"error": "overloaded"}, {"error": {"message": "overloaded"}}),
+    *(spoken(None, tool_calls=calls) for calls in ("x", {"a": 1}, [None], ["x"], [{"id": "1", "type": "function"}])),
+    *(spoken(None, tool_calls=[called("look_up", arguments)]) for arguments in ({"query": "x"}, "[1]")),
+    *(spoken(None, tool_calls=[call]) for call in (called(3, "{}"), called("look_up", "{}", id=3))),  # type: ignore[arg-type]
+    *({**ANSWER, "usage": usage} for usage in ("x", [1])),
+    "[" * 100_000,
+])  # fmt: skip
+async def test_a_body_of_another_shape_is_tried_again(body: Any) -> None:
+    tries = 0
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal tries
+        tries += 1
+        raw = body if isinstance(body, str) and body.startswith("[[") else json.dumps(body)
+        return web.Response(text=raw, content_type="application/json")
+
+    async with served(handler) as url:
+        agent = Agent("verify", tools=(look_up,), model=over(url), backoff=0.001)
+        with pytest.raises(AgentError, match=r"agent 'verify': (BadBody|APIResponseValidationError|APIError)") as caught:
+            await agent(Request("verify", "1+1=2"), Prompts(Path(), {"verify": "Check."}))
+    assert tries == 3
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("body", "text"), [
+    (spoken([{"type": "text", "text": "Correct."}]), "Correct."),  # type: ignore[arg-type]
+    (spoken("Correct.", tool_calls=None), "Correct."),
+    ({**ANSWER, "usage": None}, "Correct."),
+    ({**ANSWER, "usage": {"prompt_tokens": None, "completion_tokens": None, "total_tokens": None}}, "Correct."),
+    (spoken("half \ud800"), "half ?"),
+    (spoken(None, tool_calls=[called("look_up", "{")]), "about nothing"),
+    (spoken(None, tool_calls=[called("look_up", None)]), "about nothing"),
+])  # fmt: skip
+async def test_odd_bodies_that_say_enough(body: Any, text: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        again = (await request.json())["messages"][-1]["role"] == "tool"
+        return web.json_response(spoken("about nothing") if again else body)
+
+    async with served(handler) as url:
+        agent = Agent("verify", tools=(look_up,), model=over(url), backoff=0.001)
+        reply = await agent(Request("verify", "1+1=2"), Prompts(Path(), {"verify": "Check."}))
+    assert Tokenizer(bpe(), ["verify"]).wrap(reply, "verify")[1].text == text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_an_answer_without_end_is_not_read_whole(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    chunk = gzip.compress(bytes(4 * LONGEST_ANSWER)) if packed else b" " * 2**20
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if packed else {}))
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for count in range(1 if packed else 200):
+                await response.write(chunk)
+                sent.append(count)
+        return response
+
+    async with served(handler) as url:
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        monkeypatch.setenv("OPENAI_API_BASE", f"{url}/v1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        chats = await open_chats(quick_start({"verify": "openai:m"}), Scribe(bpe(), str))
+        agent = Agent("verify", model=chats["verify"], attempts=1)
+        with pytest.raises(AgentError, match="compressed, which was not asked for" if packed else f"longer than {LONGEST_ANSWER} bytes"):
+            await agent(Request("verify", "1+1=2"), Prompts(Path(), {"verify": "Check."}))
+        async with Client(url, 60, LONGEST_ANSWER) as client:
+            with pytest.raises(Unanswered, match=f"longer than {LONGEST_ANSWER} bytes"):
+                await client.call("GET", "/v1/models")
+    assert max(sent) < 199 - 1
+
+
+def test_a_factory_whose_client_misses_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "mine.py").write_text(
+        "from aipo_graph.rollout import Agent\nfrom langchain_openai import ChatOpenAI\n"
+        "def build(config):\n    return Agent('verify', model=ChatOpenAI(model='m'))\n"
+    )
+    with pytest.raises(ConfigError, match=r"OpenAIError in .*mine\.py:4: .*OPENAI_API_KEY") as caught:
+        open_agents({"verify": f"{tmp_path}/mine.py:build"}, settings())
+    assert "\n" not in str(caught.value)

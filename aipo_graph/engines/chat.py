@@ -1,8 +1,9 @@
 """The language models of agents: a provider's, through LangChain, or one that we sample ourselves, with its tokens and logprobs."""
 
+import importlib
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -21,7 +22,7 @@ from aipo_graph.engines.facts import Facts, check_request
 from aipo_graph.engines.fit import PROBE
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import ConfigError, EngineError
-from aipo_graph.load import model, nearest
+from aipo_graph.load import faults, model, nearest
 from aipo_graph.messages import ChatFormat, decode
 from aipo_graph.types import Completion, Engine, Generate, Reply, Stop
 
@@ -38,6 +39,10 @@ KEYS = {
     "xai": "XAI_API_KEY",
 }
 """Where providers look for their key; some clients miss it only at the first request."""
+OPENAI = frozenset({"openai", "azure_openai", "deepseek", "xai", "together"})
+"""Providers whose clients are OpenAI's, and take an HTTP client of ours."""
+LONGEST_ANSWER = 2**22
+"""Bytes of an answer that are read."""
 FLAG = "was started without"
 TOKENS = "/inference/v1/generate"
 
@@ -176,16 +181,46 @@ def _open_provider(spec: str, config: Config) -> BaseChatModel:
             max_tokens=settings.max_tokens,
             timeout=settings.timeout / settings.attempts,
             max_retries=0,  # the agent retries
+            **({"http_async_client": _bounded_http()} if provider in OPENAI else {}),
         )
     except ImportError as error:
         remedy = EXTRA if provider in ("openai", "anthropic") else f"{EXTRA} and {provider}'s own ({error})"
         raise ConfigError(f"{spec!r} needs a package that is not installed; {remedy}") from error
-    except ValueError as error:
+    except faults() as error:
         text, listed, known = str(error).partition("Supported model providers are:")
         if listed:
             names = ["vllm", "policy", *known.replace(",", " ").split()]
             raise ConfigError(f"no provider {provider!r}{nearest(provider, names)}") from error
         raise ConfigError(f"{spec!r} cannot be opened: {' '.join(text.split())[:300]}") from error
+
+
+def _bounded_http() -> Any:
+    """An HTTP client for OpenAI's that gives up on an answer of more than LONGEST_ANSWER bytes, and on one that might unfold to more."""
+    import openai
+
+    http = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])  # httpx2 or httpx, by version
+
+    class Bounded(http.AsyncByteStream):  # type: ignore[name-defined]
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for chunk in self.stream:
+                size += len(chunk)
+                if size > LONGEST_ANSWER:
+                    raise http.ReadError(f"the answer is longer than {LONGEST_ANSWER} bytes")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    async def bound(response: Any) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise http.DecodingError("the answer is compressed, which was not asked for")
+        response.stream = Bounded(response.stream)
+
+    return openai.DefaultAsyncHttpxClient(event_hooks={"response": [bound]}, headers={"Accept-Encoding": "identity"})
 
 
 async def _open_policy(config: Config, engine: Engine, name: str) -> BaseChatModel:
@@ -251,6 +286,7 @@ def _chat_api(url: str, name: str, why: str, config: Config) -> BaseChatModel:
         max_completion_tokens=settings.max_tokens,
         timeout=settings.timeout / settings.attempts,
         max_retries=0,
+        http_async_client=_bounded_http(),
         seed=config.run.seed,
         extra_body={"chat_template_kwargs": {"enable_thinking": config.policy.thinking}},
         metadata={"why": why},
@@ -266,7 +302,7 @@ def _sampler(url: str, name: str, facts: Facts, context: int, seconds: float) ->
         limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=facts.vocab_size, context=context)
         parameters = wire.sampling(facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
         body = {"model": name, "token_ids": list(prompt_ids), "sampling_params": parameters}
-        async with Client(url, seconds) as client:
+        async with Client(url, seconds, LONGEST_ANSWER) as client:
             choice = (await client.call("POST", TOKENS, body, seconds=seconds))["choices"][0]
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         return wire.completion(facts, choice["token_ids"], logprobs, choice["finish_reason"], [(0, 0)])

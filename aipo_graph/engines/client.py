@@ -1,5 +1,6 @@
 """HTTP to one vLLM server. Retries live here and nowhere else."""
 
+import json
 import os
 from typing import Any, Self
 
@@ -30,13 +31,13 @@ class Unanswered(EngineError):
 
 
 class Client:
-    """``load`` counts the requests under way, ``runs`` the graph runs that stay with this server."""
+    """``load`` counts the requests under way, ``runs`` the graph runs that stay with this server; ``longest`` bounds an answer's bytes."""
 
-    def __init__(self, url: str, seconds: float) -> None:
+    def __init__(self, url: str, seconds: float, longest: int = 2**28) -> None:
         key = os.environ.get("VLLM_API_KEY")
         self.url = url.rstrip("/")
         self.load = self.runs = 0
-        self._seconds = seconds
+        self._seconds, self._longest = seconds, longest
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
             headers={"Authorization": f"Bearer {key}"} if key else None,
@@ -71,10 +72,14 @@ class Client:
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=10)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                kind = response.content_type
-                answer = await response.json() if kind == "application/json" else await response.text()
+                text = bytearray()
+                async for chunk in response.content.iter_any():
+                    text += chunk
+                    if len(text) > self._longest:
+                        raise ValueError(f"its answer is longer than {self._longest} bytes")
+                answer = json.loads(text) if response.content_type == "application/json" else text.decode(errors="replace")
                 status = response.status
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             what = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else first_line(error)
             raise Unanswered(f"the vLLM server {self.url} cannot be reached ({what}); start it, or correct engine.urls") from error
         if status in (401, 403):

@@ -323,8 +323,12 @@ def _without_reasoning(text: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """An error's message on one line of bounded length: a server may have written it."""
-    return " ".join(str(error)[:2000].split())[:300]
+    """An error's message, and its first cause's, on one line of bounded length: a server may have written it."""
+    text, cause = str(error)[:2000], error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    why = "" if str(cause)[:2000] in text else f" ({str(cause)[:2000]})"
+    return " ".join(f"{text}{why}".split())[:300]
 
 
 async def _use(tools: Mapping[str, BaseTool], call: Mapping[str, Any]) -> str:
