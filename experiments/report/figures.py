@@ -16,6 +16,7 @@ from experiments.report.stored import SEEDS, Mean, Run, Study, mean
 
 COLOURS = {
     "aipo": "#0072B2",
+    "signed": "#882255",
     "gated": "#E69F00",
     "luffy": "#009E73",
     "sft": "#D55E00",
@@ -29,7 +30,7 @@ COLOURS = {
     "base": "#7F7F7F",
 }
 """Okabe and Ito's palette, which colour-blind readers can tell apart, and two more; each line carries its name as well."""
-OTHERS = ("#117733", "#882255", "#44AA99", "#AA4499", "#999933")
+OTHERS = ("#117733", "#44AA99", "#AA4499", "#999933")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.grid": True,
