@@ -39,7 +39,7 @@ LOGGED_GROUP = TypeAdapter(LoggedGroup)
 
 
 class RunLog:
-    """``runs/NAME/``: config.yaml, graph.json, metrics.jsonl, traces.jsonl, tensorboard/, curves.png, summary.json.
+    """``runs/NAME/``: config.yaml, graph.json, metrics.jsonl, traces.jsonl, excluded.jsonl, tensorboard/, curves.png, summary.json.
 
     Entering it takes the folder's lock and starts the display; leaving it gives both back. Log a step before its checkpoint is
     saved, so that a run killed in between logs it once more instead of never.
@@ -54,6 +54,7 @@ class RunLog:
         self._trackers: dict[str, Any] = {}
         self._starters: dict[str, Callable[[int], Any]] = {}
         self._broken: set[str] = set()
+        self._alarmed: set[str] = set()
 
     def __enter__(self) -> Self:
         """Raises ConfigError where another process has the folder, its config differs, or a tracker is not installed."""
@@ -81,7 +82,7 @@ class RunLog:
 
     def resume_at(self, step: int) -> None:
         """The run goes on after ``step`` (0: from the start): what was logged past it, and a half-written line, are cut off."""
-        for name in ("metrics.jsonl", "traces.jsonl"):
+        for name in ("metrics.jsonl", "traces.jsonl", "excluded.jsonl"):
             _cut(self.folder / name, step)
         if self._interactive:
             self._live = _LiveView(self.console, self.config.train.steps, step)
@@ -105,6 +106,24 @@ class RunLog:
         for name, start in self._starters.items():
             self._attempt(name, lambda name=name, start=start: self._track(name, start, step, finite))  # type: ignore[misc]
         self._show(step, finite)
+
+    def excluded(self, step: int, problems: Sequence[Mapping[str, Any]], *, alarm: bool) -> None:
+        """Log which problems lost traces in a step, and why; an ``alarm`` is a warning, once for each kind of reason."""
+        for problem in problems:
+            line = json.dumps({"step": step, **problem}).encode()
+            self._attempt("excluded.jsonl", lambda line=line: _append(self.folder / "excluded.jsonl", line))  # type: ignore[misc]
+        kinds: dict[str, list[Mapping[str, Any]]] = {}
+        for problem in problems if alarm else ():
+            for kind in problem["reasons"]:
+                kinds.setdefault(kind, []).append(problem)
+        for kind, lost in kinds.items():
+            if kind not in self._alarmed:
+                self._alarmed.add(kind)
+                count = sum(problem["reasons"][kind] for problem in lost)
+                self.note(
+                    f"step {step} lost {count} traces of {len(lost)} problems as {kind}, and learns nothing from them; the first: "
+                    f"{lost[0]['problem']}, {lost[0]['errors'][kind] or kind}; excluded.jsonl has all"
+                )
 
     def note(self, text: str) -> None:
         """A warning line, above the live display where there is one."""

@@ -33,7 +33,7 @@ from aipo_graph.learn.learner import Learner
 from aipo_graph.load import model
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.rollout.collect import Rollouts
-from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.metrics import exclusions, rollout_metrics
 from aipo_graph.rollout.stream import LocalRollouts
 from aipo_graph.rollout.sync import Probe
 from aipo_graph.tasks.open import open_task
@@ -67,6 +67,7 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
             async for step in steps:
                 sampled, started = time.monotonic(), ended
                 metrics = rollout_metrics(step.groups, rollouts.agents, learner.version, step.discarded) | local.synced
+                log.excluded(learner.version + 1, exclusions(step.groups), alarm=metrics["alarm"] > 0)
                 unhelped = unhelped + 1 if _all_helped_failed(step.groups) else 0
                 if metrics["failed"] > config.rollout.max_failed or unhelped >= config.train.patience:
                     raise TrainError(_too_many_failed(config, step.groups, unhelped))

@@ -501,3 +501,24 @@ def test_a_factory_whose_client_misses_its_key(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"OpenAIError in .*mine\.py:4: .*OPENAI_API_KEY") as caught:
         open_agents({"verify": f"{tmp_path}/mine.py:build"}, settings())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(path.name for path in ROOT.glob("configs/*gpu.yaml")))
+async def test_the_agents_of_each_gpu_config_answer_over_a_real_model(path: str, tmp_path: Path) -> None:
+    """A tiny random one with a chat template that shows tools: what it says is noise, and is recorded with its log-probabilities."""
+    tokenizer = bpe(chat=True)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + str(tokenizer.chat_template)
+    given = cli.parse([str(ROOT / "configs" / path)], Config, prog="", doc="", default="")[0].model_dump(mode="json")
+    given["policy"] |= {"model": save_tiny(tmp_path, tokenizer, context=4096), "dtype": "float32", "lora_rank": 0}
+    given["agents"] |= {"models": dict.fromkeys(given["agents"]["use"], "policy"), "max_tokens": 12}
+    given |= {"engine": {}, "run": {"device": "cpu"}}
+    given["rollout"] |= {"max_lag": 0, "max_tokens": 64}
+    config = Config.model_validate(given)
+    engine = LocalEngine.load(config, config.policy.model)
+    agents = open_agents(config.agents.use, config, await open_chats(config, engine))
+    prompts = Prompts.read(Path(find(config.rollout.prompts, "dir")))
+    assert any(agent.tools for agent in agents.values())
+    for name, agent in agents.items():
+        reply = await agent(Request(name, "1+1=2", question="1+1?", transcript="policy> so", seed=3), prompts)
+        assert reply.text
+        assert reply.token_ids is None or len(reply.token_ids) == len(reply.logprobs or ())

@@ -57,6 +57,10 @@ async def test_hostile_replies(faults: Any) -> None:
         ("404 no such model", "no such model; the provider has no such model or address: correct agents.models.knowledge"),
         ("405 method not allowed", "no such model or address: correct agents.models.knowledge"),
         ("400 the model helper does not exist", "no such model or address: correct agents.models.knowledge"),
+        (
+            '400 "auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+            "start vLLM with --enable-auto-tool",
+        ),
         ("429 insufficient_quota", "the account behind the key is used up"),
     ],
 )

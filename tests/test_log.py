@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from rich.console import Console
 from aipo_graph.config import Config, Run
 from aipo_graph.errors import ConfigError
 from aipo_graph.log import LoggedGroup, RunLog, read_metrics, read_traces
+from aipo_graph.rollout.metrics import exclusions, rollout_metrics
 from aipo_graph.types import Learned, Problem, Segment, Trace, TraceGroup
 
 LEARNED = Learned((None, -0.1), (None, 1.0), (None, 0.5), (None, 2.0))
@@ -91,6 +93,40 @@ def test_a_resumed_run_leaves_the_files_of_an_undisturbed_one(tmp_path: Path) ->
         write(log, 4, 6)
     for name in ("metrics.jsonl", "traces.jsonl"):
         assert (log.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
+
+
+def test_lost_traces_are_logged_by_problem_and_each_kind_warns_once(tmp_path: Path) -> None:
+    def late(problem: str) -> TraceGroup:
+        traces = [replace(trace, status="timeout", error="more than 3 s") for trace in group(problem).traces]
+        return TraceGroup(group(problem).problem, (*traces, *group(problem).traces))
+
+    console = quiet()
+    with RunLog(config(tmp_path), console) as log:
+        log.excluded(1, exclusions([group("p-1")]), alarm=False)
+        log.excluded(2, exclusions([group("p-2"), late("p-3"), TraceGroup(Problem("p-4", "", ""), group().traces[:1])]), alarm=True)
+        log.excluded(3, exclusions([group("p-5"), late("p-6")]), alarm=True)
+        lines = [json.loads(line) for line in (log.folder / "excluded.jsonl").read_text().splitlines()]
+        log.resume_at(1)
+    assert [(line["step"], line["problem"], line["lost"], line["of"]) for line in lines] == [
+        *[(1, "p-1", 1, 2), (2, "p-2", 1, 2), (2, "p-3", 3, 4), (3, "p-5", 1, 2), (3, "p-6", 3, 4)]
+    ]
+    assert lines[2]["reasons"] == {"timeout": 2, "failed/EngineError": 1}
+    assert lines[2]["errors"] == {"timeout": "more than 3 s", "failed/EngineError": "EngineError: gone"}
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert said == [
+        "note: step 2 lost 2 traces of 2 problems as failed/EngineError, and learns nothing from them; the first: p-2, EngineError: gone; "
+        "excluded.jsonl has all",
+        "note: step 2 lost 2 traces of 1 problems as timeout, and learns nothing from them; the first: p-3, more than 3 s; "
+        "excluded.jsonl has all",
+    ]
+    assert (log.folder / "excluded.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(("lost", "alarm"), [(1, 0.0), (2, 1.0), (20, 1.0)])
+def test_the_alarm_is_raised_from_a_tenth_on(lost: int, alarm: float) -> None:
+    done, failed = group().traces
+    metrics = rollout_metrics([TraceGroup(group().problem, (*[done] * (20 - lost), *[failed] * lost))], [], 7)
+    assert metrics["alarm"] == alarm
 
 
 def test_resolved_config_is_kept_and_compared(tmp_path: Path) -> None:

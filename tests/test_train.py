@@ -8,12 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aipo_graph.config import Config
 from aipo_graph.load import data
 from aipo_graph.log import read_metrics
 
@@ -237,3 +240,36 @@ def test_helpers_that_never_answer_end_the_run(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert "8 of 16 traces failed, every one with agents for 2 steps in a row (train.patience); the first: AgentError: agent" in last
     assert "PermissionError: no key" in last
+    lost = [json.loads(line) for line in (tmp_path / "runs" / "quickstart" / "excluded.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["lost"], line["of"], line["reasons"]) for line in lost] == [
+        (step, 2, 4, {"failed/AgentError": 2}) for step in (1, 2) for _ in range(4)
+    ]
+    assert done.stdout.count("lost 8 traces of 4 problems as failed/AgentError") == 1
+
+
+class Closed(BaseHTTPRequestHandler):
+    """A provider that knows no model."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(404)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"error": {"message": "The model `helper` does not exist", "code": "model_not_found"}}')
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_wrong_model_name_ends_the_run_at_the_first_consult(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = {"OPENAI_API_KEY": "none", "OPENAI_API_BASE": f"http://127.0.0.1:{server.server_port}/v1", "NO_PROXY": "127.0.0.1"}
+        use = json.dumps({**Config().agents.use, "knowledge": ""})
+        words = command(agents__use=use, agents__models='{"knowledge": "openai:helper"}')
+        done = subprocess.run(words, cwd=tmp_path, env=os.environ | address, capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: agent 'knowledge': ")
+    assert "the provider has no such model or address: correct agents.models.knowledge" in last
+    assert read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl") == []

@@ -83,6 +83,7 @@ _NO_MODEL = re.compile(
     r"model\b.{0,120}(?:not.?found|does not exist|not supported|decommissioned|not a valid)|(?:no such|invalid|unknown) model\b",
     re.IGNORECASE,
 )
+_NO_CALLS = re.compile(r"tool.?choice.{0,60}requires|does not support tools|tool.?(?:use|calling).{0,40}not supported", re.IGNORECASE)
 LASTING_STATUS = frozenset({401, 402, 404, 405, 410})
 
 
@@ -104,7 +105,8 @@ def is_lasting(error: BaseException) -> bool:
     if isinstance(error, (ImportError, ModelAuthenticationError, ModelNotFoundError)):
         return True
     if status == 429 or (status == 400 and not overflows(error)):
-        return (_EXHAUSTED if status == 429 else _NO_MODEL).search(text) is not None
+        patterns = (_EXHAUSTED,) if status == 429 else (_NO_MODEL, _NO_CALLS)
+        return any(pattern.search(text) for pattern in patterns)
     if status == 403 or isinstance(error, ModelPermissionDeniedError):
         return not _FILTERED.search(text)  # some providers refuse a single text so
     return status in LASTING_STATUS
@@ -125,6 +127,8 @@ def remedy(error: BaseException, name: str) -> str:
         return "; install that package"
     if status in (402, 429) and is_lasting(error):
         return f"; the account behind the key is used up: fill it, or name another model in agents.models.{name}"
+    if status == 400 and _NO_CALLS.search(text):
+        return "; start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or name a model that calls tools"
     if is_lasting(error):
         return f"; the provider has no such model or address: correct agents.models.{name}"
     return ""

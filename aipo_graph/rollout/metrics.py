@@ -3,8 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from aipo_graph.types import Trace, TraceGroup
+
+ALARM = 0.1
+"""Share of a step's traces that carry no gradient from which on a run warns."""
 
 
 def rollout_metrics(
@@ -30,6 +34,7 @@ def rollout_metrics(
         "violations": _mean(t.scores.get("violation", 0.0) for t in helped),
         "leaks": _mean(t.scores.get("leaks", 0.0) for t in helped),
         "failed": 1 - len(kept) / len(traces),
+        "alarm": float(len(traces) - len(kept) >= ALARM * len(traces)),
         "length/alone": _mean(_tokens(t, "policy") for t in alone),
         "length/with_agents": _mean(_tokens(t, "policy") for t in helped),
         "tokens/policy": float(sum(_tokens(t, "policy") for t in everything)),
@@ -49,6 +54,17 @@ def rollout_metrics(
     for reason, count in Counter(_reason(t) for t in traces if t.status != "done").items():
         metrics[f"ended/{reason}"] = count / len(traces)
     return metrics
+
+
+def exclusions(groups: Sequence[TraceGroup]) -> list[dict[str, Any]]:
+    """Of each problem that lost traces: how many of how many, how many for which reason, and what the first of each said."""
+    found = []
+    for group in groups:
+        if lost := [trace for trace in group.traces if not trace.trained]:
+            reasons = dict(Counter(map(_reason, lost)))
+            errors = {_reason(trace): (trace.error or "")[:300] for trace in reversed(lost)}
+            found.append({"problem": group.problem.id, "lost": len(lost), "of": len(group.traces), "reasons": reasons, "errors": errors})
+    return found
 
 
 def _reason(trace: Trace) -> str:
