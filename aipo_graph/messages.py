@@ -46,6 +46,25 @@ def special_ids(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int] = ())
     return frozenset({*tokenizer.all_special_ids, *eos_ids, *(i for i, token in added.items() if token.special)})
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token with which the chat template ends a reply, or else opens the turn after it, found by rendering one.
+
+    None without a template or such a token.
+    """
+    said, specials = "aipo", special_ids(tokenizer)
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    for conversation in (turns, [*turns, turns[0]]):
+        try:
+            text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=False, date_string=DATE))
+        except (TemplateError, TypeError, ValueError, KeyError):
+            return None
+        _, found, after = text.rpartition(said)
+        ids = tokenizer.encode(after, add_special_tokens=False) if found else ()
+        if (end := next((token for token in ids if token in specials), None)) is not None:
+            return int(end)
+    return None
+
+
 def blank(words: Iterable[str]) -> tuple[re.Pattern[str], Callable[[str], str]]:
     """A pattern that finds the words, and a function that replaces them in a text by a blank, NFKC look-alikes included."""
     pattern = re.compile("|".join(map(re.escape, sorted(set(words) - {""}, key=len, reverse=True))) or "(?!)")

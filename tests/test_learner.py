@@ -25,7 +25,7 @@ from aipo_graph.errors import ConfigError, EngineError, TrainError
 from aipo_graph.learn import model as model_module
 from aipo_graph.learn.batch import POLICY, Batch, pack
 from aipo_graph.learn.learner import Learner, learning_rate
-from aipo_graph.learn.model import load_model, load_tokenizer, token_logprobs
+from aipo_graph.learn.model import applies_head_only, load_model, load_tokenizer, token_logprobs
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "initializer_range": 0.3}
 MODELS = {
@@ -78,6 +78,7 @@ def test_token_logprobs_equal_the_plain_forward(name: str, chunk: int, batch: Ba
 def test_logits_never_exist_as_a_whole(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     monkeypatch.setattr(model_module, "CHUNK", VOCAB * 7)
+    assert applies_head_only(model)
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     token_logprobs(model, batch.token_ids, batch.mask)

@@ -7,8 +7,8 @@ from typing import Any, Self
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from aipo_graph.engines.decoder import first_line
 from aipo_graph.errors import EngineError
+from aipo_graph.forward import first_line
 
 ATTEMPTS = 3
 PATIENCE = 900.0

@@ -14,8 +14,21 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from aipo_graph.config import Config
 from aipo_graph.errors import EngineError
+from aipo_graph.forward import (
+    EXACT,
+    MISFITS,
+    affordable,
+    borders,
+    first_line,
+    gap,
+    own_logprobs,
+    probe_rows,
+    scaled_from,
+    use_exact_attention,
+)
 
 LAYERS = {"full_attention", "sliding_attention"}
+SERVER = "; use engine.kind = server or vllm"
 
 
 @dataclass(slots=True)
@@ -82,24 +95,30 @@ class _Slots(CacheLayerMixin):
 class Decoder:
     """Feeds rows of any lengths through a Hugging Face causal LM.
 
-    Raises EngineError for a model whose attention cannot be reproduced (recurrent, chunked, …), found at construction by
-    comparing with a plain forward.
+    Raises EngineError for a model whose attention cannot be reproduced (recurrent, chunked, …) or whose positions are scaled by the
+    longest row, found at construction by the config and by comparing with the model's own forward of each row alone.
     """
 
     def __init__(self, model: Any, max_context: int) -> None:
         self.model = model.eval()
         self.device: torch.device = model.device
         self._last_position = max_context - 1
-        text = model.config.get_text_config()
+        self._text = text = model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
+        if (border := scaled_from(model.config)) and border < max_context:
+            raise self._refusal(f"past {border} tokens the longest row scales all rows' positions; set engine.max_context = {border}")
         kinds = set(getattr(text, "layer_types", None) or ())
         if kinds - LAYERS:
-            raise EngineError(f"the local engine cannot sample {type(model).__name__}: it has {sorted(kinds - LAYERS)} layers")
-        self._window: int | None = getattr(text, "sliding_window", None)
+            raise self._refusal(f"it has {sorted(kinds - LAYERS)} layers{SERVER}")
+        self._slides = "sliding_attention" in kinds or not kinds
         self._mixed = "sliding_attention" in kinds  # such models take one mask per kind
         self._layers = [_Slots() for _ in range(text.num_hidden_layers)]
+        use_exact_attention(model)
         self._check()
         self.reset()
+
+    def _refusal(self, reason: str) -> EngineError:
+        return EngineError(f"the local engine cannot sample {type(self.model).__name__}: {reason}")
 
     def reset(self) -> None:
         """Forgets every slot."""
@@ -139,37 +158,60 @@ class Decoder:
         lowest = torch.finfo(dtype).min
         age = columns[:, None, :, None] - torch.arange(width, device=self.device)
         full = torch.zeros(age.shape, dtype=dtype, device=self.device).masked_fill_(age < 0, lowest)
-        if self._window is None:
+        window = getattr(self._text, "sliding_window", None)
+        if not window or not self._slides:
             return full
-        sliding = full.masked_fill(age >= self._window, lowest)
+        sliding = full.masked_fill(age >= window, lowest)
         return {"full_attention": full, "sliding_attention": sliding} if self._mixed else sliding
 
-    @torch.inference_mode()
     def _check(self) -> None:
-        """A plain forward against two rows fed step by step: unusual attention must fail here, not bend the logprobs."""
-        name = type(self.model).__name__
-        length = min(12, self._last_position + 1)
-        rows = [[(7 * i + 3 * row) % self.vocab_size for i in range(length)] for row in range(2)]
-        self.reset()
+        """The model's own forward of each row alone against rows of several lengths, fed in parts and in changing company.
+
+        Unusual attention must fail here, not bend the logprobs. One row goes past every length in the config at which attention changes.
+        What the decoder itself goes by, the sliding window, is shortened in the config meanwhile where the model is too large for a row
+        that long on its device; the row then ends at what a few seconds pay for, or past the longest border of another kind.
+        """
+        limit, lengths = affordable(self.model), borders(self.model.config)
+        window = lengths.pop("sliding_window", 0)
+        shorten = limit <= window <= self._last_position
+        others = [length for length in lengths.values() if length <= self._last_position]
+        longest = max([24, *others, *([] if shorten else [window])]) + 8
+        rows = probe_rows([min(length, self._last_position + 1) for length in (9, longest, 17)], self.vocab_size)
+        if shorten:
+            self._text.sliding_window = 8
         try:
-            plain = self.model(input_ids=torch.tensor(rows, device=self.device), use_cache=False).logits[:, -1]
-            stepped = self.forward([1, 0], [row[: length // 2] for row in rows], [0, 0])
-            for column in range(length // 2, length):
-                stepped = self.forward([1, 0], [[row[column]] for row in rows], [column, column])
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-            raise EngineError(f"the local engine cannot sample {name}: {first_line(error)}") from error
-        apart = (plain.float().log_softmax(-1) - stepped.float().log_softmax(-1)).abs().max().item()
-        if not apart <= (1e-3 if self.model.dtype == torch.float32 else 0.5):
-            raise EngineError(f"the local engine cannot sample {name}: with a cache its logprobs move by {apart:.2g}")
+            apart = max(gap(found.float().log_softmax(-1), own_logprobs(self.model, row)) for found, row in self._fed(rows))
+        except MISFITS as error:
+            raise self._refusal(f"{first_line(error)}{SERVER}") from error
+        finally:
+            if shorten:
+                self._text.sliding_window = window
+        if not apart <= EXACT.get(self.model.dtype, 0.5):
+            raise self._refusal(f"with a cache its logprobs move by {apart:.2g}{SERVER}")
+
+    def _fed(self, rows: list[list[int]]) -> list[tuple[torch.Tensor, list[int]]]:
+        """(logits [V] after a row, the row) for each: fed but for three tokens, padded beside another, then a token at a time."""
+        self.reset()
+        slots, fed = (1, 0, 2), [max(0, len(row) - 3) for row in rows]
+        for together in ((0, 1), (2,)):
+            width = max(fed[i] for i in together)
+            if width:
+                self.forward(
+                    [slots[i] for i in together], [rows[i][: fed[i]] + [0] * (width - fed[i]) for i in together], [0 for _ in together]
+                )
+        last: dict[int, torch.Tensor] = {}
+        for group in ((0, 1, 2), (1,), (0, 2), (2, 1), (0,)):
+            ready = [i for i in group if fed[i] < len(rows[i])]
+            if ready:
+                found = self.forward([slots[i] for i in ready], [[rows[i][fed[i]]] for i in ready], [fed[i] for i in ready])
+                for i, logits in zip(ready, found, strict=True):
+                    last[i], fed[i] = logits, fed[i] + 1
+        return [(last[i], row) for i, row in enumerate(rows)]
 
 
 def torch_device(config: Config) -> str:
     """`run.device`, with auto made cuda where there is one, else cpu."""
     return config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 @torch.inference_mode()

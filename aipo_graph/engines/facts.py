@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from aipo_graph.config import Config
-from aipo_graph.engines.decoder import first_line
 from aipo_graph.errors import ContextError, EngineError
+from aipo_graph.forward import first_line, scaled_from
+from aipo_graph.messages import turn_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,13 @@ class Facts:
             generation = GenerationConfig.from_pretrained(model_path).eos_token_id
         except OSError:  # a model directory need not have one
             generation = None
-        own = model.get_text_config()
-        eos = end_ids(generation, own.eos_token_id, tokenizer.eos_token_id)
-        return cls(model_path, model, tokenizer, eos, int(own.vocab_size), context_of(config, own, model_path))
+        context = context_of(config, model, model_path)
+        return cls(model_path, model, tokenizer, ends(tokenizer, model, generation), int(model.get_text_config().vocab_size), context)
+
+
+def ends(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, generation: int | Sequence[int] | None) -> frozenset[int]:
+    """Token ids that end a text: those of generation config, model config and tokenizer, and that which ends a reply in the template."""
+    return end_ids(generation, model.get_text_config().eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer))
 
 
 def end_ids(*found: int | Sequence[int] | None) -> frozenset[int]:
@@ -47,14 +52,22 @@ def end_ids(*found: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset(token for ids in found for token in ([ids] if isinstance(ids, int) else ids or ()))
 
 
-def context_of(config: Config, model: Any, model_path: str) -> int:
-    """Raises EngineError where the model names no context or ``engine.max_context`` is longer than it."""
-    own = getattr(model, "max_position_embeddings", None)
+def context_of(config: Config, model: PretrainedConfig, model_path: str) -> int:
+    """Raises EngineError where the model names no context, ``engine.max_context`` is longer than it, or a row's positions would depend on
+    the rows beside it.
+    """
+    own = getattr(model.get_text_config(), "max_position_embeddings", None)
     if not own:
         raise EngineError(f"the policy {model_path!r} names no max_position_embeddings in its config.json; add it")
     if config.engine.max_context > own:
         raise EngineError(f"engine.max_context = {config.engine.max_context}: the policy {model_path!r} has a context of {own}; lower it")
-    return config.engine.max_context or int(own)
+    context = config.engine.max_context or int(own)
+    if (border := scaled_from(model)) and border < context:
+        raise EngineError(
+            f"the policy {model_path!r} has a context of {context}, and past {border} tokens the longest row of a batch scales "
+            f"the positions of all; set engine.max_context = {border}"
+        )
+    return context
 
 
 def check_request(prompt: Sequence[int], max_tokens: int, temperature: float, *, vocab_size: int, context: int) -> int:

@@ -1,21 +1,25 @@
 """Weights on their way to vLLM: a Hugging Face model or LoRA adapter directory that is there whole or not at all."""
 
+import copy
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from aipo_graph.config import Config
-from aipo_graph.engines.decoder import first_line
 from aipo_graph.engines.facts import Facts
 from aipo_graph.errors import EngineError
+from aipo_graph.forward import first_line
 
 PREFIX = "weights-"
 
@@ -51,15 +55,30 @@ class Handover:
             temporary.mkdir()
             if rank:
                 (temporary / "adapter_config.json").write_text(json.dumps(self._adapter_config(tensors)), encoding="utf-8")
+                save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
             else:
+                self._shell.save_pretrained(temporary, state_dict=tensors)  # undoes what loading renamed and fused
                 self._facts.config.save_pretrained(temporary)
                 self._facts.tokenizer.save_pretrained(temporary)
-            save_file(tensors, temporary / ("adapter_model.safetensors" if rank else "model.safetensors"), {"format": "pt"})
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
         except (OSError, SafetensorError) as error:
             raise EngineError(f"weights {name} cannot be written to {self.folder} ({first_line(error)}); free space there") from error
         return final
+
+    @cached_property
+    def _shell(self) -> PreTrainedModel:
+        """The model without its weights: knows under which names the hub keeps them."""
+        with torch.device("meta"):
+            shell: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(self._facts.config))
+        shell.generation_config = GenerationConfig()
+        return shell
+
+    @property
+    def renames(self) -> bool:
+        """Whether files name or cut weights otherwise than the model in memory does, as for fused experts: then they go by disk."""
+        state = self._shell.state_dict()
+        return revert_weight_conversion(self._shell, dict(state)).keys() != state.keys()
 
     def _adapter_config(self, tensors: Iterable[str]) -> dict[str, Any]:
         modules = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo_graph.config import Config
 from aipo_graph.engines.barrier import Barrier, Party
-from aipo_graph.engines.decoder import Decoder, draw, first_line, torch_device
-from aipo_graph.engines.facts import check_request, context_of, end_ids
+from aipo_graph.engines.decoder import Decoder, draw, torch_device
+from aipo_graph.engines.facts import check_request, context_of, ends
 from aipo_graph.engines.stops import StopRule, Stops
 from aipo_graph.errors import EngineError
+from aipo_graph.forward import first_line
 from aipo_graph.messages import decode
 from aipo_graph.types import Completion, Stop
 
@@ -120,9 +121,8 @@ class LocalEngine:
             raise EngineError(f"cannot load the policy {model_path!r}: {first_line(error)}; it needs weights and a tokenizer") from error
         if missing := sorted(report["missing_keys"]):  # would be sampled from at random values
             raise EngineError(f"the weights of {model_path!r} lack {len(missing)} tensors, {missing[0]} among them")
-        eos = end_ids(model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id, tokenizer.eos_token_id)
-
-        engine, context = config.engine, context_of(config, model.config.get_text_config(), model_path)
+        engine, context = config.engine, context_of(config, model.config, model_path)
+        eos = ends(tokenizer, model.config, model.generation_config.eos_token_id)
         return cls(
             model, eos, partial(decode, tokenizer), max_batch=engine.max_batch, deterministic=engine.deterministic, max_context=context
         )

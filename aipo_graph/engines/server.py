@@ -216,7 +216,7 @@ class ServerEngine:
         if self.takes == "adapter":
             await self._switch(label, await asyncio.to_thread(self._handover.write, label, weights), version)
             return
-        if self._nccl and (tensors := list(weights)) and tensors[0][1].is_cuda:
+        if self._nccl and not self._handover.renames and (tensors := list(weights)) and tensors[0][1].is_cuda:
             await self._transfer(tensors, version)
         else:
             path = await asyncio.to_thread(self._handover.write, label, weights)

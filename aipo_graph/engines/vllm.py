@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 from aipo_graph.config import Config
 from aipo_graph.engines import wire
-from aipo_graph.engines.decoder import first_line
 from aipo_graph.engines.facts import Facts, check_request
 from aipo_graph.engines.handover import Handover
 from aipo_graph.engines.launch import max_rank, on_cuda, prefill_budget
 from aipo_graph.errors import ConfigError, EngineError
+from aipo_graph.forward import first_line
 from aipo_graph.types import Completion, Stop
 
 
@@ -128,7 +128,8 @@ class VllmEngine:
         yield
 
     async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """An adapter or a directory on disk; on CUDA full weights go from the learner's memory to vLLM's. Wakes it first.
+        """An adapter or a directory on disk; on CUDA full weights, unless files name them otherwise, go from the
+        learner's memory to vLLM's. Wakes it first.
 
         Raises EngineError while a request is served, or where vLLM does not take them.
         """
@@ -140,7 +141,7 @@ class VllmEngine:
                 await self._llm.wake_up(["weights"])
             if self.takes == "adapter":
                 await self._switch(label, weights)
-            elif self._cuda:
+            elif self._cuda and not self._handover.renames:
                 await asyncio.to_thread(self._send_ipc, list(weights), asyncio.get_running_loop())
             else:
                 path = await asyncio.to_thread(self._handover.write, label, weights)

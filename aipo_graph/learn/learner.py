@@ -20,7 +20,7 @@ from . import checkpoint, lora
 from .batch import POLICY, ROUNDING, Batch
 from .learned import Columns, by_trace, columns, rows_of
 from .loss import Sums, aipo_loss, merge, summarise
-from .model import choose_attention, load_model, load_tokenizer, save_model, token_logprobs
+from .model import check_rows, choose_attention, load_model, load_tokenizer, save_model, token_logprobs
 
 BAD_STEPS = 3
 """Bad steps in a row that end a run."""
@@ -42,7 +42,9 @@ class Learner:
         self.device = torch.device(device)
         policy = config.policy
         self.model = load_model(model_path, dtype=policy.dtype if policy.lora_rank else "float32", device=device)
-        self.adapted = lora.attach(self.model, policy, derive_seed(config.run.seed, "lora")) if policy.lora_rank else None
+        self.adapted = None
+        if policy.lora_rank:  # vLLM takes no adapters of fused experts
+            self.adapted = lora.attach(self.model, policy, derive_seed(config.run.seed, "lora"), experts=config.engine.kind == "local")
         choose_attention(self.model, policy.dtype)
         self.reference: PreTrainedModel | None = None
         if config.loss.kl_weight > 0:
@@ -54,6 +56,8 @@ class Learner:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             for module in self.model.modules():  # it needs training mode, but only of the layers: dropout below them stays off
                 module.training = hasattr(module, "gradient_checkpointing")
+        with self._autocast():
+            check_rows(self.model, policy.dtype)
         self.trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         setting = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -153,11 +157,14 @@ class Learner:
             old[active[rows], : logprobs.shape[1]] = logprobs.cpu()
         return replace(batch, old_logprobs=old)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.policy.dtype == "bfloat16")
+
     def _score(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._token_logprobs(model, batch.token_ids, batch.mask, self.config.rollout.temperature)
 
     def _token_logprobs(self, model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.policy.dtype == "bfloat16"):
+        with self._autocast():
             return token_logprobs(model, token_ids, mask, temperature)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """LoRA (arXiv 2106.09685) through peft: float32 adapters on a frozen model, which can be read as if they were merged."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,51 +9,98 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..config import Policy
 from ..errors import ConfigError
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
+EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate", "router"}
+"""What linear layers of experts, and their routers, were called before transformers fused them."""
+logger = logging.getLogger(__name__)
 
 
-def attach(model: PreTrainedModel, policy: Policy, seed: int) -> Any:
+def attach(model: PreTrainedModel, policy: Policy, seed: int, *, experts: bool = True) -> Any:
     """Puts adapters on every linear layer of ``model`` but its head, in place, and freezes the rest. Returns peft's ``PeftModel``.
 
     The adapters' start comes from ``seed``, leaves the global random state alone, and changes no output of the model. Raises
-    ConfigError where peft is not installed or finds no layer.
+    ConfigError where peft is not installed, finds no layer, or adapts one so that it cannot be merged under its own name.
+
+    Args:
+        experts: adapt experts kept in tensors of three dimensions, too; else a warning says that they stay frozen.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(f"policy.lora_rank = {policy.lora_rank}: LoRA needs peft; pip install 'aipo-graph[peft]'") from error
-    alpha: Any = int(policy.lora_alpha) if policy.lora_alpha.is_integer() else policy.lora_alpha  # peft says int and takes both
-    settings = LoraConfig(r=policy.lora_rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    kind = model.config.model_type
+    fused, layers = _fused_experts(model), _linear_layers(model)
+    # peft takes these names, wherever they stand, for those of fused experts.
+    renamed = [name for name in layers if fused and name.rpartition(".")[2] in EXPERT_NAMES]
+    settings = LoraConfig(
+        r=policy.lora_rank,
+        lora_alpha=int(policy.lora_alpha) if policy.lora_alpha.is_integer() else policy.lora_alpha,  # type: ignore[arg-type]  # both do
+        lora_dropout=0.0,
+        target_modules=[name for name in layers if name not in renamed],
+        target_parameters=[*(f"{name}.weight" for name in renamed), *(fused if experts else ())],
+        task_type="CAUSAL_LM",
+    )
+    plain = {name: parameter.shape for name, parameter in model.named_parameters()}
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's, too
         try:
-            return get_peft_model(model, settings).eval()
-        except ValueError as error:
-            raise ConfigError(f"policy.lora_rank: peft finds no layer for LoRA in {type(model).__name__}; 0 trains all weights") from error
+            adapted = get_peft_model(model, settings).eval()
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"policy.lora_rank: peft finds no way to adapt {kind} ({reason}); 0 trains all weights") from error
+    wrapped = _wrapped(model).keys()
+    missed = {*(f"{name}.weight" for name in layers), *(fused if experts else ())} - wrapped
+    if missed or {name: parameter.shape for name, parameter in _plain_names(model)} != plain:
+        what = f"leaves {min(missed)} out" if missed else "changes the names of its weights"
+        raise ConfigError(f"policy.lora_rank: peft {what} in {kind}, so that the policy could not be merged; 0 trains all weights")
+    if fused and not experts:
+        logger.warning("policy.lora_rank: the experts of %s stay frozen: vLLM takes no adapters of them; 0 trains all weights", kind)
+    return adapted
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Layers that compute x W and nothing else, but for the head: routers and quantized layers are linear layers in name alone."""
+    head, maps = model.get_output_embeddings(), (nn.Linear.forward, Conv1D.forward)
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and type(m).forward in maps]
+
+
+def _fused_experts(model: PreTrainedModel) -> list[str]:
+    """Parameters [experts, in, out] or [experts, out, in]."""
+    settings = model.config.get_text_config().to_dict().items()
+    counts = {value for key, value in settings if "expert" in key and type(value) is int}
+    return [name for name, p in model.named_parameters() if p.dim() == 3 and p.shape[0] in counts and p.is_floating_point()]
+
+
+def _wrapped(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """peft's layers under the plain names of the parameters that they adapt."""
+    return {
+        f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}": module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+def _plain_names(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name.replace(".base_layer", ""), parameter) for name, parameter in model.named_parameters() if ".lora_" not in name)
 
 
 @torch.no_grad()
-def _merged(layer: nn.Module) -> Tensor:
-    weight = layer.get_submodule("base_layer").get_parameter("weight")
-    delta: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
-    return (weight + delta).to(weight.dtype)
-
-
 def merged(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter under its name in the plain model, W + scale * B A where there is an adapter.
 
     Merged one layer at a time, in float32, and returned in the model's type; the model stays as it is.
     """
-    for name, parameter in model.named_parameters():
-        owner, adapted, leaf = name.rpartition(".base_layer.")
-        if adapted:
-            yield f"{owner}.{leaf}", _merged(model.get_submodule(owner)) if leaf == "weight" else parameter.detach()
-        elif ".lora_" not in name:
+    wrapped = _wrapped(model)
+    for name, parameter in _plain_names(model):
+        if name in wrapped:
+            yield name, (parameter + wrapped[name].get_delta_weight(ADAPTER)).to(parameter.dtype)  # type: ignore[operator]
+        else:
             yield name, parameter.detach()
 
 

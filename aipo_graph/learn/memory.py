@@ -1,5 +1,6 @@
 """How much GPU memory a run needs, part by part, from the model's config.json alone."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config import Config
 from . import lora
-from .model import CHUNK, applies_head_only
+from .model import CHUNK
 
 Phase = Literal["sampling", "learning"]
 BOTH: tuple[Phase, ...] = ("sampling", "learning")
 COPIES = 3
 """Float32 copies of one chunk of logits alive at once, forward or backward: they and two temporaries."""
+SCALED_HEAD = re.compile(r"logits?_(soft|scal)|soft_?cap|lm_head_mult")
+"""Config keys of models that do more to their logits than apply the head, which then come whole (Gemma 2, Granite, Cohere, Falcon-H1)."""
 BYTES = {"float32": 4, "bfloat16": 2}
 TITLE = "estimate; CUDA's context, fragmentation and other processes on the GPU (a helper's server) come on top"
 
@@ -63,7 +66,7 @@ def estimate(config: Config, model_path: str | Path | None = None) -> Estimate:
     count = sum(p.numel() for p in model.parameters())
     if config.policy.lora_rank:
         with torch.device("meta"):
-            lora.attach(model, config.policy, seed=0)
+            lora.attach(model, config.policy, seed=0, experts=config.engine.kind == "local")
     gpu = _gpu(config.run.device)
     whole = count * BYTES[config.policy.dtype] + _bytes(model.buffers())
     return Estimate((*_learner(config, model, whole), *_sampler(config, model, whole, gpu)), gpu)
@@ -90,7 +93,7 @@ def _learner(config: Config, model: PreTrainedModel, whole: int) -> list[Part]:
     if config.train.gradient_checkpointing:
         kept, how = BYTES[_weight_type(config)] * text.hidden_size * layers + layer, "the input of each layer, and one layer's inside"
     logits = tokens * text.vocab_size
-    if applies_head_only(model):
+    if not any(SCALED_HEAD.search(name) and value not in (None, False, 1) for name, value in text.to_dict().items()):
         logits = min(CHUNK, logits)
     parts = [
         Part(

@@ -2,11 +2,11 @@
 
 import copy
 import os
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -17,18 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils.logging import disable_progress_bar
 
-from ..errors import ConfigError, EngineError
+from ..errors import ConfigError, EngineError, TrainError
+from ..forward import EXACT, MISFITS, affordable, borders, first_line, own_logprobs, probe_rows, scaled_from, use_exact_attention
 from . import lora
 from .checkpoint import atomic_directory
 
 CHUNK = 2**26
 """Most logits in memory at once (256 MiB of float32)."""
-SCALED_HEAD = re.compile(r"logits?_(soft|scal)|soft_?cap|lm_head_mult")
-"""Config keys of models that do more to their logits than apply the head (Gemma 2, Granite, Cohere, Falcon-H1)."""
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+_alone: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""What :func:`applies_head_only` found."""
 
 
 def load_model(path: str | Path, *, dtype: str = "float32", device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -42,11 +39,11 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: torch.device
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"policy.model: no model at {str(path)!r} ({_line(error)}); give a model directory or a hub name") from error
+        raise ConfigError(f"policy.model: no model at {str(path)!r} ({first_line(error)}); give a model directory or a hub name") from error
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype), output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise EngineError(f"policy.model: the weights of {str(path)!r} cannot be loaded ({_line(error)})") from error
+        raise EngineError(f"policy.model: the weights of {str(path)!r} cannot be loaded ({first_line(error)})") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # would be left at random values
         raise EngineError(f"policy.model: the weights of {str(path)!r} lack {len(missing)} tensors, {missing[0]} among them")
@@ -58,7 +55,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"policy.model: {str(path)!r} has no tokenizer that loads ({_line(error)}); save one beside the model") from error
+        raise ConfigError(
+            f"policy.model: {str(path)!r} has no tokenizer that loads ({first_line(error)}); save one beside the model"
+        ) from error
 
 
 def fast_attention(device: torch.device, dtype: str) -> str | None:
@@ -72,10 +71,12 @@ def fast_attention(device: torch.device, dtype: str) -> str | None:
 
 
 def choose_attention(model: PreTrainedModel, dtype: str) -> None:
-    """Sets :func:`fast_attention` where the model can use it."""
+    """Sets :func:`fast_attention` where the model can use it, else sdpa or, where that leaves something out, eager attention."""
     if name := fast_attention(model.device, dtype):
         with suppress(ValueError, ImportError):  # an architecture or a build of the package without it
             model.set_attn_implementation(name)
+            return
+    use_exact_attention(model)
 
 
 def save_model(
@@ -112,13 +113,49 @@ def save_model(
             if adapter is not None:
                 lora.save(adapter, temporary / "adapter", source)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"export: {str(directory)!r} cannot be written ({_line(error)})") from error
+        raise ConfigError(f"export: {str(directory)!r} cannot be written ({first_line(error)})") from error
 
 
+@torch.no_grad()
 def applies_head_only(model: PreTrainedModel) -> bool:
-    """Whether its logits are the head's output as it is; only then can they be had for some tokens alone."""
-    settings = model.config.get_text_config().to_dict()
-    return not any(SCALED_HEAD.search(name) and value not in (None, False, 1) for name, value in settings.items())
+    """Whether its logits are the head's output on the decoder's states as it is; only then can they be had for some tokens alone.
+
+    Compared once a model, on a short text.
+    """
+    if model not in _alone:
+        ids = torch.tensor(probe_rows([8], model.config.get_text_config().vocab_size), device=model.device)
+        _alone[model] = False
+        with suppress(*MISFITS):  # no decoder or head where transformers' methods look for them
+            states, head = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
+            _alone[model] = torch.allclose(head(states), model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    return _alone[model]
+
+
+@torch.no_grad()
+def check_rows(model: PreTrainedModel, dtype: str) -> None:
+    """Compares log-probabilities of rows of several lengths, padded in one batch, with the model's own forward of each prefix alone.
+
+    One row goes past every length in the config at which attention changes, as far as a few seconds pay for it. Raises ConfigError for a
+    model that sees what follows a token or the rows beside it, or that drops out while it is trained. ``dtype``: what it computes in.
+    """
+    name, text = type(model).__name__, model.config.get_text_config()
+    most = min(getattr(text, "max_position_embeddings", None) or 64, affordable(model), scaled_from(model.config) or 2**30)
+    longest = max([12, *(length + 4 for length in borders(model.config).values() if length + 4 <= most)])
+    lengths = [min(length, most) for length in (5, longest, 9)]
+    rows = probe_rows(lengths, text.vocab_size)
+    ids = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in rows], device=model.device)
+    mask = torch.arange(ids.shape[1], device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
+    places = [(i, t) for i, length in enumerate(lengths) for t in (length // 2, length - 1)]
+    try:
+        found, _ = token_logprobs(model, ids, mask)
+        apart = max(abs(float(found[i, t] - own_logprobs(model, rows[i][:t])[rows[i][t]])) for i, t in places)
+    except MISFITS as error:
+        raise ConfigError(f"policy.model: {name} cannot be learned from token ids alone ({first_line(error)}); use another") from error
+    if not apart <= EXACT[getattr(torch, dtype)]:
+        raise ConfigError(
+            f"policy.model: {name} cannot be learned: log-probabilities of a text alone and in a batch are {apart:.2g} apart; it sees "
+            "later tokens or other rows, or drops out under train.gradient_checkpointing: set that to false, or use another model"
+        )
 
 
 def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -133,7 +170,16 @@ def token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temp
     The one place where predictions are shifted onto the tokens they predict; nothing predicts column 0, which is 0. Rows are padded right,
     where a causal model does not see the padding, so no attention mask is needed. The head runs on wanted tokens only, in chunks
     that are recomputed in the backward pass: logits [tokens, vocabulary] never exist as a whole, except for models that transform theirs.
+    Rows past the length from which a model scales its positions by the longest row have a forward of their own. Raises TrainError where
+    that scale has more than two values.
     """
+    border = scaled_from(model.config)
+    if border is not None and token_ids.shape[1] > border + 1:
+        return _on_each_side(model, token_ids, mask, temperature, border)
+    return _token_logprobs(model, token_ids, mask, temperature)
+
+
+def _token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logprobs = torch.zeros(token_ids.shape, device=token_ids.device)
     wanted = mask[:, 1:].flatten().nonzero().squeeze(1)
     if not len(wanted):
@@ -155,3 +201,15 @@ def token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temp
     index = (rows, columns + 1)
     entropy = logprobs.index_put(index, torch.cat([e for _, e in parts]))
     return logprobs.index_put(index, torch.cat([p for p, _ in parts])), entropy
+
+
+def _on_each_side(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float, border: int) -> tuple[Tensor, Tensor]:
+    """Rows with a token predicted from more than ``border`` others apart from those without one."""
+    far = mask[:, border + 1 :].any(1)
+    if far.any() and border >= model.config.get_text_config().max_position_embeddings:
+        raise TrainError(f"a row has more than {border} tokens, past which its length scales all its positions; lower rollout.max_tokens")
+    found = torch.zeros((2, *token_ids.shape), device=token_ids.device)
+    for rows, width in ((far, token_ids.shape[1]), (~far, border + 1)):
+        if rows.any():
+            found[:, rows, :width] = torch.stack(_token_logprobs(model, token_ids[rows, :width], mask[rows, :width], temperature))
+    return found[0], found[1]
