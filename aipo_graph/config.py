@@ -12,6 +12,7 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -19,7 +20,9 @@ from aipo_graph.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Algorithm = Literal["grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo"]
-Coefficient = Literal["aipo", "mask", "ppo", "luffy", "gated", "sft", "echo", "clip", "shortfall"]
+Coefficient = Literal["aipo", "mask", "ppo", "luffy", "gated", "sft", "echo"]
+RETIRED = {"clip": "aipo", "shortfall": "aipo"}
+"""Coefficients of agent tokens that are gone, and what did better in their place in the study."""
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.=+,-]*$", max_length=100)]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -244,6 +247,13 @@ class Loss(Section):
     """Largest weight exp(old - behaviour) that corrects a policy token for sampler-learner mismatch or lag."""
     kl_weight: NonNegativeFloat = 0.0
     """Weight of the KL to the starting policy; 0 keeps no reference in memory."""
+
+    @field_validator("agent", mode="before")
+    @classmethod
+    def _known(cls, value: object) -> object:
+        if isinstance(value, str) and value in RETIRED:
+            raise ValueError(f"loss.agent = {value!r}: is gone, the study gave no reason to keep it; use {RETIRED[value]}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

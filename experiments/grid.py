@@ -75,8 +75,8 @@ CHANGES: Mapping[str, Settings] = (
 
 WORDY_VARIANTS: dict[str, Settings] = (
     {"base": WORDY}
-    | {name: agent(name) | WORDY for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "shortfall")}
-    | {f"{name}_mu": agent(name) | WORDY_MU for name in ("aipo", "shortfall")}
+    | {name: agent(name) | WORDY for name in ("aipo", "signed", "gated", "sft", "luffy", "mask")}
+    | {"aipo_mu": agent("aipo") | WORDY_MU}
     | {"counterfactual": agent("signed") | COUNTERFACTUAL | WORDY}
 )
 
@@ -86,7 +86,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         | {f"floor_{floor}": agent("signed") | {"loss.floor": floor} for floor in ("0.03", "0.1", "0.3", "1")}
         | {f"ceiling_{ceiling}": agent("signed") | {"loss.ceiling": ceiling} for ceiling in ("1", "2")}
         | {f"lambda_{weight}": agent("signed") | {"loss.agent_weight": weight} for weight in ("0.3", "1", "3")}
-        | {f"agent_{name}": agent(name) for name in ("gated", "shortfall", "sft")}
+        | {f"agent_{name}": agent(name) for name in ("gated", "sft")}
         | {"baseline_counterfactual": agent("signed") | COUNTERFACTUAL}
     ),
     "choice": Experiment(
@@ -99,7 +99,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "coefficients": Experiment(
         {"base": {}}
-        | {name: agent(name) for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo", "shortfall")}
+        | {name: agent(name) for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo")}
         | {"echo": agent("echo") | {"loss.agent_weight": "0.1"}}
         | {"grpo": GRPO}
         | {"raft": {"rollout.with_agents": "1", "loss.advantage": "raft", "loss.agent": "gated"}}
@@ -108,7 +108,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         {
             f"{name}@{level}": agent(name) | helpers(knowledge=factory)
             for level, factory in LEVELS.items()
-            for name in ("aipo", "signed", "gated", "sft", "luffy", "shortfall")
+            for name in ("aipo", "signed", "gated", "sft", "luffy")
         }
         | {f"counterfactual@{level}": agent("signed") | COUNTERFACTUAL | helpers(knowledge=factory) for level, factory in LEVELS.items()}
     ),
@@ -124,7 +124,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         | {"ceiling_0.5": {"loss.ceiling": "0.5"}, "ceiling_1": {"loss.ceiling": "1"}}
         | {f"lambda_{weight}": {"loss.agent_weight": weight} for weight in ("0.3", "3")}
         | {f"share_{share}": {"rollout.with_agents": share} for share in ("0.25", "0.75", "1")}
-        | {"negative_floor": agent("clip"), "baseline_group": {"loss.baseline": "group"}, "mu_0.5": {"loss.behaviour": "0.5"}},
+        | {"baseline_group": {"loss.baseline": "group"}, "mu_0.5": {"loss.behaviour": "0.5"}},
         settings={"loss.negative": "0"},
     ),
     "generality": Experiment(
@@ -175,20 +175,20 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("coefficients", ("aipo", "mask", "grpo"), REPORTED),
     ("foreign", ("base", "aipo", "gated", "sft"), (1,)),
     ("faulty", ("aipo@same30", "sft@same30", "gated@same30", "luffy@same30"), (1,)),
-    ("tuning", ("floor_0.3", "floor_0.1", "floor_1", "agent_gated", "agent_shortfall"), (100,)),
-    ("verbose", ("base", "aipo", "gated", "sft", "shortfall", "shortfall_mu"), (1,)),
+    ("tuning", ("floor_0.3", "floor_0.1", "floor_1", "agent_gated"), (100,)),
+    ("verbose", ("base", "aipo", "gated", "sft"), (1,)),
     ("second", ("base", "aipo", "mask", "grpo"), (1,)),
     ("coefficients", ("sft", "gated"), (3, 4, 5)),
     ("faulty", ("aipo@same30", "sft@same30", "gated@same30"), (2, 3)),
     ("tuning", ("baseline_counterfactual",), (100,)),
     ("faulty", ("counterfactual@same30",), (1, 2, 3)),
-    ("coefficients", ("raft", "ppo", "echo", "shortfall"), (1,)),
+    ("coefficients", ("raft", "ppo", "echo"), (1,)),
     ("verbose", ("aipo", "gated"), (2, 3, 4, 5)),
     ("verbose", ("sft",), (2, 3)),
     ("coefficients", ("raft", "ppo"), (2, 3)),
     ("boundary", ("base", "aipo", "grpo"), (1,)),
     ("transfer", ("base", "aipo", "grpo", "mask"), (1,)),
-    ("ablations", ("no_verify", "no_knowledge", "no_reasoning", "floor_0", "negative_floor"), (1,)),
+    ("ablations", ("no_verify", "no_knowledge", "no_reasoning", "floor_0"), (1,)),
     ("faulty", ("aipo@25", "gated@25", "sft@25", "luffy@25"), (1,)),
     ("tuning", ("lambda_3", "lambda_0.3", "ceiling_1", "floor_0.03"), (100,)),
     ("generality", ("qwen3/grpo/aipo", "gemma3/grpo/aipo", "llama/dapo/aipo", "llama/gspo/aipo"), (1,)),
@@ -201,11 +201,11 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("faulty", ("aipo@10", "gated@10", "sft@10", "luffy@10"), (1,)),
     ("generality", ("llama/dr_grpo/aipo", "llama/rloo/aipo", "qwen3/grpo/alone", "gemma3/grpo/alone"), (1,)),
     ("ablations", tuple(EXPERIMENTS["ablations"].variants), (1,)),
-    ("verbose", ("aipo_mu", "shortfall_mu", "shortfall"), (1, 2)),
+    ("verbose", ("aipo_mu",), (1, 2)),
     ("boundary", ("base", "aipo", "grpo"), REPORTED),
     ("faulty", tuple(EXPERIMENTS["faulty"].variants), (1,)),
     ("coefficients", tuple(EXPERIMENTS["coefficients"].variants), REPORTED),
-    ("faulty", tuple(f"{name}@same30" for name in ("aipo", "sft", "gated", "luffy", "shortfall")), REPORTED),
+    ("faulty", tuple(f"{name}@same30" for name in ("aipo", "sft", "gated", "luffy")), REPORTED),
     ("verbose", tuple(EXPERIMENTS["verbose"].variants), (1, 2, 3)),
     ("foreign", tuple(EXPERIMENTS["foreign"].variants), (1, 2)),
     ("second", tuple(EXPERIMENTS["second"].variants), (1, 2, 3)),

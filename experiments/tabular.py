@@ -87,8 +87,6 @@ WEIGHTS: Mapping[str, Weight] = {
     "sft": lambda p, up: np.ones_like(p),
     "luffy": lambda p, up: 0.1 * p / (p + 0.1) ** 2,
     "ppo": lambda p, up: p if up else np.where(p > 0.8, p, 0.0),
-    "clip": lambda p, up: np.clip(p, 0.3, 2.0),
-    "shortfall": lambda p, up: (1 - p) * up,
     "mask": lambda p, up: 0 * p,
 }
 """By their names in the study: `aipo` with `loss.negative` 0, `signed` with 1; all other settings are the defaults."""

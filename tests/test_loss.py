@@ -127,9 +127,6 @@ def test_sequence_ratios_have_the_gradient_of_the_sequence_form(name: str, form:
         ("echo", 0.8, (3 + 1) / 2),
         ("echo", -0.6, (3 + 1) / 2),
         ("echo", 0.0, (3 + 1) / 2),
-        ("clip", -0.6, -(0.5 * -0.6 * -3 + math.exp(-1) / 0.5 * -0.6 * -1) / 2),
-        ("shortfall", 0.8, ((1 - math.exp(-1)) * 0.8 * 3 + (1 - math.exp(-1) / 0.5) * 0.8 * 1) / 2),
-        ("shortfall", -0.6, 0.0),
     ],
 )
 def test_agent_coefficients_by_hand(name: str, a: float, expected: float) -> None:
@@ -137,13 +134,6 @@ def test_agent_coefficients_by_hand(name: str, a: float, expected: float) -> Non
     total, sums, _ = parts(loss, batch_of(a0=a, a1=0.0))
     assert float(sums["agent_loss"]) == pytest.approx(expected, rel=1e-5, abs=1e-8)
     assert float(total) == pytest.approx(float(sums["policy_loss"]) + 3 * expected, rel=1e-5)
-
-
-def test_shortfall_asks_nothing_where_the_policy_is_surer_than_the_helper() -> None:
-    _, _, gradient = parts(Loss(agent="shortfall", behaviour=0.1), batch_of(a0=0.8, a1=0.0))  # exp(-1) / 0.1 > 1
-    first, second = (batch_of().source == AGENT).nonzero()[:2].tolist()
-    assert gradient[tuple(first)] != 0
-    assert gradient[tuple(second)] == 0
 
 
 def test_shares_of_ratios_below_the_bounds() -> None:

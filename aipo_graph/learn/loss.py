@@ -132,20 +132,6 @@ def _echo(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> 
     return -logprobs
 
 
-def _clip(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """aipo with its floor for A < 0, too: the study's way to see what that does."""
-    return -_exp(log_rho.detach()).clamp(loss.floor, loss.ceiling) * advantages * logprobs
-
-
-def _shortfall(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """w = max(0, 1 - sg[rho]) where A > 0: a token counts by how far the policy falls short of the helper. Ours.
-
-    With mu = 1 that is the focal loss with gamma = 1 (arXiv 1708.02002), its weight taken as a constant; with mu known, words that the
-    policy says as often as the helper does (style) count nothing, however many they are.
-    """
-    return -(1 - _exp(log_rho.detach())).clamp(min=0) * advantages.clamp(min=0) * logprobs
-
-
 COEFFICIENTS: dict[str, Surrogate] = {
     "aipo": _aipo,
     "mask": _mask,
@@ -154,8 +140,6 @@ COEFFICIENTS: dict[str, Surrogate] = {
     "gated": _gated,
     "sft": _sft,
     "echo": _echo,
-    "clip": _clip,
-    "shortfall": _shortfall,
 }
 
 

@@ -113,7 +113,7 @@ def where_it_matters(study: Study) -> str:
     conditions = [("coefficients", ""), *(("faulty", f"@{level}") for level in LEVELS[1:]), ("verbose", ""), ("foreign", "")]
     others = ("gated", "luffy", "sft", "ppo")
     rows = []
-    for coefficient in ("aipo", "shortfall"):
+    for coefficient in ("aipo", "signed"):
         for experiment, tail in conditions:
             for metric in ("alone pass@1", "alone greedy"):
                 own = study.mean(experiment, f"{coefficient}{tail}", metric)

@@ -35,7 +35,7 @@ SECTIONS = (
         "Coefficients and baselines",
         "What must the loss do with the helpers' tokens for the policy to do alone what it did with help? `base` is the untrained policy; "
         "`grpo` is plain GRPO without helpers, at the learning rate that [Choosing settings](#choosing-settings) gave; `raft` is "
-        "fine-tuning on accepted transcripts with helpers; `shortfall` is a coefficient of our own, max(0, 1 − ρ) where A > 0.",
+        "fine-tuning on accepted transcripts with helpers; `shortfall` was a coefficient of our own, max(0, 1 − ρ) where A > 0.",
     ),
     Section(
         "faulty",
@@ -43,7 +43,7 @@ SECTIONS = (
         "Knowledge is wrong: at random in 10, 25 or 50 % of its replies, or (`same`) in 30, 40 or 60 % of them, always with one and the "
         "same wrong rule of an operator.",
         drawn=("alone pass@1", "alone greedy"),
-        expected=tuple(f"{method}@0" for method in ("aipo", "gated", "sft", "luffy", "shortfall")),
+        expected=tuple(f"{method}@0" for method in ("aipo", "gated", "sft", "luffy")),
     ),
     Section(
         "verbose",
