@@ -1,11 +1,11 @@
 """LangChain messages to tokens and back, as one chat template writes them."""
 
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from langchain_core.messages import (
@@ -20,19 +20,34 @@ from langchain_core.messages import (
 )
 from transformers import PreTrainedTokenizerBase
 
+from aipo_graph import calls
 from aipo_graph.errors import ConfigError
 from aipo_graph.types import derive_seed
 
 THINK, END_THINK = "<think>", "</think>"
-CALL, END_CALL = "<tool_call>", "</tool_call>"
-TAGS = (THINK, END_THINK, CALL, END_CALL, "<tool_response>", "</tool_response>")
-"""What templates build assistant and tool turns with, whether or not each is a token of its own."""
+TAGS = (THINK, END_THINK, "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+"""What templates build assistant and tool turns with, whether or not each is a token of its own; a template's own marks come on top."""
+THOUGHTS = (
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|channel>thought", "<channel|>"),
+    (THINK, END_THINK),
+)
+"""What opens and closes reasoning; all but the last count where a template speaks of them."""
+CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)\s+to=([^\s<]+)")
+"""gpt-oss writes a call's recipient after its channel, its template before it."""
+ANALYSIS = re.compile(
+    r"<\|channel\|>\s*analysis\b[^<]*<\|message\|>(.*?)(?:<\|end\|>|<\|call\|>|<\|return\|>|(?=<\|start\|>)|\Z)", re.DOTALL
+)
+HEADER = re.compile(r"(?:<\|start\|>\s*assistant\s*)?<\|channel\|>[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>|<\|start\|>\s*assistant\b")
 READ = frozenset({"text", "reasoning", "thinking", "tool_call", "tool_use", "invalid_tool_call"})
 """Content blocks that hold nothing but text, or what a message says elsewhere, too."""
-MAX_DEPTH = 32
-"""Nesting of a tool call's arguments."""
-DATE = "26 Jul 2024"
-"""What templates get as `date_string`, which Llama 3.2's would else take from the clock: a prompt must not depend on the day."""
+DAY = datetime(2024, 7, 26)
+DATE = DAY.strftime("%d %b %Y")
+"""The day on which every prompt is written: a prompt must not depend on the clock, or no run could be repeated."""
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
@@ -55,7 +70,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
     for conversation in (turns, [*turns, turns[0]]):
         try:
-            text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=False, date_string=DATE))
+            text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=False, **settings(False)))
         except (TemplateError, TypeError, ValueError, KeyError):
             return None
         _, found, after = text.rpartition(said)
@@ -74,6 +89,22 @@ def blank(words: Iterable[str]) -> tuple[re.Pattern[str], Callable[[str], str]]:
         return pattern.sub(" ", folded if pattern.search(folded) else text)
 
     return pattern, neutralise
+
+
+def settings(thinking: bool) -> dict[str, Any]:
+    """What every chat template gets: whether to think, and the time, which templates would else take from the clock."""
+    return {"enable_thinking": thinking, "date_string": DATE, "strftime_now": DAY.strftime}
+
+
+class Manner(NamedTuple):
+    """What a template expects of a message with tool calls."""
+
+    encoded: bool = False
+    """The arguments as JSON text."""
+    silent: bool = False
+    """None for a text that is empty."""
+    named: bool = False
+    """Ids that hold the tool's name, as the only place where it is (Kimi K2)."""
 
 
 class ChatFormat:
@@ -95,14 +126,24 @@ class ChatFormat:
         specials = {*tokenizer.all_special_tokens, *(self.decode([i]) for i in self.special_ids)}
         self._specials, self._neutralise = blank(specials)
         self._neutralise_tags = blank(specials | set(TAGS))[1]
+        self._template = str(tokenizer.chat_template)
+        self._harmony = "<|channel|>" in self._template and "<|message|>" in self._template
+        self._thoughts = [pair for pair in THOUGHTS if pair[0] in self._template or pair[0] == THINK]
+        self._place = "reasoning_content"
+        """Where the template looks for reasoning: a key of the message, or `content`, in blocks."""
+        self._manner = Manner()
+        self._calls: calls.Manner | None = None
+        self._unread = ""
+        """Why calls cannot be read, if so."""
+        self._noise = self._specials
+        """What is no part of what a reply says."""
         question = [HumanMessage("?")]
         self.opening = self.render(question)[len(self.render(question, reply=False)) :]
         """What the template writes before a reply."""
         inside, closed, _ = self.opening.partition(THINK)[2].partition(END_THINK)
         self._unthought = inside if closed else ""
         """What stands there for reasoning that was not asked for: two line breaks in Qwen3's."""
-        template = str(tokenizer.chat_template)
-        self._bare_calls = CALL not in template and '"parameters": ' in template
+        self._learn(set(specials))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return decode(self._tokenizer, token_ids)
@@ -110,6 +151,67 @@ class ChatFormat:
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of the template's text; special tokens in it become their own."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _learn(self, specials: set[str]) -> None:
+        """Finds out how the template writes calls, what it expects for that, and what else it puts around a reply."""
+        reasons = []
+        for manner in (Manner(), Manner(silent=True), Manner(encoded=True), Manner(encoded=True, silent=True), Manner(named=True)):
+            self._manner = manner
+            try:
+                self._calls = calls.learn(self._write, self._write((), calls.WORD), self._specials.pattern)
+                break
+            except ValueError as error:
+                reasons.append(str(error))
+        else:
+            self._manner, self._unread = Manner(), reasons[0]
+        marks = re.compile(f"{self._specials.pattern}|{calls.TAG}")
+        made = [(calls.NAME, {calls.KEY: calls.WORD})] if self._calls else []
+        try:
+            plain = self._write((), calls.WORD)
+            whole = self._write(made, "" if made else calls.WORD, result=True)
+        except ValueError:
+            return
+        before, _, after = plain.partition(calls.WORD)
+        frame = before.removeprefix(self.opening).strip()
+        noise = [re.escape(text) for text in ([frame] if marks.search(frame) else []) + [m.group() for m in marks.finditer(after)]]
+        self._noise = re.compile("|".join([*([HEADER.pattern] if self._harmony else []), *noise, self._specials.pattern]))
+        self._learn_reasoning(made, plain, marks)
+        own = set(re.findall(r"</?[\w|\uff5c:.\u2581-]+(?:[=>]|(?=\s))|\[/?[A-Z_]{3,}\]", whole))
+        quote = self._calls.quote if self._calls else ""
+        thoughts = {mark for pair in self._thoughts for mark in pair}
+        self._neutralise_tags = blank(specials | set(TAGS) | own | thoughts | ({quote} if len(quote) > 1 else set()))[1]
+
+    def _learn_reasoning(self, made: Sequence[calls.Call], plain: str, marks: re.Pattern[str]) -> None:
+        """Finds out where the template looks for reasoning, and what it puts around it."""
+        for place in ("reasoning_content", "thinking", "reasoning", "content"):
+            self._place = place
+            try:
+                text = self._write(made, "" if made else calls.WORD, thought=calls.MORE)
+            except ValueError:
+                continue
+            before, shown, after = text.partition(calls.MORE)
+            if shown and "'type'" not in before and '"type"' not in before:
+                opening, closing = [m.group() for m in marks.finditer(before)][-1:], marks.search(after)
+                if opening and closing and opening[0] not in plain and closing.group() not in plain and not self._harmony:
+                    self._thoughts.insert(0, (opening[0], closing.group()))
+                return
+        self._place = "reasoning_content"
+
+    def _write(self, made: Sequence[calls.Call], text: str = "", *, thought: str = "", result: bool = False) -> str:
+        """The template's text of a reply, and of what follows it. Raises ValueError for what it refuses."""
+        tools = [_tool(calls.NAME), _tool(calls.OTHER)]
+        given = [ToolCall(type="tool_call", name=name, args=args, id=f"probe{i:04}") for i, (name, args) in enumerate(made)]
+        asked: list[BaseMessage] = [HumanMessage("?")]
+        reply = AIMessage(text, tool_calls=given, additional_kwargs={"reasoning_content": thought} if thought else {})
+        answers = [ToolMessage("!", tool_call_id=call["id"], name=call["name"]) for call in given] if result else []
+        try:
+            before = self._render(asked, tools, reply=False)
+            after = self._render([*asked, reply, *answers], tools, reply=result)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if any(str(args) in after for _, args in made if args):
+            raise ValueError("it writes arguments as Python does")
+        return re.sub(r"probe\d{4}", calls.ID, after.removeprefix(before))
 
     def render(self, messages: Sequence[BaseMessage], tools: Sequence[Mapping[str, Any]] = (), *, reply: bool = True) -> str:
         """The template's text of the messages.
@@ -121,22 +223,36 @@ class ChatFormat:
             tools: OpenAI function schemas.
             reply: end with the opening of an assistant turn.
         """
+        if tools:
+            self.check_tools()
+        return self._render(messages, tools, reply=reply)
+
+    def check_tools(self) -> None:
+        """Raises ConfigError where the template writes no calls that could be read back: no tool would ever run."""
+        if self._calls is None:
+            raise ConfigError(
+                f"the chat template of {self._tokenizer.name_or_path or 'the tokenizer'} writes no tool calls that can be read back "
+                f"({self._unread}): use a model whose template knows tools, or write `tool_calls` in its chat_template.jinja"
+            )
+
+    def _render(self, messages: Sequence[BaseMessage], tools: Sequence[Mapping[str, Any]] = (), *, reply: bool = True) -> str:
+        made = [call for message in messages if isinstance(message, AIMessage) for call in message.tool_calls]
+        ids = {call["id"] or "": f"functions.{call['name']}:{i}" for i, call in enumerate(made)} if self._manner.named else {}
         try:
             text = self._tokenizer.apply_chat_template(
-                [self._plain(message) for message in messages],
+                [self._plain(message, ids) for message in messages],
                 tools=[_each(dict(tool), self._neutralise) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=reply,
-                enable_thinking=self._thinking,
-                date_string=DATE,
+                **settings(self._thinking),
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             kinds = ", ".join(message.type for message in messages)
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"the policy's chat template refuses these messages ({kinds}): {reason}; send what it knows") from error
         return str(text)
 
-    def _plain(self, message: BaseMessage) -> dict[str, Any]:
+    def _plain(self, message: BaseMessage, ids: Mapping[str, str]) -> dict[str, Any]:
         """A message as templates read it, its text neutralised."""
         kinds = {str(block.get("type")) for block in message.content if isinstance(block, dict)}
         if unread := sorted(kinds - READ):
@@ -148,30 +264,41 @@ class ChatFormat:
             case HumanMessage():
                 return {"role": "user", "content": self._neutralise(text)}
             case ToolMessage():
-                name, call = self._neutralise_tags(message.name or ""), self._neutralise_tags(message.tool_call_id)
+                call = self._neutralise_tags(ids.get(message.tool_call_id, message.tool_call_id))
+                name = self._neutralise_tags(message.name or "")
                 return {"role": "tool", "name": name, "tool_call_id": call, "content": self._neutralise_tags(text)}
             case AIMessage():
-                return self._plain_reply(message, text)
+                return self._plain_reply(message, text, ids)
             case ChatMessage():
                 return {"role": self._neutralise_tags(message.role), "content": self._neutralise_tags(text)}
         raise ConfigError(f"a {message.type} message has no place in the policy's chat template: send system, human, ai and tool messages")
 
-    def _plain_reply(self, message: AIMessage, text: str) -> dict[str, Any]:
-        content = "\n".join(filter(None, [text, *(str(call["args"]) for call in message.invalid_tool_calls)]))
-        plain: dict[str, Any] = {"role": "assistant", "content": self._neutralise_tags(content)}
+    def _plain_reply(self, message: AIMessage, text: str, ids: Mapping[str, str]) -> dict[str, Any]:
+        content = self._neutralise_tags("\n".join(filter(None, [text, *(str(call["args"]) for call in message.invalid_tool_calls)])))
+        plain: dict[str, Any] = {"role": "assistant", "content": content or (None if self._manner.silent and message.tool_calls else "")}
         # Told that there was none, Qwen3's template leaves the empty part out of the next prompt, and every tool call opens a new row.
         if reasoning := message.additional_kwargs.get("reasoning_content") or self._unthought:
-            plain["reasoning_content"] = self._neutralise_tags(str(reasoning))
+            thought = self._neutralise_tags(str(reasoning))
+            if self._place == "content":
+                plain["content"] = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": content}]
+            elif not (self._harmony and content and message.tool_calls):  # gpt-oss's template refuses both
+                plain[self._place] = thought
         if message.tool_calls:
             plain["tool_calls"] = [
                 {
-                    "id": self._neutralise_tags(call["id"] or ""),
+                    "id": self._neutralise_tags(ids.get(call["id"] or "", call["id"] or "")),
                     "type": "function",
-                    "function": _each({"name": call["name"], "arguments": call["args"]}, self._neutralise_tags),
+                    "function": self._plain_call(call),
                 }
                 for call in message.tool_calls
             ]
         return plain
+
+    def _plain_call(self, call: ToolCall) -> dict[str, Any]:
+        function = _each({"name": call["name"], "arguments": call["args"]}, self._neutralise_tags)
+        if self._manner.encoded:
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        return function
 
     def follow(
         self, messages: Sequence[BaseMessage], reply: int, seen: str, sampled: str, tools: Sequence[Mapping[str, Any]]
@@ -202,47 +329,58 @@ class ChatFormat:
             *_, end = [len(written.rstrip()), *(match.start() for match in self._specials.finditer(written))]
         return written[end:] + now[len(before) :]
 
-    def parse(self, text: str) -> AIMessage:
-        """A sampled reply as a message: content, tool calls, and the reasoning apart. Never raises.
+    def parse(self, text: str, tools: Sequence[Mapping[str, Any]] = (), *, seed: int = 0) -> AIMessage:
+        """A sampled reply as a message: content, tool calls, and the reasoning apart. Never raises; linear in the text's length.
 
-        Reads `<tool_call>{"name", "arguments"}</tool_call>` (Hermes, Qwen) and, where the template speaks of it, a reply that is one
-        JSON object with `name` and `parameters` (Llama 3). A malformed call goes to `invalid_tool_calls` with its text as a JSON string,
-        which LangChain's lenient parser of streams cannot mistake for arguments. Linear in the text's length.
+        Calls are read as the template writes them. A malformed one goes to `invalid_tool_calls` with its text as a JSON string, which
+        LangChain's lenient parser of streams cannot mistake for arguments; so does one more than the template can write.
+
+        Args:
+            tools: OpenAI function schemas, which give the types of arguments that are written as bare text.
+            seed: of the turn: equal calls in two turns get different ids.
         """
         reasoning, content = self._split_reasoning(text)
-        content = self._specials.sub("", content)
-        bodies: list[str] = []
-        if self._bare_calls and re.match(r'\s*\{\s*"', content):  # not a set: {1, 2}
-            bodies, content = [content], ""
-        elif not self._bare_calls:
-            first, *turns = content.split(CALL)
-            outside = [first]
-            for turn in turns:
-                body, _, after = turn.partition(END_CALL)
-                bodies.append(body)
-                outside.append(after)
-            content = "".join(outside)
-        calls: list[ToolCall] = []
+        read: list[calls.Call | calls.Fault] = []
+        if self._calls is not None:
+            content, read = self._calls.read(content, _schemas(tools))
+        valid: list[ToolCall] = []
         invalid: list[InvalidToolCall] = []
-        origin = derive_seed(ascii(text))
-        for index, body in enumerate(bodies):
+        origin = derive_seed(seed, ascii(text))
+        for index, call in enumerate(read):
             name = f"{derive_seed(origin, index):016x}"[-9:]  # nine letters and digits: some templates refuse anything else
-            try:
-                calls.append(_call(body, name))
-            except (ValueError, RecursionError) as error:
-                reason = str(error).partition("\n")[0][:200]
-                invalid.append(InvalidToolCall(type="invalid_tool_call", name=None, args=json.dumps(body), id=name, error=reason))
+            if valid and self._calls and not self._calls.several and not isinstance(call, calls.Fault):
+                call = calls.Fault(json.dumps({"name": call[0], "arguments": call[1]}), "the chat template knows one call per reply")
+            if isinstance(call, calls.Fault):
+                args = json.dumps(self._noise.sub("", call.text))
+                invalid.append(InvalidToolCall(type="invalid_tool_call", name=None, args=args, id=name, error=call.reason))
+            else:
+                valid.append(ToolCall(type="tool_call", name=call[0], args=call[1], id=name))
         kwargs = {"reasoning_content": reasoning} if reasoning else {}
-        return AIMessage(content.strip(), tool_calls=calls, invalid_tool_calls=invalid, additional_kwargs=kwargs)
+        content = self._noise.sub("", content).strip()
+        return AIMessage(content, tool_calls=valid, invalid_tool_calls=invalid, additional_kwargs=kwargs)
 
     def _split_reasoning(self, text: str) -> tuple[str, str]:
         """The reasoning and what follows it; all is reasoning while it is not closed."""
-        opened = self.opening.rstrip().endswith(THINK) or text.lstrip().startswith(THINK)
-        before, closed, after = text.rpartition(END_THINK)
-        if not closed and not opened:
-            return "", text
-        reasoning = self._specials.sub("", before if closed else text).strip()
-        return reasoning.removeprefix(THINK).strip(), after if closed else ""
+        if self._harmony:
+            text = CHANNEL.sub(r" to=\2<|channel|>commentary", text)
+            reasoning = "\n".join(self._specials.sub("", found).strip() for found in ANALYSIS.findall(text))
+            return reasoning.strip(), ANALYSIS.sub("", text)
+        for opening, closing in self._thoughts:
+            opened = self.opening.rstrip().endswith(opening) or text.lstrip().startswith(opening)
+            before, closed, after = text.rpartition(closing)
+            if closed or opened:
+                inside = (before if closed else text).strip().removeprefix(opening)
+                return self._specials.sub("", inside).strip(), after if closed else ""
+        return "", text
+
+
+def _tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": "?", "parameters": dict(calls.SCHEMA)}}
+
+
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    functions = [tool.get("function") or tool for tool in tools]
+    return {str(function.get("name")): function.get("parameters") or {} for function in functions}
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:
@@ -255,41 +393,3 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
         case list() | tuple():
             return [_each(entry, change) for entry in value]
     return value
-
-
-def _call(body: str, call_id: str) -> ToolCall:
-    """Raises ValueError or RecursionError for what is not exactly one call."""
-    call = json.loads(body, object_pairs_hook=_object, parse_constant=_number, parse_float=_number)
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        raise ValueError("not an object with a name")
-    if call.get("type") == "function":  # Llama 3 often copies it from the schema
-        del call["type"]
-    arguments = call.get("arguments", call.get("parameters"))
-    if not isinstance(arguments, dict) or len(call) != 2:
-        raise ValueError("not an object of a name and arguments")
-    _check(arguments, MAX_DEPTH)
-    return ToolCall(type="tool_call", name=call["name"], args=arguments, id=call_id)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key twice")
-    return found
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no JSON number")
-    return number
-
-
-def _check(value: Any, depth: int) -> None:
-    """Raises ValueError for arguments nested too deeply, or with half a surrogate pair, which no encoder takes."""
-    if depth == 0:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        value.encode()
-    for entry in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check(entry, depth - 1)

@@ -18,6 +18,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
 from rollout_world import Scribe, bpe, save_tiny, settings
+from test_messages import QWEN
 from vllm_world import OPERATORS, ROOT, base, exact, gap, proxy, served
 
 from aipo_graph import cli
@@ -117,7 +118,8 @@ async def look(query: str) -> str:
 
 async def test_the_tool_loop_of_a_sampled_model() -> None:
     """The second turn sees the tool's text, whatever tokens it holds, inside a tool turn."""
-    tokenizer = bpe(chat=True)
+    tokenizer = bpe()
+    tokenizer.chat_template = QWEN
     prompts: list[str] = []
 
     def write(prompt: str) -> str:
@@ -131,7 +133,7 @@ async def test_the_tool_loop_of_a_sampled_model() -> None:
     assert reply.text == "It is so."
     assert reply.token_ids == tuple(tokenizer.encode("It is so.", add_special_tokens=False))
     assert len(prompts) == 2
-    assert prompts[1].count("<|im_end|>") == 4  # system, user, assistant, tool
+    assert prompts[1].count("<|im_end|>") == 5  # tools, system, user, assistant, tool
 
 
 def quick_start(models: dict[str, str], **sections: Any) -> Config:

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tool_manners
 import torch
 from langchain.agents import create_agent
 from langchain.agents.middleware import before_model
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, RemoveMessage, SystemMessage, trim_messages
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, RemoveMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.errors import GraphBubbleUp
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import RetryPolicy, Send, interrupt
-from rollout_world import Exact, save_tiny, settings
+from rollout_world import CHAT, Exact, Scribe, save_tiny, settings
 from test_messages import QWEN
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
+from tool_manners import TEMPLATES
 from transformers import PreTrainedTokenizerFast
 
 from aipo_graph.cli import parse
@@ -30,6 +33,7 @@ from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import ConfigError, GraphError
 from aipo_graph.learn.batch import pack
 from aipo_graph.load import load
+from aipo_graph.messages import ChatFormat
 from aipo_graph.rollout import Graph, PolicyChatModel
 from aipo_graph.rollout.collect import Rollouts, gather
 from aipo_graph.rollout.metrics import rollout_metrics
@@ -486,6 +490,67 @@ async def test_a_tool_that_the_policy_makes_up_is_no_author(tmp_path: Path) -> N
     trace = await run(rollouts)
     assert [s.author for s in trace.segments if s.source == "context"] == ["model", "model", "calculator"]
     assert "knowledge is not a valid tool" in trace.segments[2].text
+
+
+@pytest.mark.parametrize("manner", TEMPLATES)
+async def test_tools_run_in_every_manner_of_calling(manner: str, tmp_path: Path) -> None:
+    """Twice the same call, in two turns: each with an id of its own and its own result, on one row of what was sampled."""
+    ran: list[tuple[int, str]] = []
+
+    @tool
+    async def save(count: int, text: str = "") -> str:
+        """Saves."""
+        ran.append((count, text))
+        return f"saved {len(ran)}"
+
+    raw = tool_manners.tokenizer(TEMPLATES[manner])
+    chat = ChatFormat(raw)
+    schema = [convert_to_openai_tool(save)]
+    wanted = AIMessage("", tool_calls=[{"name": "save", "args": {"count": 6, "text": "a b"}, "id": "123456789", "type": "tool_call"}])
+    asked: list[BaseMessage] = [HumanMessage("6*7?")]
+    call = chat.render([*asked, wanted], schema, reply=False).removeprefix(chat.render(asked, schema)).rstrip("\n").removesuffix("<|e|>")
+    engine = Scribe(raw, lambda prompt: "\\boxed{42}" if "saved 2" in prompt else call)
+    if manner == "gpt-oss":  # its end of a call ends a reply
+        engine.eos_ids |= {raw.convert_tokens_to_ids("<|call|>")}
+    seen: list[BaseMessage] = []
+
+    async def look(state: MessagesState) -> Any:
+        seen.extend(state["messages"])
+
+    graph = messages_graph({"agent": create_agent(PolicyChatModel(), tools=[save]), "look": look}, [(START, "agent"), ("agent", "look")])
+    config = settings(rollout={"max_tokens": 4000}, agents={"use": {}})
+    rollouts = Rollouts(config, engine, Exact(), Tokenizer(raw, (), engine.eos_ids), graph, graph, {}, Prompts.empty(), 1.0)
+    trace = await run(rollouts)
+    assert (trace.status, trace.reward, trace.scores["invalid_calls"]) == ("done", 1.0, 0)
+    assert ran == [(6, "a b")] * 2
+    ids = [call["id"] for message in seen if isinstance(message, AIMessage) for call in message.tool_calls]
+    assert [message.tool_call_id for message in seen if isinstance(message, ToolMessage)] == ids
+    assert len(set(ids)) == 2
+    assert len(spoken([trace])) == 3
+    assert trace.scores["rewrites"] == 0
+    assert len(trace.rows()) == 1
+
+
+async def test_calls_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    rollouts = build(tmp_path, agent(), max_tokens=400)
+    raw = rollouts.tokenizer.chat._tokenizer
+    replies = [
+        [*raw.encode(text, add_special_tokens=False), raw.eos_token_id] for text in (CALL, CALL.replace("}", "", 1) + CALL, "<tool_call>no")
+    ]
+
+    async def generate(prompt_ids: Sequence[int], **_: Any) -> Completion:
+        ids = replies.pop(0)
+        return Completion(tuple(ids), (-0.5,) * len(ids), "stop", 0)
+
+    rollouts.engine.generate = generate
+    trace = await run(rollouts)
+    assert (trace.status, trace.scores["invalid_calls"]) == ("done", 2)
+    assert rollout_metrics([TraceGroup(PROBLEM, (trace,))], (), 0)["calls/invalid"] == 2
+
+
+async def test_a_template_without_calls_ends_the_run_when_tools_are_bound(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="writes no tool calls that can be read back"):
+        await run(build(tmp_path, agent(), CHAT))
 
 
 OWN = """

@@ -23,8 +23,8 @@ from aipo_graph.engines.fit import PROBE
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.load import faults, model, nearest
-from aipo_graph.messages import ChatFormat, decode
-from aipo_graph.types import Completion, Engine, Generate, Reply, Stop
+from aipo_graph.messages import DATE, ChatFormat, decode
+from aipo_graph.types import Completion, Engine, Generate, Reply, Stop, derive_seed
 
 EXTRA = "pip install 'aipo-graph[agents]'"
 KEYS = {
@@ -76,9 +76,10 @@ class EngineChatModel(BaseChatModel):
         raise NotImplementedError("asynchronous only: use ainvoke")
 
     def bind_tools(self, tools: Sequence[Any], *, tool_choice: str | None = None, **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
-        """Raises ConfigError for a model without a chat template, which has no way to call a tool."""
+        """Raises ConfigError for a model without a chat template, or with one that writes no calls: it has no way to call a tool."""
         if self.chat_format is None:
             raise ConfigError("a model without a chat template cannot call tools; name the agent in agents.use with an empty path")
+        self.chat_format.check_tools()
         return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
 
     async def _agenerate(
@@ -92,16 +93,18 @@ class EngineChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         prompt = self._prompt(messages, tools)
+        seed = self.seed if seed is None else seed
         done: Completion = await self.sample(
             prompt,
-            seed=self.seed if seed is None else seed,
+            seed=seed,
             max_tokens=self.max_tokens,
             stop=tuple(stop or ()),
             temperature=self.temperature,
         )
         end = len(done.token_ids) - (done.token_ids[-1] in self.eos_ids)
         text = self._decode(done.token_ids[:end])
-        message = self.chat_format.parse(text) if self.chat_format else AIMessage(text.strip())
+        turn = derive_seed(seed, str(prompt))
+        message = self.chat_format.parse(text, tools, seed=turn) if self.chat_format else AIMessage(text.strip())
         reply = self._reply(done.token_ids[:end], done.logprobs[:end], str(message.content))
         message.response_metadata = {"reply": reply, "finish_reason": done.stop}
         counts = len(prompt), len(done.token_ids)
@@ -288,7 +291,7 @@ def _chat_api(url: str, name: str, why: str, config: Config) -> BaseChatModel:
         max_retries=0,
         http_async_client=_bounded_http(),
         seed=config.run.seed,
-        extra_body={"chat_template_kwargs": {"enable_thinking": config.policy.thinking}},
+        extra_body={"chat_template_kwargs": {"enable_thinking": config.policy.thinking, "date_string": DATE}},
         metadata={"why": why},
     )
 

@@ -59,6 +59,7 @@ class Turn:
     """LangGraph's checkpoint namespace: the running tasks, outermost first."""
     template: str
     """The template's text of the messages, earlier replies as the template writes them."""
+    tools: tuple[Schema, ...]
     messages: tuple[BaseMessage, ...]
     parent: "Turn | None"
     """The earlier reply whose exact tokens the prompt goes on from."""
@@ -88,7 +89,8 @@ class ChatRun(BaseCallbackHandler):
     """What the chat models of one graph run sampled. As a callback handler it learns which LangGraph task starts, and starts again.
 
     Rows: a prompt that goes on from an earlier reply continues its row with exactly the sampled ids. Any other prompt opens a row: a new
-    conversation, a second branch of one, or one whose history the template or the graph rewrote, which `rewrites` counts.
+    conversation, a second branch of one, or one whose history the template or the graph rewrote, which `rewrites` counts. `invalid_calls`
+    counts tool calls that could not be read.
 
     Seeds depend on the asking node, the prompt, and how many equal requests came before, not on who came first. Order does not either:
     a superstep's replies are sorted by its tasks once it has ended; within one task they stand as they were asked for.
@@ -99,6 +101,7 @@ class ChatRun(BaseCallbackHandler):
     def __init__(self, ledger: Ledger, chat: ChatFormat, *, budget: int, seed: int, temperature: float) -> None:
         self.segments: tuple[Segment, ...] = ()
         self.rewrites = 0
+        self.invalid_calls = 0
         self._ledger = ledger
         self._chat = chat
         self._budget = budget
@@ -176,7 +179,7 @@ class ChatRun(BaseCallbackHandler):
 
     def _finish(self, turn: Turn, completion: Completion) -> AIMessage:
         turn.completion, turn.text = completion, self._chat.decode(completion.token_ids)
-        message = self._chat.parse(turn.text)
+        message = self._chat.parse(turn.text, turn.tools, seed=turn.seed)
         message.id = f"aipo-{turn.seed:016x}"
         message.response_metadata = {"model_name": "policy", "finish_reason": completion.stop}
         read, written = len(turn.prompt_ids), len(completion.token_ids)
@@ -200,9 +203,9 @@ class ChatRun(BaseCallbackHandler):
         rewritten = any(turn.node == node or turn.messages[0] == messages[0] for index, turn in known if index > start)
         if parent is None or added is None or parent.completion is None:
             added = Segment("context", node, self._chat.encode(template), template)
-            return Turn(node, ns, template, messages, None, added, added.token_ids, rewritten)
+            return Turn(node, ns, template, tools, messages, None, added, added.token_ids, rewritten)
         prompt_ids = (*parent.prompt_ids, *parent.completion.token_ids, *added.token_ids)
-        return Turn(node, ns, template, messages, parent, added, prompt_ids, rewritten)
+        return Turn(node, ns, template, tools, messages, parent, added, prompt_ids, rewritten)
 
     def _between(self, messages: Sequence[BaseMessage], tools: Sequence[Schema], node: str, text: str) -> Segment:
         """What stands between two replies; where that is one tool's results, the tool is the author: not a name that the policy made up."""
@@ -237,6 +240,7 @@ class ChatRun(BaseCallbackHandler):
                 context = Segment("context", turn.node, turn.prompt_ids, self._chat.decode(turn.prompt_ids))
         self._last[turn.thread] = turn
         self.rewrites += turn.rewritten
+        self.invalid_calls += len(turn.message.invalid_tool_calls) if turn.message else 0
         sampled = Segment(
             "policy",
             author=turn.node,

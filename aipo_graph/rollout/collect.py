@@ -191,7 +191,7 @@ class Rollouts:
         if status in TRAINED and not any(s.source == "policy" for s in segments):
             why = reason or "no node asked it"
             status, reason = "failed", f"NoTokens: the graph ended without a word of the policy ({why}); see its routes"
-        scores = {"rewrites": float(chat.rewrites)} if chat else {}
+        scores = {"rewrites": float(chat.rewrites), "invalid_calls": float(chat.invalid_calls)} if chat else {}
         return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason)
 
     def _graph(self, with_agents: bool) -> Graph:

@@ -19,7 +19,7 @@ def rollout_metrics(
     Means are over trained traces; `failed` is the share of the others. `consults/<agent>` is per trace with agents. `lag` is the mean
     number of updates by which policy segments were sampled behind ``version``. Groups ``discarded`` for lack of signal count in
     `discarded` (their share of all that were sampled) and in the token counts alone. `rewrites`, per trace of a graph of messages:
-    replies that could not go on from an earlier one's exact tokens.
+    replies that could not go on from an earlier one's exact tokens; `calls/invalid`, of those too: tool calls that could not be read.
     """
     everything = [trace for group in (*groups, *discarded) for trace in group.traces]
     traces = [trace for group in groups for trace in group.traces]
@@ -41,8 +41,9 @@ def rollout_metrics(
         "tokens/agent": float(sum(_tokens(t, "agent") for t in everything)),
         "lag": _mean(version - s.version for t in kept for s in t.segments if s.source == "policy"),
     }
-    if rewrites := [t.scores["rewrites"] for t in kept if "rewrites" in t.scores]:
-        metrics["rewrites"] = _mean(rewrites)
+    for name, score in (("rewrites", "rewrites"), ("calls/invalid", "invalid_calls")):
+        if counts := [t.scores[score] for t in kept if score in t.scores]:
+            metrics[name] = _mean(counts)
     if discarded:
         metrics["discarded"] = len(discarded) / len((*groups, *discarded))
     for agent in agents:

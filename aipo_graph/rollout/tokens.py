@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from aipo_graph.errors import ConfigError
-from aipo_graph.messages import DATE, ChatFormat, blank, decode, special_ids
+from aipo_graph.messages import ChatFormat, blank, decode, settings, special_ids
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.types import Reply, Segment
 
@@ -98,9 +98,7 @@ class Tokenizer:
             bos = self._tokenizer.bos_token_id
             return Segment("context", author, ids if bos is None else (bos, *ids), text=text, thread=thread)
         messages = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking, date_string=DATE
-        )
+        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings(self._thinking))
         ids = tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
         return Segment("context", author, ids, text=str(rendered), thread=thread)
 

@@ -1,0 +1,372 @@
+"""Tool calls as one chat template writes them: learned from what it makes of calls that are known, then read out of replies.
+
+There are as many manners as families of models, and each says its own in its template. A manner is marks around four shapes: one JSON
+value with the name in it, a name and a JSON object, a name and arguments as in Python, and a name and a mark before and after each value.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from aipo_graph.literals import Literals, check, coerce, decode
+
+Call = tuple[str, dict[str, Any]]
+Schemas = Mapping[str, Mapping[str, Any]]
+"""The JSON schema of each tool's arguments, by the tool's name."""
+NAME, KEY, WORD = "probe_tool", "probe_key", "probeword"
+OTHER, NEXT, MORE = "other_tool", "next_key", "moreword"
+NUMBER = 73519
+ID = "probe0000"
+SCHEMA = {"type": "object", "properties": {KEY: {"type": ["string", "integer"]}, NEXT: {"type": "string"}}}
+TAG = r"</?[^\s<>=\"'()]+[=>]?|\[/?[A-Z_]{2,}\]|```\w*"
+"""What looks like a mark although it may be no token of its own."""
+WORDS = r"[^\s<>{}\[\]()|\"'`=,:;]+"
+"""A tool's name."""
+NEXT_JSON = re.compile(r"[\s,;]*(?=[{\[])")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A call that cannot be read: its text, and why."""
+
+    text: str
+    reason: str
+
+
+class _Other(ValueError):
+    """JSON that is no call."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a template writes calls."""
+
+    shape: Literal["json", "object", "literal", "pairs"]
+    start: re.Pattern[str]
+    """What opens a call, or a list of them."""
+    weak: bool
+    """Nothing but the shape itself says that it is a call, so only a reply's beginning can be one."""
+    close: re.Pattern[str]
+    """What may stand after a call."""
+    last: str
+    """The last mark of that, if any."""
+    name: re.Pattern[str]
+    """The tool's name and what stands between it and the arguments; with the name inside, nothing."""
+    keys: tuple[str | None, str] = (None, "")
+    """Where a JSON value has the name (None: it is the key) and the arguments."""
+    pair: re.Pattern[str] | None = None
+    """What opens one value, with its key."""
+    stop: re.Pattern[str] | None = None
+    quote: str = ""
+    assign: str = "="
+    closing: str = ")"
+    several: bool = True
+    """Whether the template writes more than one call in a reply."""
+
+    def read(self, text: str, schemas: Schemas) -> tuple[str, list[Call | Fault]]:
+        """The text without its calls, and these. Never raises; linear in the text's length."""
+        outside: list[str] = []
+        found: list[Call | Fault] = []
+        starts = list(self.start.finditer(text))
+        ends = [*(match.start() for match in starts), len(text)]
+        outside.append(text[: ends[0]])
+        for match, end in zip(starts, ends[1:], strict=True):
+            body = text[match.end() : end]
+            try:
+                calls, stop = self._body(body, schemas)
+                found += calls
+            except _Other as error:
+                if self.weak:
+                    outside.append(text[match.start() : end])
+                    continue
+                stop = self._fault(body, error, found)
+            except (ValueError, RecursionError) as error:
+                stop = self._fault(body, error, found)
+            outside.append(body[stop:])
+        return "".join(outside), found
+
+    def _fault(self, body: str, error: Exception, found: list[Call | Fault]) -> int:
+        """Where text goes on after a call that cannot be read: after its last mark, or nowhere."""
+        before, closed, _ = body.partition(self.last) if self.last else (body, "", "")
+        found.append(Fault(before, str(error).partition("\n")[0][:200]))
+        return len(before) + len(closed)
+
+    def _body(self, body: str, schemas: Schemas) -> tuple[list[Call], int]:
+        """The calls that a text begins with, and where it goes on. Raises ValueError or RecursionError."""
+        calls: list[Call] = []
+        at = 0
+        match self.shape:
+            case "json":
+                while following := NEXT_JSON.match(body, at):
+                    value, at = decode(body, following.end())
+                    calls += [self._entry(entry) for entry in (value if isinstance(value, list) else [value])]
+            case "object":
+                name, at = self._name(body, at)
+                value, at = decode(body, at)
+                calls.append((name, _arguments(value)))
+            case "literal":
+                while self.name.match(body, at):
+                    name, at = self._name(body, at)
+                    arguments, at = Literals(body, self.quote, self.assign).arguments(at, self.closing, schemas.get(name, {}))
+                    calls.append((name, arguments))
+            case "pairs":
+                name, at = self._name(body, at)
+                arguments, at = self._pairs(body, at, schemas.get(name, {}))
+                calls.append((name, arguments))
+        if not calls:
+            raise ValueError("no call")
+        for _, arguments in calls:
+            check(arguments)
+        end = self.close.match(body, at)
+        stop = end.end() if end else at
+        if self.last and self.last in body[stop:]:
+            raise ValueError("text after the arguments")
+        return calls, stop
+
+    def _name(self, body: str, at: int) -> tuple[str, int]:
+        found = self.name.match(body, at)
+        if not found:
+            raise ValueError("not a name and arguments")
+        return found["name"], found.end()
+
+    def _entry(self, value: Any) -> Call:
+        name_key, arguments_key = self.keys
+        if isinstance(value, dict) and name_key is None and len(value) == 1:
+            ((name, arguments),) = value.items()
+            return name, _arguments(arguments)
+        if isinstance(value, dict) and isinstance(value.get("function"), dict):
+            value = value["function"]
+        if not isinstance(value, dict) or name_key is None or name_key not in value:
+            raise _Other("not an object with a name")
+        given = [key for key in dict.fromkeys((arguments_key, "arguments", "parameters")) if key in value]
+        extra = value.keys() - {name_key, *given, "type", "id", "index", "tool_call_id"}
+        if not isinstance(value[name_key], str) or not value[name_key] or len(given) != 1 or extra:
+            raise ValueError("not an object of a name and arguments")
+        return value[name_key], _arguments(value[given[0]])
+
+    def _pairs(self, body: str, at: int, schema: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        assert self.pair
+        assert self.stop
+        found: dict[str, Any] = {}
+        while pair := self.pair.match(body, at):
+            stop = self.stop.search(body, pair.end())
+            if stop is None or pair["key"] in found:
+                raise ValueError("a value without end" if stop is None else "a key twice")
+            text = body[pair.end() : stop.start()]
+            found[pair["key"]] = coerce(text, schema, pair["key"], quoted=self.quote == '"')
+            at = stop.end()
+        if self.last and not self.close.match(body, at).group().strip():  # type: ignore[union-attr] # it matches nothing, too
+            raise ValueError("not closed, or not a list of arguments")
+        return found, at
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    """Raises ValueError for anything but an object; one that is encoded twice is one."""
+    if isinstance(value, str):
+        value = decode(value)[0]
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("the arguments are no object")
+    return value or {}
+
+
+def learn(write: Callable[[Sequence[Call]], str], plain: str, specials: str) -> Manner:
+    """The manner in which ``write`` writes calls. Raises ValueError where they cannot be read back.
+
+    Args:
+        write: the template's text of a reply with these calls and without text; ids are `ID`.
+        plain: the same of a reply of text alone.
+        specials: a pattern of control tokens.
+    """
+    marks = re.compile(f"{specials}|{TAG}")
+    one = _inside(write([(NAME, {KEY: WORD})]), plain, marks)
+    try:
+        two = write([(NAME, {KEY: WORD}), (OTHER, {NEXT: MORE})])
+    except ValueError:
+        two = ""
+    manner = _json(one, two, marks) or _named(one, two, write, plain, marks)
+    schemas = {NAME: SCHEMA, OTHER: SCHEMA}
+    for call in ((NAME, {KEY: WORD}), (NAME, {KEY: NUMBER})):
+        text = _inside(write([call]), plain, marks)
+        if manner.read(text, schemas)[1] != [call]:
+            raise ValueError(f"{' '.join(text.split())[:100]!r} cannot be read back")
+    both: list[Call | Fault] = [(NAME, {KEY: WORD}), (OTHER, {NEXT: MORE})]
+    return replace(manner, several=bool(two) and manner.read(_inside(two, plain, marks), schemas)[1] == both)
+
+
+def _json(one: str, two: str, marks: re.Pattern[str]) -> Manner | None:
+    """One JSON value holds name and arguments."""
+    at = one.find(NAME)
+    for opening in re.finditer(r"[\[{]", one[: max(at, 0)]):
+        try:
+            value, end = decode(one, opening.start())
+        except ValueError:
+            continue
+        keys = _keys(value)
+        if end <= at or keys is None:
+            continue
+        head = one[: opening.start()]
+        second = two.find(OTHER)
+        begins = max(two.rfind("{", 0, second), 0)
+        lead = _common([*_tokens(head, marks)][::-1], [*_tokens(two[two.find(WORD) + 1 : begins], marks)][::-1])[::-1]
+        return _manner("json", head, "".join(lead), one[end:], "", marks, ahead=r"(?=\{\s*\"|\[\s*\{)", keys=keys)
+    return None
+
+
+def _keys(value: Any) -> tuple[str | None, str] | None:
+    """The keys of name and arguments in a decoded call."""
+    if isinstance(value, list):
+        return _keys(value[0]) if value else None
+    if not isinstance(value, dict):
+        return None
+    if value.get(NAME) == {KEY: WORD}:
+        return None, ""
+    names = [key for key, entry in value.items() if entry == NAME]
+    arguments = [key for key, entry in value.items() if entry == {KEY: WORD} or entry == json.dumps({KEY: WORD})]
+    if names and arguments:
+        return names[0], arguments[0]
+    return next((found for entry in value.values() if isinstance(entry, dict) and (found := _keys(entry))), None)
+
+
+def _named(one: str, two: str, write: Callable[[Sequence[Call]], str], plain: str, marks: re.Pattern[str]) -> Manner:
+    """The name stands before the arguments."""
+    head, named, rest = one.partition(NAME)
+    if not named or WORD not in rest:
+        raise ValueError(f"{' '.join(one.split())[:100]!r} does not hold the call's name and arguments")
+    between = two[two.find(WORD) + 1 : max(two.find(OTHER), 0)]
+    lead = "".join(_common([*_tokens(head, marks)][::-1], [*_tokens(between, marks)][::-1])[::-1])
+    for opening in re.finditer(r"\{", rest[: rest.find(WORD)]):
+        try:
+            value, end = decode(rest, opening.start())
+        except ValueError:
+            continue
+        if value == {KEY: WORD}:
+            return _manner("object", head, lead, rest[end:], rest[: opening.start()], marks, ahead=r"(?=\{)")
+    before, after = rest[: rest.find(KEY)], rest[rest.find(WORD) + len(WORD) :]
+    between = rest[rest.find(KEY) + len(KEY) : rest.find(WORD)]
+    if KEY in rest and before.strip() in ("(", "{"):
+        closing = {"(": ")", "{": "}"}[before.strip()]
+        quote = between.strip()[1:].strip()
+        tail = after.removeprefix(quote).partition(closing)[2]
+        assign = between.strip()[:1]
+        ahead = rf"(?=\s*[\w.-]+\s*{re.escape(assign)}|\s*{re.escape(closing)})"
+        return _manner("literal", head, lead, tail, before, marks, ahead=ahead, quote=quote, assign=assign, closing=closing)
+    if KEY not in rest[: rest.find(WORD)]:
+        raise ValueError(f"{' '.join(one.split())[:100]!r} does not hold the argument's name")
+    return _paired(head, lead, rest, write, plain, marks)
+
+
+def _paired(head: str, lead: str, rest: str, write: Callable[[Sequence[Call]], str], plain: str, marks: re.Pattern[str]) -> Manner:
+    """Each argument has marks of its own."""
+
+    def parts(arguments: dict[str, Any], *at: str) -> list[str]:
+        text = _inside(write([(NAME, arguments)]), plain, marks).partition(NAME)[2]
+        places = [text.find(word) for word in at]
+        ends = [place + len(word) for place, word in zip(places, at, strict=True)]
+        return [text[end:place] for end, place in zip([0, *ends], [*places, len(text)], strict=True)]
+
+    first, middle, between, _, tail = parts({KEY: WORD, NEXT: MORE}, KEY, WORD, NEXT, MORE)
+    opening = "".join(_common([*_tokens(first, marks)][::-1], [*_tokens(between, marks)][::-1])[::-1])
+    ending = between.removesuffix(opening)
+    middle_of_number = parts({KEY: NUMBER}, KEY, str(NUMBER))[1]
+    quote = '"' if middle.endswith('"') and ending.startswith('"') and not middle_of_number.endswith('"') else ""
+    middle, ending = middle.removesuffix(quote), ending.removeprefix(quote)
+    tail = tail.removeprefix(quote).removeprefix(ending)
+    same = "".join(_common([*_tokens(middle, marks)], [*_tokens(middle_of_number, marks)]))
+    written = _tight(middle)
+    if middle != middle_of_number:  # it tells the value's type
+        end = "".join(_common([*_tokens(middle, marks)][::-1], [*_tokens(middle_of_number, marks)][::-1])[::-1])
+        written = rf"{_tight(same)}[^<>\n]{{0,60}}?{_tight(end)}"
+    pair = re.compile(rf"\s*{_loose(opening)}(?P<key>[^<>\"'\n/][^<>\"'\n]{{0,199}}?){written}")
+    until = re.match(rf"[\s\S]*?(?:{marks.pattern})|[\s\S]*", tail)
+    goes_on = [_loose(text) for text in (opening, until.group() if until else "") if text.strip()]
+    stop = re.compile(rf"{_tight(ending)}(?=\s*(?:{'|'.join(goes_on)}))" if goes_on else rf"{_tight(ending)}")
+    before = first.removesuffix(opening)
+    ahead = rf"(?=\s*(?:{'|'.join(goes_on)}))"
+    return _manner("pairs", head, lead, tail, before, marks, ahead=ahead, quote=quote, pair=pair, stop=stop)
+
+
+def _manner(
+    shape: Literal["json", "object", "literal", "pairs"],
+    head: str,
+    lead: str,
+    tail: str,
+    between: str,
+    marks: re.Pattern[str],
+    *,
+    ahead: str,
+    **fields: Any,
+) -> Manner:
+    """Puts the patterns together.
+
+    Args:
+        head: all that stands before the first call, of which ``lead`` opens each.
+        between: what stands between the name and the arguments.
+        ahead: a pattern of how arguments begin.
+    """
+    lead = lead if lead.strip() else head
+    outer = head.removesuffix(lead)
+    start = _loose(lead)
+    middle = rf"\s*{_loose(between)}" if between.strip() or "\n" not in between else r"[ \t]*\n\s*"
+    if found := [match.group() for match in marks.finditer(between)]:
+        middle = rf"(?:{middle}|[^\n{{]{{0,120}}?{re.escape(found[-1])}\s*)"
+    name = rf"(?P<name>{WORDS}){middle}" if shape != "json" else ""
+    if shape == "literal":
+        name = rf"[\s,;]*\[?\s*{name}"
+    marked = re.search(rf"{marks.pattern}|<\w|\w=\w", lead)
+    if not marked:
+        start += f"(?={name.replace('(?P<name>', '(?:')}{ahead})" if name else ahead
+    weak = not marked and not re.search(r"\w", lead)
+    if weak:
+        start = rf"\A(?:\s|{marks.pattern})*?{start}"
+    elif outer.strip():
+        start = rf"(?:{_loose(outer)})?{start}"
+    pieces = [piece for part in tail.split() for piece in _pieces(part, marks)]
+    last = next((piece for piece in reversed(pieces) if marks.fullmatch(piece)), "")
+    return Manner(
+        shape,
+        start=re.compile(start),
+        weak=weak,
+        close=re.compile("".join(rf"(?:\s*{_loose(piece, '')})?" for piece in pieces)),
+        last=last,
+        name=re.compile(name),
+        **fields,
+    )
+
+
+def _inside(text: str, plain: str, marks: re.Pattern[str]) -> str:
+    """What a reply's rendering has of its own, without what every reply has before and after it."""
+    tokens, others = [*_tokens(text, marks)], [*_tokens(plain, marks)]
+    start = len(_common(tokens, others))
+    tokens, others = tokens[start:], others[start:]
+    end = len(_common(tokens[::-1], others[::-1]))
+    return "".join(tokens[: len(tokens) - end])
+
+
+def _common(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The tokens that both begin with."""
+    same = 0
+    while same < min(len(tokens), len(others)) and tokens[same] == others[same]:
+        same += 1
+    return list(tokens[:same])
+
+
+def _tokens(text: str, marks: re.Pattern[str]) -> list[str]:
+    return re.findall(rf"{marks.pattern}|\w+|[\s\S]", text)
+
+
+def _pieces(text: str, marks: re.Pattern[str]) -> list[str]:
+    """Marks, and what stands between them."""
+    return [piece for piece in re.split(f"({marks.pattern})", text) if piece]
+
+
+def _loose(text: str, after: str = r"\s*") -> str:
+    """A pattern of the text in which blanks may be any, and the id too."""
+    words = r"\s*".join(re.escape(word).replace(ID, r"[\w.:-]*") for word in text.split())
+    return words + after if words else ""
+
+
+def _tight(text: str) -> str:
+    """A pattern of the text whose line breaks at either end may be missing, but are no part of a value."""
+    return "".join((r"\n?" if text.startswith("\n") else "", _loose(text, ""), r"\n?" if text.endswith("\n") and text.strip() else ""))
