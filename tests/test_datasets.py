@@ -178,7 +178,7 @@ def test_unusable_rows_are_counted_and_repeated_ones_collapse(tmp_path: Path, ca
     again = {"question": "What  is 3 +\n1?", "answer": "5"}
     of = task("dataset", data=write(tmp_path / "own.jsonl", *sums(60), *bad, long, again))
     assert everything(of) == {row["question"]: row["answer"] for row in sums(60)}, "the first of repeated rows counts"
-    assert "5 of 66 rows left out: 2 without a question, 2 without an answer that can be read, 1 with an answer of more than" in caplog.text
+    assert "5 of 66 rows left out: 2 without a question" in caplog.text
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
 
 
@@ -201,7 +201,11 @@ def test_rows_that_share_an_id_stay_apart(tmp_path: Path):
             {"columns": {"question": "question.de"}},
             r"'question.de'; .*: question.en, answer",
         ),
-        ([{"question": "Q?", "answer": ""}], {}, r"no problem in it \(1 without an answer that can be read\); see task.columns"),
+        (
+            [{"question": "Q?", "answer": ""}],
+            {},
+            r"no problem in it \(1 without an answer that can be read \(first: row 1\)\); see task.columns",
+        ),
         ([], {}, "no records"),
         (sums(1), {}, "none of its 1 problems is held out by their hash; add more, or say task.heldout"),
     ],

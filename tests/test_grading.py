@@ -1,4 +1,6 @@
 import asyncio
+import json
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,6 @@ SAME = [
     ("1½", r"\frac{3}{2}"),
     (r"1\frac{1}{2}", "1.5"),
     (r"-\frac{2}{3}", r"\frac{-2}{3}"),
-    ("0.3333", "1/3"),
     ("3.14159", "3.14"),
     ("5.0", "5"),
     ("1,234", "1234"),
@@ -37,7 +38,6 @@ SAME = [
     (r"\sqrt{8}", r"2\sqrt2"),
     ("2*sqrt(2)", r"2\sqrt2"),
     (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
-    ("1.4142", r"\sqrt{2}"),
     ("√2", r"\sqrt{2}"),
     ("[1,2]", "[1,2]"),
     ("[1, 2)", "[1,2)"),
@@ -94,7 +94,6 @@ SAME = [
     ("x=2,y=3", "x=2, y=3"),
     ("(2,3)", "x=2,y=3"),
     (r"50\%", "50"),
-    ("0.333333", "1/3"),
     ("2/3 cup", "2/3"),
     (r"\left(\frac12,\,3\right]", "(0.5,3]"),
     ("12.5%", "12.5"),
@@ -141,7 +140,6 @@ DIFFERENT = [
     ("(0.5,3)", "(0.5,3]"),
     ("1e-16", "2e-16"),
     ("10^{-20}", "10^{-30}"),
-    ("12 000", "12000"),
     ("5 km/h", "5 km"),
     ("B, C", "B"),
     ("K", "B"),
@@ -152,7 +150,6 @@ DIFFERENT = [
     (" ", "1"),
     ("x", "5"),
     ("5", "x+y=5"),
-    ("2<x<7", "(2,7)"),  # it may be a point
     ("1<x>2", r"(1,\infty)"),
     ("x<3<5", r"(-\infty,3)"),
     ("x<3, x>5", r"(-\infty,3)"),
@@ -190,6 +187,10 @@ BOMBS = [
 ]
 
 
+CASES = [json.loads(line) for line in (Path(__file__).parent / "data" / "grading_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+"""Of each gold answer what says the same and what does not: thousands, conditions, constants, units, dressing, words, hostile texts."""
+
+
 @pytest.fixture(scope="module")
 def workers():
     with sandbox.Workers(2) as pool:
@@ -206,8 +207,38 @@ async def test_answers_that_differ(answer, gold, workers):
     assert not await equal(answer, gold, workers)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["gold"][:30])
+async def test_what_says_a_gold_answer_and_what_does_not(case, workers):
+    refused = [answer for answer in case["same"] if not await equal(answer, case["gold"], workers)]
+    accepted = [answer for answer in case["different"] if await equal(answer, case["gold"], workers)]
+    assert (refused, accepted) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "digits", "verdict"),
+    [
+        ("0.2857", r"\frac{2}{7}", 0, False),
+        ("0.2857", r"\frac{2}{7}", 4, True),
+        ("0.286", r"\frac{2}{7}", 4, False),
+        ("0.2858", r"\frac{2}{7}", 4, False),
+        ("1.4142", r"\sqrt{2}", 4, True),
+        ("4.9999", "5", 4, False),
+        ("0.50001", "1/2", 4, False),
+    ],
+)
+async def test_a_rounded_decimal_stands_for_an_exact_gold_where_the_task_says_so(answer, gold, digits, verdict, workers):
+    assert await equal(answer, gold, workers, rounded_digits=digits) is verdict
+
+
+async def test_a_gold_of_a_list_of_one_is_read(workers):
+    assert await equal("70", '["70"]', workers)
+    assert await equal("70", "['70']", workers)
+    assert not await equal("7", '["70"]', workers)
+
+
 def test_the_tables_agree_with_what_they_are_said_to_hold():
     assert len(SAME) + len(DIFFERENT) >= 100
+    assert sum(len(case["same"]) + len(case["different"]) for case in CASES) >= 580
     assert not set(SAME) & set(DIFFERENT)
 
 
@@ -229,7 +260,7 @@ def test_the_tables_agree_with_what_they_are_said_to_hold():
         ("\\boxed{" * 100_000, None),
         ("\\boxed{1}" * 100_000, "1"),
         ("\\boxed" + " " * 1_000_000, None),
-        ("\\boxed{" + "{" * 100_000 + "}" * 100_000 + "}", "{" * 100_000 + "}" * 100_000),
+        ("\\boxed{" + "{" * 100_000 + "}" * 100_000 + "}", None),  # longer than any answer
     ],
 )
 def test_the_last_box(text, box):
@@ -268,14 +299,13 @@ async def test_an_empty_gold_answer_is_the_data_sets_fault(gold, workers):
         await equal("1", gold, workers)
 
 
-async def test_a_grader_that_cannot_run_gives_no_score_but_a_refused_answer_is_wrong(monkeypatch):
+async def test_a_grader_that_cannot_run_gives_no_score_but_where_it_is_needed(monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with sandbox.Workers(1) as broken:
         with pytest.raises(TaskError, match="did not start") as caught:
             await equal("x^2", r"x \cdot x", broken)
         assert isinstance(caught.value.__cause__, ToolError)
-        assert not await equal("9^{9^{9}}", "x^2", broken)
-        assert await equal("4", "4.0", broken)
+        assert await equal("4", "04", broken)
 
 
 async def test_a_gold_answer_may_be_boxed(workers):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pydantic import NonNegativeInt
 
 from aipo_graph.config import Config, Section, task_options
+from aipo_graph.tasks import datasets
 from aipo_graph.tasks.datasets import DatasetTask, Layout, open_layout
 from aipo_graph.types import derive_seed
 
@@ -66,7 +67,7 @@ def lettered(cells: Mapping[str, str], seed: int) -> tuple[str, str]:
 def build(config: Config) -> DatasetTask:
     """The benchmark that ``task.name`` names; ``task.heldout`` is a local file of it. Raises ConfigError, TaskError."""
     layout, choices = BENCHMARKS[config.task.name], config.task.name == "gpqa_diamond"
-    options = task_options(config.task, Options if choices else Section)
-    if isinstance(options, Options):
-        layout = replace(layout, compose=functools.partial(lettered, seed=options.shuffle_seed))
-    return open_layout(config, layout)
+    if choices:
+        options = task_options(config.task, Options)
+        return open_layout(config, replace(layout, compose=functools.partial(lettered, seed=options.shuffle_seed)))
+    return open_layout(config, layout, task_options(config.task, datasets.Options).rounded_digits)

@@ -5,6 +5,7 @@ No code of a data set is ever run: `datasets` 5 refuses loading scripts, and rea
 
 import csv
 import functools
+import json
 import logging
 import math
 import re
@@ -12,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pydantic import NonNegativeInt
 
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError
@@ -83,7 +86,7 @@ class Layout:
 
     def read(self, cells: Mapping[str, str]) -> tuple[str, str]:
         """Question and gold answer of one row."""
-        return self.question(cells["question"]), self.gold(cells["answer"]).strip()
+        return self.question(cells["question"]), grading.only(self.gold(cells["answer"])).strip()
 
 
 MAPPINGS: Mapping[str, Layout] = {
@@ -119,6 +122,13 @@ MAPPINGS: Mapping[str, Layout] = {
 """task.name -> layout, of what can be trained on. Our word problems are 120 from hand-written patterns, in GSM8K's columns."""
 
 
+class Options(Section):
+    """``task.options`` of the tasks whose answers are graded as mathematics."""
+
+    rounded_digits: NonNegativeInt = 0
+    """A decimal of at least so many significant digits also stands for an exact answer that it is the correct rounding of; 0: none does."""
+
+
 class DatasetTask(Split):
     """The task over one data set and, if given, one of held-out problems.
 
@@ -126,7 +136,8 @@ class DatasetTask(Split):
     question that is held out is not trained on. Raises ConfigError, TaskError: not to be found or read, no such column, nothing left.
     """
 
-    def __init__(self, name: str, layout: Layout, required: frozenset[str], seed: int = 0) -> None:
+    def __init__(self, name: str, layout: Layout, required: frozenset[str], seed: int = 0, rounded_digits: int = 0) -> None:
+        self._rounded_digits = rounded_digits
         problems = functools.cache(functools.partial(_training_problems, name, layout, required))
         if layout.heldout:
             heldout = _read(name, "task.heldout", layout.heldout, layout, required)
@@ -141,8 +152,9 @@ class DatasetTask(Split):
 
     async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
         """``reward``: 1 if the last box holds the answer. ``answered``: 1 if there is a closed last box."""
-        answered = grading.last_box(text) is not None
-        return {"reward": float(await grading.grade(text, problem.answer)), "answered": float(answered)}
+        box = grading.last_box(text)
+        right = box is not None and await grading.equal(box, problem.answer, rounded_digits=self._rounded_digits)
+        return {"reward": float(right), "answered": float(box is not None)}
 
 
 def _training_problems(name: str, layout: Layout, required: frozenset[str]) -> dict[str, Problem]:
@@ -173,11 +185,10 @@ def kept_for_training(source: str, problems: Collection[tuple[str, Problem]], he
 
 def build(config: Config) -> DatasetTask:
     """The task of a run: the layout that ``task.name`` names, with what ``task.data``, ``task.heldout`` and ``task.columns`` say."""
-    task_options(config.task, Section)
-    return open_layout(config, MAPPINGS[config.task.name])
+    return open_layout(config, MAPPINGS[config.task.name], task_options(config.task, Options).rounded_digits)
 
 
-def open_layout(config: Config, layout: Layout) -> DatasetTask:
+def open_layout(config: Config, layout: Layout, rounded_digits: int = 0) -> DatasetTask:
     """The task over a layout, with what the config says otherwise of its sources and columns. Raises ConfigError, TaskError."""
     task, own = config.task, set(layout.columns) - {"id", "kind"}
     layout = replace(
@@ -188,7 +199,7 @@ def open_layout(config: Config, layout: Layout) -> DatasetTask:
     )
     if not (layout.data or layout.heldout):
         raise ConfigError(f"task.name = {task.name!r}: name the problems with task.data, a {LOCAL} file or a hub data set")
-    return DatasetTask(task.name, layout, frozenset({*own, *task.columns}), config.run.seed)
+    return DatasetTask(task.name, layout, frozenset({*own, *task.columns}), config.run.seed, rounded_digits)
 
 
 def _address(name: str, question: str) -> int:
@@ -200,6 +211,7 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
     problems: dict[str, Problem] = {}
     ids: set[str] = set()
     left_out: Counter[str] = Counter()
+    first: dict[str, int] = {}
     columns: dict[str, str] = {}
     for count, row in enumerate(_rows(setting, source, layout.columns, layout.repeats)):
         if count == 0:
@@ -209,12 +221,13 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
         key = " ".join(question.split())
         if reason := _fault(key, gold):
             left_out[reason] += 1
+            first.setdefault(reason, count + 1)
         elif key not in problems:
             given = cells.get("id") or f"{_address(name, key):016x}"
             given = f"{given}-{_address(name, key):016x}" if given in ids else given
             ids.add(given)
             problems[key] = Problem(f"{name}-{given}", question, gold, cells.get("kind", ""))
-    faults = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+    faults = ", ".join(f"{n} {reason} (first: row {first[reason]})" for reason, n in left_out.items())
     if not problems:
         raise TaskError(f"{setting} = {source!r}: no problem in it{f' ({faults})' if faults else ': it has no rows'}; see task.columns")
     if faults:
@@ -225,8 +238,10 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
 def _fault(question: str, gold: str) -> str:
     if not question:
         return "without a question"
-    if not gold:
+    if not gold or gold.casefold() == "nan":  # a table's mark of an empty cell
         return "without an answer that can be read"
+    if re.fullmatch(r"\[\s*([\"'])[^\"']*\1(?:\s*,\s*\1[^\"']*\1)+\s*\]", gold):
+        return "with a list of answers, of which none is said to be the right one"
     return f"with an answer of more than {LONGEST} characters" if len(gold) > LONGEST else ""
 
 
@@ -255,7 +270,9 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _text(cell: Any) -> str:
-    """Text, a number, or the user's last message, as text; anything else is none."""
+    """Text, a number, either as a list of one, or the user's last message, as text; anything else is none."""
+    if isinstance(cell, list) and cell and all(isinstance(entry, (str, int, float)) for entry in cell):
+        cell = cell[0] if len(cell) == 1 else json.dumps([str(entry) for entry in cell])
     if isinstance(cell, list):
         cell = next((m.get("content") for m in reversed(cell) if isinstance(m, dict) and m.get("role") == "user"), None)
     if isinstance(cell, bool) or (isinstance(cell, float) and not math.isfinite(cell)):

@@ -1,273 +1,171 @@
-"""Mathematical notation as text: one plain form, the numbers in it, and what is refused before any parser sees it.
+r"""Mathematical notation as text: one plain form of what a model or a data set wrote, and the numbers in it.
 
-Everything here is untrusted text handled as text: standard library only, nothing is evaluated, time is linear in the length.
+In plain form an operator or a relation is one character (``≤ ∈ ∪ ∞ π *``), a set stands in ``⦃ ⦄``, *and* is ``∧``, *or* is ``∨``; fonts,
+colours, spacing and separators of thousands are gone. Untrusted text handled as text: standard library only; callers bound its length.
 """
 
-import functools
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 LONGEST = 512
-DEEPEST = 12
-MOST_DIGITS = 200
-MOST_LETTERS = 120
+FUNCTIONS = "sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|lcm|gcd"
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
-_SYMBOLS = {
-    "−": "-", "–": "-", "—": "-", "⁄": "/", "∕": "/", "÷": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
-    "∅": r"\emptyset ", "√": r"\sqrt ", "°": " degree ", "θ": r"\theta ", "∈": r"\in ", "“": '"', "”": '"', "’": "'",
-}  # fmt: skip
-_TRANSLATE = str.maketrans(_SYMBOLS)
-_REWRITES: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-        (r"\\(?:displaystyle|textstyle|limits)(?![A-Za-z])", ""),
-        (r"(?<!\\)\\[()\[\]]|\\!", ""),
-        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
-        (r"\{,\}", ","),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\{([^{}\\]*)\\over(?![A-Za-z])([^{}\\]*)\}", r"\\frac{\1}{\2}"),
-        (r"\\varnothing(?![A-Za-z])|\\\{\s{0,9}\\\}", r"\\emptyset "),
-        (r"\\leq?(?:slant)?(?![A-Za-z])", r"\\le "),
-        (r"\\geq?(?:slant)?(?![A-Za-z])", r"\\ge "),
-        (r"\\neq?(?![A-Za-z])", r"\\ne "),
-        (r"\\div(?![A-Za-z])", "/"),
-        (r"\\lbrace(?![A-Za-z])", r"\\{"),
-        (r"\\rbrace(?![A-Za-z])", r"\\}"),
-        (r"\\langle(?![A-Za-z])", "("),
-        (r"\\rangle(?![A-Za-z])", ")"),
-        (r"\\[lr]vert(?![A-Za-z])", "|"),
-        (r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf|textit|mathit|operatorname)\s{0,9}\{([^{}]*)\}", r" \1 "),
-        (r"\^\s{0,9}(?:\{\s{0,9}\\circ\s{0,9}\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", " degree "),
-        (r"\\%", "%"),
-        (r"\s+(?:or|and)\s+", ", "),
-        (r"(?<=[\w)}])\s{0,9}\*\*\s{0,9}(?=[\w({-])", "^"),
-        (r"(?<=[\w)}])\s{1,9}\^", "^"),
-        (r"\\frac\s{0,9}(\d)\s{0,9}(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s{0,9}(\d)\s{0,9}\{", r"\\frac{\1}{"),
-        (r"(\\frac\{[^{}]*\})\s{0,9}(\d)", r"\1{\2}"),
-        # TeX would end the root of \sqrt 51 after the 5; whoever writes it does not mean that.
-        (r"\\sqrt\s{0,9}([0-9]{1,9}|[A-Za-z])", r"\\sqrt{\1}"),
-    ]
-]
-_CURRENCY = {"$": "dollar", "£": "pound", "€": "euro"}
-_COMMANDS = frozenset(
-    re.findall(
-        r"\w+",
-        """frac sqrt cdot times pm mp pi infty le ge lt gt ne approx cup cap setminus in emptyset varnothing
-        sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp binom mathbb lfloor rfloor lceil rceil begin end
-        alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi omega""",
-    )
+_UNSEEN = re.compile(
+    "[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-_WORDS = r"[A-Za-z][A-Za-z.]*(?:\^(?:\{[23]\}|[23]))?"
-_UNIT = re.compile(rf"(.*?[0-9}})%.])(\s*)((?:{_WORDS})(?:\s*/\s*{_WORDS}|\s+{_WORDS})*)", re.DOTALL)
-_NOT_UNITS = frozenset(["pi", "e", "i", "or", "and", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "mod", "in"])
-_UNIT_NAMES = {
-    "meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km", "kilometre": "km",
-    "gram": "g", "kilogram": "kg", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "foot": "ft", "feet": "ft",
-    "inch": "in", "inches": "in", "mile": "mi", "liter": "l", "litre": "l", "milliliter": "ml", "yard": "yd", "dollar": "dollar",
-    "usd": "dollar", "cent": "cent", "degree": "degree", "deg": "degree", "mph": "mi/h", "kph": "km/h",
+_ALIKE = str.maketrans(
+    dict(zip("−‐‑‒–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩〈〉º⌀\u2800", "------///*****≤≤≥≥≈≈''''\"\"|:()()°∅ ", strict=True))
+    | {"ℝ": r"\mathbb{R}", "√": r"\sqrt "}
+)
+_COMMANDS = {
+    name: meaning
+    for names, meaning in {
+        "le leq leqslant leqq": "≤", "ge geq geqslant geqq": "≥", "ne neq": "≠", "lt": "<", "gt": ">", "approx simeq": "≈", "in": "∈", "pm": "±",  # noqa: E501
+        "cdot times ast": "*", "div": "/", "mp": "∓", "infty": "∞", "pi uppi": "π", "mu upmu": "μ", "Omega upOmega": "Ω", "degree": "°",
+        "cup bigcup": "∪", "cap bigcap": "∩", "setminus smallsetminus backslash": "∖", "emptyset varnothing": "∅", "lor vee": "∨", "land wedge": "∧",  # noqa: E501
+        "lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")", "lbrack": "[", "rbrack": "]", "mid vert lvert rvert": "|", "colon": ":",
+        "dfrac tfrac cfrac sfrac nicefrac": r"\frac", "tg": r"\tan ", "ctg": r"\cot ", "arctg": r"\arctan ", "imath": "i", "jmath": "j",
+        "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr negthinspace nobreak limits nolimits": "",
+        """quad qquad space nobreakspace displaystyle textstyle scriptstyle scriptscriptstyle bf it rm sf tt sl sc em cal
+        bfseries itshape rmfamily sffamily ttfamily mdseries upshape normalfont boldmath centering nonumber notag
+        strut mathstrut relax hfill tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge""": " ",
+    }.items()
+    for name in names.split()
 }  # fmt: skip
-UNITS = frozenset(_UNIT_NAMES) | frozenset(_UNIT_NAMES.values()) | frozenset(["lb", "oz", "units"])
+_FONT = (
+    r"\\(?:text(?:rm|bf|it|sf|tt|up|md|sc|sl|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|normal|ord|op|bin|rel)|[mhf]box|boxed|operatorname\*?"
+    r"|boldsymbol|bm|pmb|bold|emph|uline|underline|ensuremath|smash)\s*\{|\{\s*\\(?:rm|bf|it|sf|tt)(?![A-Za-z])"
+)
+_HARD = r"(?:\{[, ]\}|'|\s)"
+_THOUSANDS = re.compile(
+    rf"(?<![\d.\\])(?:\d{{1,3}}(?:{_HARD}\d{{3}})+(?!\d)(?:\.\d{{3}}(?:{_HARD}\d{{1,3}})+(?!\d))?|\d+\.\d{{3}}(?:{_HARD}\d{{3}})+(?!\d))"
+)
+_BRACED = r"(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})"
+_END, _BEGIN = "(?![A-Za-z])", r"(?<![\\A-Za-z])"
+
+
+def _rules(*rules: tuple[str, str]) -> list[tuple[re.Pattern[str], str]]:
+    return [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+
+_SPACING = _rules(
+    (r"\\(?:text|page|f)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}(?:\s*\{[A-Za-z!\d]*\}(?=\s*\{))?|\\[!/]\s?|\\(?:left|right)\s*\.", ""),  # noqa: E501
+    (r"(?<!\\)\\[,:;> ]|~|\\(?:thin|med|thick|en)space(?![a-z])|\\[hv]space\*?\s*\{[^{}]*\}|\\(?:[hm]skip|m?kern)\s*-?[\d.]+\s?[a-z]{2}", " "),  # noqa: E501
+    (r"\\[hv]?phantom\s*\{[^{}]*\}|(?<!\\)\\[()\[\]]", " "), (r"\s+", " "),
+)  # fmt: skip
+_COMMANDED = _rules(
+    (rf"\^\s*(?:\{{\s*(?:\\circ|°)\s*\}}|\\circ{_END}|°)", "°"), (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
+    (r"\\([%&#_])", r"\1"), (rf"\\not\s?(?==|\\in{_END})=?", "≠"), (r"(?<=\d)\{[.,]\}(?=\d)", "."),
+    (r"\\(begin|end)\s*\{array\}(?:\s*\{[lcr| ]*\})?", r"\\\1{matrix}"), (rf"\{{([^{{}}\\]*)\\over{_END}([^{{}}\\]*)\}}", r"\\frac{\1}{\2}"),  # noqa: E501
+    (_FONT, "\0{"),
+)  # fmt: skip
+_WRITTEN = _rules(
+    (rf"{_BEGIN}({FUNCTIONS}){_END}", r"\\\1 "), (rf"{_BEGIN}(max|min)(?=\s?[({{])", r"\\\1"), (r"\\log_(\w)\s?", r"\\log_{\1} "),
+    (rf"{_BEGIN}(?:infinity|infty|inf){_END}", "∞"), (rf"{_BEGIN}pi{_END}", "π"), (rf"{_BEGIN}(?:percent|per cent){_END}", "%"),
+    (rf"{_BEGIN}degrees?{_END}", "°"), (rf"\s*[,;]?\s*{_BEGIN}or{_END}\s*", " ∨ "), (rf"\s*[,;]?\s*{_BEGIN}and{_END}\s*", " ∧ "),
+    (r"(?<=[\w)}])\s?\*\*\s?(?=[\w({-])", "^"), (r"\s+(?=[\^_°%])|(?<=[\^_])\s+", ""), (r"\^\s?\(([^()]*)\)", r"^{\1}"),
+    (r"\^(-?\d{2,}|-\d|[A-Za-z])", r"^{\1}"), (r"<=|=<", "≤"), (r">=|=>", "≥"), (r"(?:(?<![\w)}!])|(?<=\s)|(?<=[A-Za-z]))!=|/=", "≠"), ("==", "="),  # noqa: E501
+    (r"(\\(?:frac|sqrt|binom)|(?<=\\frac)\{[^{}]*\})\s+", r"\1"), (r"\\frac([\dA-Za-zπ])", r"\\frac{\1}"),
+    (rf"\\frac{_BRACED}\s?([\dA-Za-zπ])", r"\\frac\1{\2}"), (r"\\sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}"),
+    # TeX would end the root of \sqrt 51 after the 5; whoever writes it does not mean that.
+    (r"\\sqrt(\d+|[A-Za-zπ])", r"\\sqrt{\1}"), (r"(^|[(\[{⦃,;:|=<>≤≥≠≈∈∨∧∪*/])\s*\+\s*(?=[\w(\\∞π.])", r"\1"),
+    (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"), (r"⦃\s*⦄", "∅"),
+)  # fmt: skip
 
 
 def plain(text: str) -> str:
-    r"""One plain form of an answer or a claim: ascii, no dollar signs, no spacing commands, ``\frac{a}{b}`` with braces.
+    r"""Brings an answer or a claim to its plain form.
 
-    >>> plain("$\\dfrac12$."), plain("x²"), plain("1½ cm")
-    ('\\frac{1}{2}', 'x^{2}', '1\\frac{1}{2} cm')
+    >>> plain(r"$\dfrac12$."), plain("x²"), plain("1½ cm"), plain(r"\boldsymbol{12\,345}\text{ and }+\infty")
+    ('\\frac{1}{2}', 'x^{2}', '1\\frac{1}{2} cm', '12345 ∧∞')
     """
+    text = _UNSEEN.sub("", text)
     # Before NFKC, which turns x² into x2 and 1½ into 11⁄2.
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub("[¼-¾⅐-⅞]", _vulgar, text)
-    text = unicodedata.normalize("NFKC", text.translate(_TRANSLATE)).translate(_TRANSLATE)
-    text = " ".join(text.split())
-    if text.startswith("**") and text.endswith("**") and len(text) > 4:
-        text = text[2:-2]
-    text = re.sub(r"^\s*(?:\\?([$£€]))\s{0,9}(-?[\d.,]+)[.]?$", lambda m: f"{m[2].rstrip('.,')} {_CURRENCY[m[1]]}", text)
-    text = text.replace(r"\$", "").replace("$", "")
-    for pattern, replacement in _REWRITES:
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")), text)  # noqa: UP031
+    text = unicodedata.normalize("NFKC", text.translate(_ALIKE)).translate(_ALIKE)
+    text = re.sub(r"^\s*\*\*(.+)\*\*\s*$", r"\1", text)
+    if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # they delimit mathematics; an odd one, or one after a backslash, is money
+        text = re.sub(r"(?<!\\)\$", "", text)
+    text, money = re.subn(r"(?:US)?\\?[$£€]\s*", "", text)
+    text = _applied(_SPACING, text)
+    text = _applied(_COMMANDED, _THOUSANDS.sub(lambda m: re.sub(r"[^\d.]", "", m[0]), text))
+    text = _ungrouped(re.sub(r"\\([A-Za-z]+)\s?", lambda m: _COMMANDS.get(m[1], m[0]), text))
+    text = " ".join(_applied(_WRITTEN, text).split()).rstrip(".,;: ")
+    return f"{text} dollar" if money == 1 and text[-1:].isdigit() else text
+
+
+def _applied(rules: list[tuple[re.Pattern[str], str]], text: str) -> str:
+    for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
-    return " ".join(text.split()).strip().rstrip(".,;:").strip()
+    return text
 
 
-def _vulgar(match: re.Match[str]) -> str:
-    top, bottom = unicodedata.normalize("NFKC", match[0]).split("⁄")
-    return rf"\frac{{{top}}}{{{bottom}}}"
+def _ungrouped(text: str) -> str:
+    """Takes out the braces that are no argument of a command, an exponent or an index: those of fonts (marked by a zero) and bare ones."""
+    while (group := re.search(r"\0?\{([^{}]*)\}", text)) is not None:
+        before = re.search(r"(\\(?:frac|binom))\s*$|\\[A-Za-z]+\s*$|\\sqrt\s?\[[^\]]*\]\s*$|[\^_\3]\s*$", text[: group.start()])
+        # An argument's closing brace is kept as \2, or as \3 where one more argument is to come.
+        held = f" {group[1]} " if before is None else f"\1{group[1]}{chr(3) if before[1] else chr(2)}"
+        text = text[: group.start()].rstrip(" " if before else "") + held + text[group.end() :]
+    return text.replace("\0", "").replace("\1", "{").replace("\2", "}").replace("\3", "}")
 
 
 def compact(text: str) -> str:
-    """Without the spaces that separate nothing: equal compact strings say the same."""
+    """Drops the spaces that separate nothing: equal compact strings say the same."""
     return re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", text)
 
 
-def refusal(text: str) -> str:
-    """Why a text in plain form is not given to a parser; empty if it may be. Saves time; safety rests on the sandbox.
-
-    >>> refusal("9^{9^9}")
-    'a power of a power'
-    """
-    if len(text) > LONGEST:
-        return f"longer than {LONGEST} characters"
-    if sum(c.isdigit() for c in text) > MOST_DIGITS:
-        return f"more than {MOST_DIGITS} digits"
-    if re.search(r"__|\*\*|[`'\"#;@]|::", text) or not text.isascii():
-        return "characters that are not mathematics"
-    if unknown := set(re.findall(r"\\([A-Za-z]+)", text)) - _COMMANDS:
-        return f"\\{min(unknown)} is not supported"
-    if sum(c.isalpha() for c in re.sub(r"\\[A-Za-z]+", "", text)) > MOST_LETTERS:
-        return f"more than {MOST_LETTERS} letters"
-    if re.search(r"[-+*/^|]{4,}", re.sub(r"\s", "", text)):
-        return "a row of operators"
-    if re.search(r"!\s*!|\d{4,}\s*!|\)\s*!|\}\s*!", text):
-        return "a large factorial"
-    return _nesting(text)
+def without_commas(text: str) -> str:
+    """Reads commas between groups of three digits as separators of thousands, anywhere in a text in plain form."""
+    return re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
 
 
-def _nesting(text: str) -> str:
-    # An exponent lasts to the end of its brace group, or of its single token.
-    depth, exponents, awaiting = 0, [], False
-    for token in re.findall(r"\\[A-Za-z]+|\\.|[A-Za-z]|\d+|\S", text):
-        if token in ("(", "[", "{", r"\{"):
-            depth += 1
-            if awaiting:
-                exponents.append(depth)
-            awaiting = False
-        elif token in (")", "]", "}", r"\}"):
-            if exponents and exponents[-1] == depth:
-                exponents.pop()
-                if not exponents:
-                    awaiting = False
-            depth -= 1
-        elif token == "^":
-            if exponents:
-                return "a power of a power"
-            awaiting = True
-            continue
-        elif exponents or awaiting:
-            if len(token) > 4 and token.isdigit():
-                return "a huge exponent"
-            awaiting = awaiting and token in "+-"
-        if depth > DEEPEST:
-            return f"nested deeper than {DEEPEST}"
-        if depth < 0:
-            break
-    if depth:
-        return "brackets that do not match"
-    return "a power of a power" if re.search(r"\^\s*(?:\{[^{}]*\}|\\?\w+)\s*\^", text) else ""
+_FRACTION = re.compile(r"(-?)\s?(?:(\d+)\s?)?(?:\\frac\{\s?(-?\d+)\s?\}\{\s?(-?\d+)\s?\}|(?:(?<!\d)|(?<=\s))(\d+)\s?/\s?(\d+))")
+_DECIMAL = re.compile(r"(-?)\s?(?:(?=\.?\d)(\d*)\.?(\d*)(?:(?:[eE]|\s?\*\s?10\^)\{?([-+]?\d{1,3})\}?)?|10\^\{?(-?\d{1,3})\}?)")
+_REPEATING = re.compile(r"(?<![\d.,}])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s?\{(\d{1,9})\}(?![\d.,{])")
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A number as it was written: its exact value, and for a decimal its significant digits and the size of half its last place."""
+class Number:
+    """A number as it was written: its value, and for a decimal its significant digits and half of its last place."""
 
     value: Fraction
     digits: int = 0
-    half_place: Fraction = Fraction(0)
-    percent: bool = False
+    half: Fraction = Fraction(0)
 
 
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
-_NUMBER = re.compile(
-    rf"""(?P<sign>[-+]?)(?:
-        (?:(?P<whole>{_INTEGER})\s?)?\\frac\{{(?P<top>-?{_INTEGER})\}}\{{(?P<bottom>-?{_INTEGER})\}}
-      | (?:(?P<whole2>{_INTEGER})\s)?(?P<top2>{_INTEGER})\s?/\s?(?P<bottom2>{_INTEGER})
-      | (?P<decimal>{_INTEGER}?(?:\.\d+)?)
-        (?:[eE](?P<power>[-+]?\d{{1,3}})|\s?(?:\\times|\\cdot|\*)\s?10\s?\^\s?(?:\{{(?P<power2>-?\d{{1,3}})\}}|(?P<power3>\d)))?
-    )\s?(?P<percent>%|percent|per\ cent)?""",
-    re.VERBOSE,
-)
+def number(text: str) -> Number | None:
+    r"""Reads a text in plain form as one number: an integer, decimal, fraction, mixed or scientific number; None for anything else.
 
-
-_REPEATING = re.compile(r"(?<![\d.,}])(\d{0,9})\.(\d{0,9})\\(?:overline|bar)\s?\{(\d{1,9})\}(?![\d.,{])")
-
-
-def _as_fraction(match: re.Match[str]) -> str:
-    # 0.1\overline{6} is (16 - 1)/90.
-    whole, fixed, period = match.groups()
-    top = int(whole + fixed + period) - int(whole + fixed or "0")
-    return rf"\frac{{{top}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
-
-
-def number(text: str) -> Written | None:
-    r"""The number that a text in plain form is, or None: integers, decimals, fractions, mixed and scientific numbers, percent.
-
-    >>> number("1,250.5").value, number(r"-2\frac{1}{2}").value, number("15%").value
-    (Fraction(2501, 2), Fraction(-5, 2), Fraction(3, 20))
+    >>> number("1,250.5").value, number(r"-2\frac{1}{2}").value, number("1.5*10^{3}").half
+    (Fraction(2501, 2), Fraction(-5, 2), Fraction(50, 1))
     """
-    if len(text) > LONGEST or sum(c.isdigit() for c in text) > MOST_DIGITS:
+    text = repeating(without_commas(re.sub(r"^\((.*)\)$", r"\1", text.strip()[: LONGEST + 1])))
+    if len(text) > LONGEST:
         return None
-    return _number(text)
-
-
-@functools.lru_cache(maxsize=8192)
-def _number(text: str) -> Written | None:
-    text = _REPEATING.sub(_as_fraction, text)
-    match = _NUMBER.fullmatch(re.sub(r"^\((.*)\)$", r"\1", text.strip()).strip())
-    if match is None or not (match["top"] or match["top2"] or re.search(r"\d", match["decimal"] or "")):
+    if match := _FRACTION.fullmatch(text):
+        top, bottom = int(match[3] or match[5]), int(match[4] or match[6])
+        found = Number(Fraction(top, bottom) + int(match[2] or 0)) if bottom else None
+    elif match := _DECIMAL.fullmatch(text):
+        _, whole, places, power, ten = match.groups(default="")
+        scale = Fraction(10) ** (int(power or ten or 0) - len(places))
+        found = Number(int(whole + places or 1) * scale)
+        if places:
+            found = replace(found, digits=max(1, len((whole + places).lstrip("0"))), half=scale / 2)
+    else:
         return None
-    percent, half, digits = bool(match["percent"]), Fraction(0), 0
-    top, bottom, whole = (match[name] or match[name + "2"] for name in ("top", "bottom", "whole"))
-    if top:
-        if not int(bottom.replace(",", "")):
-            return None
-        value = Fraction(int(top.replace(",", "")), int(bottom.replace(",", ""))) + int((whole or "0").replace(",", ""))
-    else:
-        decimal = match["decimal"].replace(",", "")
-        scale = Fraction(10) ** int(match["power"] or match["power2"] or match["power3"] or 0)
-        value = Fraction(decimal) * scale
-        if "." in decimal:
-            digits = max(1, len(decimal.replace(".", "").lstrip("0")))
-            half = scale * Fraction(10) ** -len(decimal.partition(".")[2]) / 2
-    if percent:
-        value, half = value / 100, half / 100
-    return Written(-value if match["sign"] == "-" else value, digits, half, percent)
+    return replace(found, value=-found.value) if found and match[1] else found
 
 
-def without_unit(text: str) -> tuple[str, str]:
-    """A text in plain form as (the rest, its unit in one spelling); the unit is empty if there is none.
+def repeating(text: str) -> str:
+    r"""Writes repeating decimals as fractions: ``0.1\overline{6}`` is 15/90."""
 
-    >>> without_unit("5 meters"), without_unit("12 red apples"), without_unit("5x")
-    (('5', 'm'), ('12', 'red apple'), ('5x', ''))
-    """
-    match = _UNIT.fullmatch(text) if len(text) <= LONGEST else None
-    if match is None:
-        return text, ""
-    words = [_spelling(word) for word in re.split(r"[\s/]+", match[3].lower())]
-    if any(word in _NOT_UNITS for word in re.split(r"[\s/]+", match[3].lower()) if word != "in" or len(words) > 1):
-        return text, ""
-    known = all(word.partition("^")[0] in UNITS or word in ("square", "cubic", "per") for word in words)
-    spaced_words = bool(match[2]) and number(match[1]) is not None and len(words[0].partition("^")[0]) > 1
-    if not spaced_words and not (known and (match[2] or len(words[0]) > 1)):
-        return text, ""
-    if words[0] in ("square", "cubic", "sq") and len(words) == 2:
-        words = [words[1] + ("^3" if words[0] == "cubic" else "^2")]
-    return match[1].strip(), ("/".join(words) if "/" in match[3] else " ".join(words)).replace(" per ", "/")
+    def fraction(match: re.Match[str]) -> str:
+        whole, fixed, period = match.groups()
+        return f"\\frac{{{int(whole + fixed + period) - int(whole + fixed or 0)}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
 
-
-def _spelling(word: str) -> str:
-    base, caret, power = word.strip(".").partition("^")
-    if base in _UNIT_NAMES:
-        name = _UNIT_NAMES[base]
-    else:
-        singular = base[:-1] if base.endswith("s") and len(base) > 2 else base
-        name = _UNIT_NAMES.get(singular, singular)
-    return name + (caret + power.strip("{}") if caret else "")
-
-
-_FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|log|ln|exp|pi|infty)(?![A-Za-z])")
-
-
-def latex(text: str) -> str:
-    r"""A text in plain form with ascii functions written as LaTeX: the one grammar that workers parse.
-
-    >>> latex("2*sqrt(3)/pi")
-    '2\\cdot \\sqrt{3}/\\pi '
-    """
-    text = _FUNCTIONS.sub(r"\\\1 ", text).replace("*", r"\cdot ")
-    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
-    return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    return _REPEATING.sub(fraction, text)
