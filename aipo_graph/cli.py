@@ -19,7 +19,7 @@ from rich.text import Text
 
 from aipo_graph.config import PATHS
 from aipo_graph.errors import AipoError, ConfigError
-from aipo_graph.load import find
+from aipo_graph.load import find, text
 
 C = TypeVar("C", bound=BaseModel)
 MAX_YAML_BYTES = 1_000_000
@@ -43,7 +43,7 @@ def parse(
     ``default``, where one is given. Raises ConfigError in one line: the key, its value, the place, the remedy. ``--help`` prints
     every field's docstring and exits.
     """
-    known = [*(key for key, _ in _leaves(cls)), "config", "dry-run", "help"]
+    known = [*(key for key, _ in leaves(cls)), "config", "dry-run", "help"]
     for word in argv:
         key = word[2:].partition("=")[0]
         if word.startswith("--") and key not in known and key not in cls.model_fields:
@@ -76,7 +76,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES:,} bytes; this is not a configuration")
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader = _Loader(text(path))
         node = loader.get_single_node()
         lines = dict(_lines(node, "")) if node else {}
         values = loader.construct_document(node) if node else {}
@@ -85,8 +85,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: {getattr(error, 'problem', None) or error}") from error
     except (OSError, ValueError, RecursionError) as error:
-        text = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ConfigError(f"{path}: {text}") from error
+        raise ConfigError(f"{path}: {'nested too deeply' if isinstance(error, RecursionError) else error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a mapping of sections is wanted (train: {{steps: 10}}), not a {type(values).__name__}")
     return values, lines
@@ -95,6 +94,20 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 def write_yaml(config: BaseModel) -> str:
     """Every setting as YAML; reading it back gives an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -170,10 +183,11 @@ def _command_line(argv: Sequence[str], cls: type[BaseModel], prog: str, doc: str
         raise ConfigError(f"{error} (see {prog} --help)") from error
 
 
-def _leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted name, field) of every setting below ``cls``."""
     for name, field in cls.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _leaves(field.annotation, f"{prefix}{name}.")
+            yield from leaves(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
 
@@ -255,14 +269,14 @@ def _explain(error: ValidationError, cls: type[BaseModel], given: set[str], plac
     key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "value_error":  # our own checks of fields together: the message starts with the key
         key = str(first["ctx"]["error"]).partition(" = ")[0]
-    stem = next((known for known, _ in _leaves(cls) if key == known or key.startswith(f"{known}.")), key)
+    stem = next((known for known, _ in leaves(cls) if key == known or key.startswith(f"{known}.")), key)
     if stem in given:
         place = " (on the command line)"
     else:
         found = next((places[k] for k in (key, stem, key.rpartition(".")[0]) if k in places), None)
         place = f" ({found})" if found else ""
     if first["type"] == "extra_forbidden":
-        text = f"no setting {key!r}{_nearest_key(key, [*cls.model_fields, *(known for known, _ in _leaves(cls))])}"
+        text = f"no setting {key!r}{_nearest_key(key, [*cls.model_fields, *(known for known, _ in leaves(cls))])}"
     elif first["type"] == "value_error":
         text = str(first["ctx"]["error"])
     elif first["type"] == "missing":

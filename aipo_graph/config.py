@@ -1,5 +1,6 @@
 """Every setting of a run: frozen sections, one docstring per field (its ``--help``), defaults that train."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
@@ -38,6 +39,34 @@ PATHS = (
     "agents.use",
 )
 """Fields that may name a file. In a YAML file such a path may be relative to that file."""
+
+MAY_CHANGE = {
+    "run": "name dir threads device trackers checkpoint_every keep_checkpoints trace_groups tracing",
+    "task": "max_prompt_tokens",
+    "rollout": "timeout max_failed",
+    "agents": "max_tokens concurrency attempts timeout",
+    "engine": "*",
+    "train": "steps tokens micro_batch_tokens gradient_checkpointing patience",
+    "evaluate": "*",
+}
+"""What a begun run may go on with otherwise: limits, places, and what does not change what is learned from a trace."""
+CHANGES_LEARNING = {
+    "run": "seed",
+    "policy": "*",
+    "task": "name data heldout columns options",
+    "rollout": "graph solo prompts problems redraws traces with_agents max_tokens max_consults max_supersteps temperature max_lag",
+    "agents": "use models temperature max_reply_tokens leak",
+    "loss": "*",
+    "optimizer": "*",
+    "train": "epochs minibatches",
+}
+"""What it may go on with otherwise by --force alone. The two tables name every setting once; * is all of a section."""
+
+
+def may_change(key: str, table: Mapping[str, str] = MAY_CHANGE) -> bool:
+    """Whether a table has the setting of this dotted name."""
+    section, _, name = key.partition(".")
+    return table.get(section) == "*" or name in table.get(section, "").split()
 
 
 class Section(BaseModel):

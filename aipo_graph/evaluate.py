@@ -22,7 +22,6 @@ from aipo_graph.evaluation.samples import Mode, Part, Store
 from aipo_graph.evaluation.sampling import Report, Sampling, units
 from aipo_graph.evaluation.summary import compare, summarise
 from aipo_graph.evaluation.tables import MODES, caption, comparison, remarks, table
-from aipo_graph.log import write_whole
 from aipo_graph.tasks.open import open_task
 
 K = (1, 4, 16, 64)
@@ -33,11 +32,13 @@ SIDE_SAMPLES = 4
 class Evaluation:
     """An evaluation under way in worker processes: a context manager, so that none of them outlives its use."""
 
-    def __init__(self, config: Config, model: str, parts: Sequence[Part], k: Sequence[int], out: Path | None, preset: str = "") -> None:
+    def __init__(
+        self, config: Config, model: str, parts: Sequence[Part], k: Sequence[int], out: Path | None, preset: str, aside: bool
+    ) -> None:
         self._config, self._model, self._parts, self._k, self._preset = config, model, parts, k, preset
         self._settings = settings(config, model, parts)
         self.folder = folder = out or Path("evaluations") / f"{Path(model).name}-{digest(self._settings)}"
-        self._store = Store(folder, self._settings)
+        self._store = Store(folder, self._settings, aside=aside)
         self._sampling: Sampling | None = None
         try:
             todo = units(parts, self._store.read(), 2 * config.engine.max_batch)
@@ -63,7 +64,7 @@ class Evaluation:
             values: Values = {"model": self._model, "k": list(self._k)}
             values |= summarise(self._parts, samples, self._k, self._config.run.seed)
             values["protocol"] = protocol(self._config, self._model, self._settings, self._preset)
-            write_whole(self.folder / "evaluation.json", json.dumps(values, indent=1) + "\n")
+            cli.write_whole(self.folder / "evaluation.json", json.dumps(values, indent=1) + "\n")
             return values
         finally:
             self.close()
@@ -91,6 +92,7 @@ def start(
     k: Sequence[int] | None = None,
     greedy_only: bool = False,
     preset: str = "",
+    aside: bool = False,
 ) -> Evaluation:
     """Begins to evaluate in the background, or goes on with what ``out`` holds; ``.result()`` waits.
 
@@ -103,6 +105,7 @@ def start(
         k: default: those of K that ``evaluate.samples`` allows; with a preset that number, too.
         preset: name of the protocol that the config follows, for the record; then a model whose context would cut answers short of
             ``rollout.max_tokens`` is refused.
+        aside: where ``out`` holds samples of other settings, files or weights, keep them beside the new ones instead of refusing.
 
     Raises AipoError in one line for settings or files that cannot be used.
     """
@@ -112,7 +115,7 @@ def start(
     if k and k[-1] > samples and not greedy_only:
         raise ConfigError(f"--k {k[-1]}: larger than evaluate.samples = {samples}; raise --samples or lower --k")
     parts = plan(config, kinds, modes, greedy_only)
-    return Evaluation(config, found, parts, k, out, preset)
+    return Evaluation(config, found, parts, k, out, preset, aside)
 
 
 def evaluate(

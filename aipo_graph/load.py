@@ -1,5 +1,6 @@
 """``load("graphs/aipo.py:build")`` or ``load("pkg.mod:name")``: the only dynamic import of the project."""
 
+import codecs
 import difflib
 import hashlib
 import importlib
@@ -19,6 +20,7 @@ IMPORT_FAULTS = (
     OSError, RuntimeError, AssertionError, ArithmeticError,
 )  # fmt: skip
 
+OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 CLIENT_FAULTS = (("openai", "OpenAIError"), ("anthropic", "AnthropicError"), ("botocore.exceptions", "BotoCoreError"),
                  ("google.auth.exceptions", "GoogleAuthError"))  # fmt: skip
 
@@ -86,6 +88,41 @@ def load(spec: str, *, base: Path | None = None) -> Any:
         public = [key for key in vars(module) if not key.startswith("_")]
         raise ConfigError(f"{target} has no {name!r}{nearest(name, public)}")
     return getattr(module, name)
+
+
+def source(spec: str) -> Path | None:
+    """The file behind ``file.py:name`` or ``package.module:name``; None where it is no Python file or ``spec`` names nothing to load."""
+    target, colon, _ = spec.rpartition(":")
+    if not colon or not target:
+        return None
+    if target.endswith(".py"):
+        return find(target)
+    try:
+        found = importlib.util.find_spec(target)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    return Path(found.origin) if found and found.origin and found.origin.endswith(".py") else None
+
+
+def text(path: Path) -> str:
+    """The text of a file that a user wrote, in UTF-8, with or without the byte order mark of some editors.
+
+    Raises ConfigError in one line for another encoding or a file that cannot be read.
+    """
+    try:
+        return decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def decoded(data: bytes, where: str) -> str:
+    """Bytes as :func:`text` reads them; ``where`` is what an error names."""
+    if data.startswith(OTHER_MARKS):
+        raise ConfigError(f"{where}: not UTF-8, but UTF-16 or UTF-32 by its first bytes; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from error
 
 
 def call(spec: str, factory: Callable[..., Any], *args: Any) -> Any:

@@ -19,9 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from aipo_graph.cli import printable, read_yaml, write_yaml
+from aipo_graph.begun import Begun, begin
+from aipo_graph.cli import printable, write_whole
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
+from aipo_graph.trackers import Trackers
 from aipo_graph.types import Learned, TraceGroup
 
 
@@ -39,26 +41,29 @@ LOGGED_GROUP = TypeAdapter(LoggedGroup)
 
 
 class RunLog:
-    """``runs/NAME/``: config.yaml, graph.json, metrics.jsonl, traces.jsonl, excluded.jsonl, tensorboard/, curves.png, summary.json.
+    """``runs/NAME/``: config.yaml, files.json, changes.jsonl, trackers.json, graph.json, metrics.jsonl, traces.jsonl, excluded.jsonl,
+    tensorboard/, curves.png, summary.json.
 
     Entering it takes the folder's lock and starts the display; leaving it gives both back. Log a step before its checkpoint is
     saved, so that a run killed in between logs it once more instead of never.
     """
 
-    def __init__(self, config: Config, console: Console | None = None) -> None:
+    def __init__(
+        self, config: Config, console: Console | None = None, *, files: Mapping[str, str] | None = None, force: bool = False
+    ) -> None:
         self.config = config
+        self._files, self._force = files or {}, force
         self.folder = Path(config.run.dir) / config.run.name
         self.console = console or Console(soft_wrap=True, highlight=False)
         self._lock = -1
         self._live: _LiveView | None = None
-        self._trackers: dict[str, Any] = {}
-        self._starters: dict[str, Callable[[int], Any]] = {}
+        self._trackers: Trackers | None = None
+        self._begun: Begun | None = None
         self._broken: set[str] = set()
         self._alarmed: set[str] = set()
 
     def __enter__(self) -> Self:
-        """Raises ConfigError where another process has the folder, its config differs, or a tracker is not installed."""
-        self._starters = _trackers(self.config, self.folder)
+        """Raises ConfigError where another process has the folder, what changes learning has changed, or a tracker cannot be opened."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _take_lock(self.folder)
@@ -67,7 +72,8 @@ class RunLog:
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise ConfigError(f"run folder {self.folder}: {error.strerror}; choose another --run.dir or --run.name") from error
         try:
-            _settle_config(self.folder, self.config)
+            self._begun = begin(self.folder, self.config, self._files, force=self._force)
+            self._trackers = Trackers(self.config, self.folder, self.note)
         except BaseException:
             self._unlock()
             raise
@@ -76,12 +82,17 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
-        for name, tracker in self._trackers.items():
-            self._attempt(name, tracker.finish)
+        if self._trackers:
+            self._trackers.finish()
         self._unlock()
 
     def resume_at(self, step: int) -> None:
-        """The run goes on after ``step`` (0: from the start): what was logged past it, and a half-written line, are cut off."""
+        """The run goes on after ``step`` (0: from the start): what was logged past it, and a half-written line, are cut off. What has
+        changed since is noted and recorded.
+        """
+        if self._begun:
+            for note in self._begun.record(step):
+                self.note(note)
         for name in ("metrics.jsonl", "traces.jsonl", "excluded.jsonl"):
             _cut(self.folder / name, step)
         if self._interactive:
@@ -103,8 +114,8 @@ class RunLog:
         for i, group in enumerate(groups):
             record = to_json(LoggedGroup(step, group, learned[i] if learned else ()), inf_nan_mode="strings")
             self._attempt("traces.jsonl", lambda record=record: _append(self.folder / "traces.jsonl", record))  # type: ignore[misc]
-        for name, start in self._starters.items():
-            self._attempt(name, lambda name=name, start=start: self._track(name, start, step, finite))  # type: ignore[misc]
+        if self._trackers:
+            self._trackers.log(finite, step)
         self._show(step, finite)
 
     def excluded(self, step: int, problems: Sequence[Mapping[str, Any]], *, alarm: bool) -> None:
@@ -149,11 +160,6 @@ class RunLog:
         if self._live:
             self._live.stop()
             self._live = None
-
-    def _track(self, name: str, start: Callable[[int], Any], step: int, metrics: Mapping[str, float]) -> None:
-        if name not in self._trackers:
-            self._trackers[name] = start(step)
-        self._trackers[name].log(metrics, step=step)
 
     def _attempt(self, what: str, write: Callable[[], Any]) -> None:
         try:
@@ -240,20 +246,6 @@ def _append(path: Path, line: bytes) -> None:
             raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _take_lock(folder: Path) -> int:
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -265,71 +257,6 @@ def _take_lock(folder: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return lock
-
-
-PLACES = ("run.name", "run.dir", "engine.urls", "engine.launch", "engine.memory")
-"""Settings that may change between the starts of one run: where it lies, and where its servers are."""
-
-
-def _settle_config(folder: Path, config: Config) -> None:
-    """Write config.yaml, or check that the folder's own one says the same, but for PLACES."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        write_whole(path, write_yaml(config))
-        return
-    before, now = _flat(read_yaml(path)[0]), _flat(config.model_dump(mode="json"))
-    for key in dict.fromkeys([*now, *before]):
-        if key not in PLACES and before.get(key) != now.get(key):
-            raise ConfigError(
-                f"run folder {folder} was started with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
-                "choose another --run.name, or delete the folder"
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-# --- trackers: each has log(metrics, step=…) and finish()
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # three seconds that `--help` and readers of logs are spared
-
-        # Points from this step on, left by a run that was killed, are hidden.
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for key, value in metrics.items():
-            self.writer.add_scalar(key, value, step)
-
-    def finish(self) -> None:
-        self.writer.close()
-
-
-def _trackers(config: Config, folder: Path) -> dict[str, Callable[[int], Any]]:
-    """What starts each tracker at its first step. Raises ConfigError for one that is not installed."""
-    start: dict[str, Callable[[int], Any]] = {}
-    settings = config.model_dump(mode="json")
-    for name in config.run.trackers:
-        try:
-            if name == "wandb":
-                import wandb
-
-                start[name] = lambda step: wandb.init(project="aipo_graph", name=config.run.name, dir=str(folder), config=settings)
-            elif name == "trackio":
-                import trackio
-
-                start[name] = lambda step: trackio.init(project="aipo_graph", name=config.run.name, config=settings)
-            else:
-                start[name] = lambda step: _TensorBoard(folder, step)
-        except ImportError as error:
-            raise ConfigError(f"run.trackers names {name}, which is not installed; pip install 'aipo-graph[trackers]'") from error
-    return start
 
 
 # --- what a person sees

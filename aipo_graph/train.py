@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_settings import CliToggleFlag
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +27,7 @@ from aipo_graph.engines.open import open_engine
 from aipo_graph.errors import AipoError, TrainError
 from aipo_graph.evaluate import follow, start
 from aipo_graph.evaluation.passk import Values
+from aipo_graph.evaluation.provenance import contents, model_contents, problems_digest
 from aipo_graph.evaluation.tables import cell, size
 from aipo_graph.learn import memory
 from aipo_graph.learn.batch import pack
@@ -41,6 +43,15 @@ from aipo_graph.types import Task, TraceGroup
 
 Cursor = Mapping[str, Any]
 """What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn, whether it is finished."""
+TOLD = 64
+"""Training problems by which a begun run knows its task again."""
+
+
+class Command(Config):
+    """Settings of a training run. Everything not given keeps its default."""
+
+    force: CliToggleFlag[bool] = False
+    """Go on with a begun run although settings or files have changed that change what it learns; changes.jsonl records them."""
 
 
 async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLog, cursor: Cursor) -> bool:
@@ -61,13 +72,17 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
     await publish()
     tokens, drawn = cursor.get("tokens", 0.0), cursor.get("drawn", learner.version * config.rollout.problems)
     ended = time.monotonic()
-    finished, unhelped = False, 0
+    finished, unhelped, passed_over = False, 0, False
     with stop_signals() as stopping:
         async with aclosing(local.stream(learner.version, config.train.steps, drawn)) as steps:  # an error ends the step ahead, too
             async for step in steps:
                 sampled, started = time.monotonic(), ended
-                metrics = rollout_metrics(step.groups, rollouts.agents, learner.version, step.discarded) | local.synced
+                metrics = rollout_metrics(step.groups, rollouts.agents, learner.version, step.discarded, step.too_long)
+                metrics |= local.synced
                 log.excluded(learner.version + 1, exclusions(step.groups), alarm=metrics["alarm"] > 0)
+                if step.too_long and not passed_over:
+                    log.note(f"{step.too_long[0].traces[0].error}: such problems are passed over, prompts/too_long counts them")
+                passed_over = passed_over or bool(step.too_long)
                 unhelped = unhelped + 1 if _all_helped_failed(step.groups) else 0
                 if metrics["failed"] > config.rollout.max_failed or unhelped >= config.train.patience:
                     raise TrainError(_too_many_failed(config, step.groups, unhelped))
@@ -82,7 +97,7 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
                 metrics["tokens_per_second"] = metrics["tokens/policy"] / (ended - started)
                 log.step(learner.version, metrics, shown, learned)
                 tokens += metrics["tokens/policy"]
-                finished = learner.version == config.train.steps or 0 < config.train.tokens <= tokens
+                finished = _finished(config, learner.version, tokens)
                 regular = learner.version % config.run.checkpoint_every == 0
                 # One step ahead, only a regular checkpoint resumes with just the weights that the undisturbed run samples with.
                 stopped = stopping.is_set() and (regular or not config.rollout.max_lag)
@@ -93,6 +108,11 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
                 if finished or stopped:
                     break
     return finished
+
+
+def _finished(config: Config, version: int, tokens: float) -> bool:
+    """Whether a run is at its end, which later settings may have moved."""
+    return version >= config.train.steps or 0 < config.train.tokens <= tokens
 
 
 def _all_helped_failed(groups: Sequence[TraceGroup]) -> bool:
@@ -130,24 +150,26 @@ def stop_signals() -> Iterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-def run(config: Config, console: Console) -> None:
+def run(config: Config, console: Console, *, force: bool = False) -> None:
     """One run, from its last checkpoint if it has one, to its exported policy, its evaluation and summary.json.
 
     The base policy is evaluated in a process of its own: beside the training with the local engine, before it where both need vLLM.
+    ``force`` lets a begun run go on although settings or files have changed that change what it learns.
     """
     started = time.monotonic()
     torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     path, task = model(config.policy.model), open_task(config)
-    task.train(0)  # data that cannot be trained on is refused before anything is loaded
-    with RunLog(config, console) as log, launched(config, path, log.folder, console) as config:
+    # Data that cannot be trained on is refused before anything is loaded.
+    told = contents(config) | model_contents(path) | {"the task's problems": problems_digest(map(task.train, range(TOLD)))}
+    with RunLog(config, console, files=told, force=force) as log, launched(config, path, log.folder, console) as config:
         log.console.print(f"run folder {log.folder}")
         sweep(log.folder)
         learner = Learner(config, path, torch_device(config))
         cursor = learner.restore(log.folder / "checkpoints")
         before = read_metrics(log.folder / "metrics.jsonl")
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
-        with start(beside, path, log.folder / "evaluation" / "base", kinds=task.kinds) as base_evaluation:
+        with start(beside, path, log.folder / "evaluation" / "base", kinds=task.kinds, aside=True) as base_evaluation:
             if config.engine.kind != "local":
                 base = follow(base_evaluation, console)
             if not learn(config, path, task, learner, cursor, log):
@@ -158,9 +180,10 @@ def run(config: Config, console: Console) -> None:
             torch.cuda.empty_cache()
             if config.engine.kind == "local":
                 base = follow(base_evaluation, console)
-        with start(config, log.folder / "policy", log.folder / "evaluation" / "trained", kinds=task.kinds) as evaluation:
+        with start(config, log.folder / "policy", log.folder / "evaluation" / "trained", kinds=task.kinds, aside=True) as evaluation:
             trained = follow(evaluation, console)
-        if not (log.folder / "summary.json").exists():
+        rows = read_metrics(log.folder / "metrics.jsonl")
+        if len(rows) > len(before) or not (log.folder / "summary.json").exists():
             seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
             log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, base, trained)})
         console.print(result_table(base, trained))
@@ -169,7 +192,7 @@ def run(config: Config, console: Console) -> None:
 
 def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Cursor, log: RunLog) -> bool:
     """Trains from the cursor to the end and exports the policy. Returns False where a signal stopped it before."""
-    finished = cursor.get("finished", False)
+    finished = _finished(config, learner.version, cursor.get("tokens", 0.0))
     log.resume_at(learner.version)
     if learner.version:
         log.note(f"goes on after step {learner.version}")
@@ -237,12 +260,13 @@ def explain(config: Config, console: Console) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config, options = cli.parse(argv, Config, prog="python -m aipo_graph.train", doc=__doc__ or "", default="configs/quickstart.yaml")
+    command, options = cli.parse(argv, Command, prog="python -m aipo_graph.train", doc=__doc__ or "", default="configs/quickstart.yaml")
+    config = Config.model_validate({name: getattr(command, name) for name in Config.model_fields})
     if options.dry_run:
         print(cli.write_yaml(config), end="")
         explain(config, Console(stderr=True, soft_wrap=True, highlight=False))
         return
-    run(config, Console(soft_wrap=True, highlight=False))
+    run(config, Console(soft_wrap=True, highlight=False), force=command.force)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
 
 def test_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe")
-    assert "a.yaml: 'utf-8' codec" in refusal(str(tmp_path / "a.yaml"))
+    assert "a.yaml: not UTF-8, but UTF-16" in refusal(str(tmp_path / "a.yaml"))
 
 
 @pytest.mark.parametrize(

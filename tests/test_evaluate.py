@@ -21,8 +21,9 @@ from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TaskError
 from aipo_graph.evaluate import evaluate, main, plan, start
 from aipo_graph.evaluation.passk import bootstrap, pass_at_k
+from aipo_graph.evaluation.provenance import model_digest
 from aipo_graph.evaluation.provenance import settings as depends
-from aipo_graph.evaluation.samples import TASK_FILE, Part, Sample, Store
+from aipo_graph.evaluation.samples import Part, Sample, Store
 from aipo_graph.evaluation.sampling import units
 from aipo_graph.evaluation.summary import summarise
 from aipo_graph.load import data
@@ -301,18 +302,42 @@ def test_an_edited_graph_is_another_evaluation(tmp_path: Path, root: Path) -> No
     assert [key for key in before if before[key] != after[key]] == ["graph, agent, prompt and data files"]
 
 
-def test_an_edited_task_is_another_evaluation_and_a_header_of_before_is_gone_on_with(tmp_path: Path) -> None:
+def test_an_edited_task_is_another_evaluation(tmp_path: Path) -> None:
     task = tmp_path / "mine.py"
     shutil.copy(__file__, task)
     settings = config(task={"name": f"{task}:no_problems", "options": {"level": 1.0}})
     given = depends(settings, str(data("operators")), [])
     assert given["task.options"] == {"level": 1.0}
-    old = {key: value for key, value in given.items() if key != TASK_FILE}
-    (tmp_path / "samples.jsonl").write_text(json.dumps({"settings": old}) + "\n{}\n")
-    Store(tmp_path, given).close()
-    assert (tmp_path / "samples.jsonl").read_text().endswith("\n{}\n")
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "samples.jsonl").write_text(json.dumps({"settings": given}) + "\n{}\n")
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"settings": given}) + "\n{}\n")
     task.write_text(task.read_text() + "# edited\n")
-    with pytest.raises(ConfigError, match=f"holds an evaluation with {TASK_FILE} = "):
-        Store(tmp_path / "new", depends(settings, str(data("operators")), []))
+    now = depends(settings, str(data("operators")), [])
+    with pytest.raises(ConfigError, match="holds an evaluation with graph, agent, prompt and data files = "):
+        Store(tmp_path, now)
+    Store(tmp_path, now, aside=True).close()
+    aside = [path for path in tmp_path.glob("samples-*.jsonl") if path.read_text().endswith("\n{}\n")]
+    assert len(aside) == 1
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["settings"] == now
+
+
+CHANGES = {
+    "chat_template.jinja": True, "generation_config.json": True, "tokenizer.json": True, "tokenizer_config.json": True, "merges.txt": True,
+    "tokenizer.model": True, "additional_chat_templates/tool.jinja": True, "model.safetensors": True, "README.md": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "counts"), CHANGES.items())
+def test_what_changes_a_models_samples_changes_its_digest(name: str, counts: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(data("operators"), folder)
+    before = model_digest(str(folder))
+    (folder / name).parent.mkdir(exist_ok=True)
+    with (folder / name).open("ab") as file:
+        file.write(b" ")
+    assert (model_digest(str(folder)) != before) == counts
+
+
+def test_other_problems_are_another_evaluation_wherever_they_come_from() -> None:
+    def given(answer: str) -> object:
+        return depends(config(), str(data("operators")), [Part("", "alone", 1, (Problem("p", "1+1?", answer),))])
+
+    assert given("2") == given("2") != given("3")

@@ -1,12 +1,20 @@
 """The one dynamic import: found in the right order, imported once, faults told in one line."""
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from langchain_core.messages import HumanMessage
 
-from aipo_graph.errors import ConfigError, GraphError
+from aipo_graph.cli import read_yaml
+from aipo_graph.config import Config
+from aipo_graph.errors import AipoError, ConfigError, GraphError
 from aipo_graph.load import data, find, load, model, shipped
+from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.tokens import Tokenizer
+from aipo_graph.tasks.open import open_task
 
 
 @pytest.fixture
@@ -115,3 +123,42 @@ def test_model_names(here: Path) -> None:
     assert Path(model("operators")) == data("operators")
     with pytest.raises(ConfigError, match="no folder './nope'"):
         model("./nope")
+
+
+ROWS = [(f"{i}+1?", i + 1) for i in range(40)]
+WRITTEN = {
+    "prompt.md": "Solve: {question}\n",
+    "a.yaml": "run: {name: x}\n",
+    "a.csv": "question,answer\n" + "".join(f"{q},{a}\n" for q, a in ROWS),
+    "a.jsonl": "".join(f'{{"question": "{q}", "answer": "{a}"}}\n' for q, a in ROWS),
+    "model/chat_template.jinja": "{{ messages[0].content }}",
+}
+"""The text files that a user gives."""
+
+
+def read(path: Path) -> object:
+    """What the package makes of one of them."""
+    if path.suffix == ".md":
+        return Prompts.read(path.parent).render("prompt", question="1+1?")
+    if path.suffix == ".yaml":
+        return read_yaml(path)
+    if path.suffix == ".jinja":
+        return Tokenizer.load(path.parent).chat.render([HumanMessage("1+1?")])
+    return open_task(Config.model_validate({"task": {"name": "dataset", "data": str(path)}})).heldout(99)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_byte_order_mark_is_no_text_and_another_encoding_is_refused(name: str, here: Path) -> None:
+    shutil.copytree(data("operators"), here / "model")
+    path = here / name
+    path.write_text(WRITTEN[name], encoding="utf-8")
+    plain = read(path)
+    path.write_text(WRITTEN[name], encoding="utf-8-sig")
+    assert read(path) == plain
+    for encoding in ("utf-16", "utf-32"):
+        path.write_text(WRITTEN[name], encoding=encoding)
+        with pytest.raises(AipoError) as refused:
+            read(path)
+        assert "\n" not in str(refused.value)
+        assert path.name in str(refused.value) or str(path.parent) in str(refused.value)
+        assert re.search("UTF-8|utf-8", str(refused.value))

@@ -498,3 +498,26 @@ async def test_the_shipped_policy_solves_with_helpers_what_it_cannot_alone() -> 
     assert all(trace.trained for trace in traces)
     assert sum(trace.reward for trace in helped) >= 3 > sum(trace.reward for trace in alone)
     assert {s.author for trace in helped for s in trace.segments if s.source == "agent"} == set(NAMES)
+
+
+async def test_a_problem_whose_prompt_fills_the_context_makes_way(tmp_path: Path) -> None:
+    """Every third problem is too long: passed over and counted at each step, not failed; where none fits, one line says so."""
+
+    class Long(Exact):
+        every = 3
+
+        def train(self, index: int) -> Problem:
+            return Problem(f"p{index}", "1+1?" * (1 if index % self.every else 40), "2")
+
+    drawing = {"problems": 4, "traces": 2, "max_tokens": 8}
+    rollouts = replace(sampling(tmp_path, pretrain.tokenizer(), (), context=64, rollout=drawing), task=Long())
+    step = await rollouts.run_step(0, 0)
+    assert [group.problem.id for group in step.groups] == ["p1", "p2", "p4", "p5"]
+    assert [group.problem.id for group in step.too_long] == ["p0", "p3"]
+    assert step.drawn == 6
+    metrics = rollout_metrics(step.groups, (), 0, step.discarded, step.too_long)
+    assert (metrics["prompts/too_long"], metrics["failed"]) == (2, 0)
+    assert (await rollouts.run_step(1, step.drawn)).groups[0].problem.id == "p7"
+    Long.every = 1
+    with pytest.raises(ConfigError, match=r"the prompt has 1\d\d tokens, .* none fits"):
+        await rollouts.run_step(2, 0)

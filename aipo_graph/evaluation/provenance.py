@@ -1,5 +1,6 @@
 """What an evaluation's samples depend on, and how its figures came about."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -10,9 +11,12 @@ from aipo_graph import __version__
 from aipo_graph import load as files
 from aipo_graph.config import Config
 from aipo_graph.evaluation.passk import Values
-from aipo_graph.evaluation.samples import TASK_FILE, Part
+from aipo_graph.evaluation.samples import Part
 from aipo_graph.tasks.benchmarks import BENCHMARKS
 from aipo_graph.tasks.datasets import MAPPINGS, Layout
+from aipo_graph.types import Problem
+
+MODEL_FILES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".safetensors", ".bin"})
 
 
 def settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
@@ -34,11 +38,10 @@ def settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     if config.task.options:
         flat["task.options"] = dict(config.task.options)
-    spec = config.task.name.rpartition(":")[0]
-    if spec.endswith(".py"):
-        flat[TASK_FILE] = _hash([files.find(spec)])
     sizes = {part.name: f"{len(part.problems)} problems, {part.samples} samples" for part in parts}
-    return {"model": model_digest(model), **flat, **sizes, "graph, agent, prompt and data files": _contents(config)}
+    held = hashlib.sha256(json.dumps(contents(config)).encode()).hexdigest()
+    asked = problems_digest(problem for part in parts for problem in part.problems)
+    return {"model": model_digest(model), **flat, **sizes, "graph, agent, prompt and data files": held, "problems": asked}
 
 
 def protocol(config: Config, model: str, given: Values, preset: str) -> Values:
@@ -65,32 +68,58 @@ def protocol(config: Config, model: str, given: Values, preset: str) -> Values:
 
 
 def _revision(model: str) -> str | None:
-    """The commit of a hub model that was read here; None for a directory."""
+    """The commit of a hub model, whose config.json is read here if it was not; None for a directory, and where there is none to be had."""
     if Path(model).is_dir():
         return None
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    found = try_to_load_from_cache(model, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent.name
+    except (OSError, ValueError):  # whoever loads the model says it better
+        return None
 
 
-def _contents(config: Config) -> str:
-    """SHA-256 over the files that the settings name: edited, they are another evaluation."""
-    named = [spec.rpartition(":")[0] for spec in (config.rollout.graph, config.rollout.solo, *config.agents.use.values())]
-    paths = [files.find(name) for name in named if name.endswith(".py")]
-    paths += sorted(files.find(config.rollout.prompts, "dir").glob("*.md"))
-    paths += [
-        files.find(data) for data in (config.task.data, config.task.heldout) if data and data.endswith((".jsonl", ".csv", ".parquet"))
-    ]
-    return _hash(paths)
+def contents(config: Config) -> dict[str, str]:
+    """SHA-256 of each file that the settings name, by setting: code, prompts, local data."""
+    code = {"rollout.graph": config.rollout.graph, "rollout.solo": config.rollout.solo, "task.name": config.task.name}
+    code |= {f"agents.use.{name}": spec for name, spec in config.agents.use.items()}
+    paths = {key: path for key, spec in code.items() if (path := files.source(spec))}
+    paths |= {f"rollout.prompts/{path.name}": path for path in sorted(files.find(config.rollout.prompts, "dir").glob("*.md"))}
+    data = {"task.data": config.task.data, "task.heldout": config.task.heldout}
+    paths |= {key: files.find(name) for key, name in data.items() if name and name.endswith((".jsonl", ".csv", ".parquet"))}
+    return {f"{key} ({path.name})" if "/" not in key else key: _hash([path]) for key, path in paths.items()}
+
+
+def model_contents(model: str) -> dict[str, str]:
+    """SHA-256 of each file of a model directory that a policy's text or tokens come from; of a hub model, its commit."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return {"policy.model": revision} if (revision := _revision(model)) else {}
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    return {f"policy.model/{path.relative_to(folder)}": _hash([path]) for path in sorted(found) if path.suffix in MODEL_FILES}
+
+
+def problems_digest(problems: Iterable[Problem]) -> str:
+    """SHA-256 of what is asked and wanted, wherever it came from."""
+    total = hashlib.sha256()
+    for problem in problems:
+        total.update(json.dumps([problem.id, problem.question, problem.answer, problem.kind]).encode())
+    return total.hexdigest()
 
 
 def _hash(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        stat = path.stat()
+        total.update(path.name.encode() + _digest(path, stat.st_size, stat.st_mtime_ns))
     return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(path: Path, size: int, changed: int) -> bytes:
+    """Of a model of many gigabytes once per process."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def digest(given: Values) -> str:
@@ -98,8 +127,7 @@ def digest(given: Values) -> str:
 
 
 def model_digest(model: str) -> str:
-    """SHA-256 over a model directory's JSON and safetensors files; of a hub model, its name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    return _hash(sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))
+    """SHA-256 over the files of a model directory: weights, configurations, tokenizer, chat templates; of a hub model, name and commit."""
+    if not Path(model).is_dir():
+        return "@".join(filter(None, (model, _revision(model))))
+    return hashlib.sha256(json.dumps(model_contents(model)).encode()).hexdigest()

@@ -20,8 +20,6 @@ from aipo_graph.types import TRAINED, Problem
 
 Mode = Literal["alone", "with_agents"]
 LONGEST_ANSWER = 80
-TASK_FILE = "task file"
-"""The one setting that headers of an earlier version lack where it is used; they are gone on with."""
 _LETTER = re.compile(r"\(?([A-J])(?:[.:)].*)?", re.DOTALL)
 
 
@@ -92,14 +90,15 @@ Key = tuple[str, str, int]
 class Store:
     """samples.jsonl of one evaluation: its settings in the first line, then a line per sample. Held by one process.
 
-    Raises ConfigError where another process has it, or it was made with other settings (the first differing key is named).
+    Raises ConfigError where another process has it, or it was made with other settings (the first differing key is named), unless
+    ``aside``: then those samples are kept beside it, and it starts anew.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.path = folder / "samples.jsonl"
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, aside: bool = False) -> None:
+        self.path, self._aside = folder / "samples.jsonl", aside
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = _open(self.path)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -124,15 +123,18 @@ class Store:
             return
         try:
             before, now = json.loads(first or b'{"settings": {}}')["settings"], json.loads(header)["settings"]
-            if TASK_FILE in now and rest:
-                before = {TASK_FILE: now[TASK_FILE]} | before
             different = next((key for key in [*now, *before] if before.get(key) != now.get(key)), None)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{self.path}:1: not the first line of an evaluation; choose another --out") from error
         if rest and different is None:
             os.ftruncate(self._file, whole)
             return
-        if rest:
+        if rest and self._aside:
+            self.path.rename(self.path.with_name(f"samples-{hashlib.sha256(first).hexdigest()[:8]}.jsonl"))
+            os.close(self._file)
+            self._file = _open(self.path)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif rest:
             raise ConfigError(
                 f"{self.path.parent} holds an evaluation with {different} = {before.get(different)!r}, not {now.get(different)!r}; "
                 "choose another --out, or delete it"
@@ -148,6 +150,10 @@ class Store:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def read(path: Path) -> dict[Key, Sample]:

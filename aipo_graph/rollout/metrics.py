@@ -12,16 +12,21 @@ ALARM = 0.1
 
 
 def rollout_metrics(
-    groups: Sequence[TraceGroup], agents: Iterable[str], version: int, discarded: Sequence[TraceGroup] = ()
+    groups: Sequence[TraceGroup],
+    agents: Iterable[str],
+    version: int,
+    discarded: Sequence[TraceGroup] = (),
+    too_long: Sequence[TraceGroup] = (),
 ) -> dict[str, float]:
     """Reward, solve rate, calls and tokens per agent, failures by reason, and lag, over one step's groups.
 
     Means are over trained traces; `failed` is the share of the others. `consults/<agent>` is per trace with agents. `lag` is the mean
     number of updates by which policy segments were sampled behind ``version``. Groups ``discarded`` for lack of signal count in
-    `discarded` (their share of all that were sampled) and in the token counts alone. `rewrites`, per trace of a graph of messages:
-    replies that could not go on from an earlier one's exact tokens; `calls/invalid`, of those too: tool calls that could not be read.
+    `discarded` (their share of all that were sampled) and in the token counts alone, those of prompts ``too_long`` for the context
+    in `prompts/too_long` (their number) and in the token counts. `rewrites`, per trace of a graph of messages: replies that could
+    not go on from an earlier one's exact tokens; `calls/invalid`, of those too: tool calls that could not be read.
     """
-    everything = [trace for group in (*groups, *discarded) for trace in group.traces]
+    everything = [trace for group in (*groups, *discarded, *too_long) for trace in group.traces]
     traces = [trace for group in groups for trace in group.traces]
     kept = [trace for trace in traces if trace.trained]
     alone = [trace for trace in kept if not trace.with_agents]
@@ -46,6 +51,8 @@ def rollout_metrics(
             metrics[name] = _mean(counts)
     if discarded:
         metrics["discarded"] = len(discarded) / len((*groups, *discarded))
+    if too_long:
+        metrics["prompts/too_long"] = float(len(too_long))
     for agent in agents:
         metrics[f"consults/{agent}"] = _mean(sum(s.source == "agent" and s.author == agent for s in t.segments) for t in helped)
     for kind in {group.problem.kind for group in groups if group.problem.kind}:

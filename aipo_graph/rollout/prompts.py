@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aipo_graph.errors import ConfigError
+from aipo_graph.load import text
 
 FIELDS = ("question", "query", "transcript")
 """What a prompt may ask for: the problem's question, the consult's query, the thread so far."""
@@ -21,13 +22,10 @@ class Prompts:
     @classmethod
     def read(cls, folder: Path) -> "Prompts":
         """Reads and checks every `*.md` of a folder. Raises ConfigError for an unknown field or a stray brace."""
-        try:
-            texts = {path.stem: path.read_text(encoding="utf-8").rstrip("\n") for path in sorted(folder.glob("*.md"))}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{folder}: a prompt is not readable as UTF-8 text: {error}") from None
-        for name, text in texts.items():
+        texts = {path.stem: text(path).rstrip("\n") for path in sorted(folder.glob("*.md"))}
+        for name, written in texts.items():
             try:
-                fields = _fields(text)
+                fields = _fields(written)
             except ValueError as error:
                 raise ConfigError(f"{folder / name}.md: {error}; write a literal brace as {{{{ or }}}}") from None
             for field in fields:

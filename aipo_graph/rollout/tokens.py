@@ -45,7 +45,10 @@ class Tokenizer:
     def load(cls, model: str | Path, agents: Iterable[str] = (), eos_ids: Iterable[int] = (), *, thinking: bool = False) -> "Tokenizer":
         """The tokenizer of a model directory or hub name. Raises ConfigError if there is none."""
         try:
-            return cls(AutoTokenizer.from_pretrained(model), agents, eos_ids, thinking=thinking)
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            if isinstance(tokenizer.chat_template, str):  # an editor's byte order mark would open every prompt
+                tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
+            return cls(tokenizer, agents, eos_ids, thinking=thinking)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(

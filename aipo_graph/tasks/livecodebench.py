@@ -22,7 +22,7 @@ from pydantic import NonNegativeInt, PositiveFloat, StringConstraints
 
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError, ToolError
-from aipo_graph.load import find
+from aipo_graph.load import decoded, find
 from aipo_graph.tasks.datasets import kept_for_training, nothing_to_train, open_dataset
 from aipo_graph.tasks.split import Split
 from aipo_graph.tools import jail
@@ -307,7 +307,9 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     if len(line) > LONGEST_LINE:
         raise TaskError(f"{where}: a line of more than {LONGEST_LINE} bytes")
     try:
-        record = json.loads(line)
+        record = json.loads(decoded(line, where))
+    except ConfigError as error:
+        raise TaskError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{where}: not a JSON record ({str(error) or type(error).__name__})") from error
     if not isinstance(record, dict):

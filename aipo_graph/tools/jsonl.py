@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aipo_graph.errors import TaskError
+from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.load import decoded
 
 LONGEST_LINE = 1_000_000
 
@@ -32,7 +33,9 @@ def _record(line: bytes, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
     if len(line) > LONGEST_LINE:
         raise TaskError(f"{where}: a line of {len(line)} bytes; at most {LONGEST_LINE} are read")
     try:
-        record = json.loads(line.decode(), parse_constant=_refuse, object_pairs_hook=_unique)
+        record = json.loads(decoded(line, where), parse_constant=_refuse, object_pairs_hook=_unique)
+    except ConfigError as error:
+        raise TaskError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{where}: not a JSON record ({str(error) or type(error).__name__})") from error
     if not isinstance(record, dict):

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aipo_graph import cli
+from aipo_graph.cli import write_whole
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import nearest
-from aipo_graph.log import write_whole
 
 from .page import SCRIPTS, STYLES, assemble, has_display
 from .read import ViewedRun, index_of, read_run

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aipo_graph import cli
+from aipo_graph.cli import write_whole
 from aipo_graph.errors import ConfigError
-from aipo_graph.log import write_whole
 from experiments import grid
 from experiments.grid import CHOOSING
 from experiments.report import figures
