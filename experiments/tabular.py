@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from aipo_graph import cli
-from aipo_graph.log import write_whole
+from aipo_graph.cli import write_whole
 from experiments.report import figures
 from experiments.report.markdown import table
 from experiments.report.stored import Study, read
