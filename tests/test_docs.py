@@ -235,7 +235,7 @@ def test_metrics_on_the_page_are_those_that_are_logged(viewed_run: Path, tmp_pat
     logged = {"step": 0.0}
     for row in read_metrics(viewed_run / "metrics.jsonl"):
         logged |= row
-    logged |= rollout_metrics([failed, *ended, group(rewritten)], [], 0, [failed])
+    logged |= rollout_metrics([failed, *ended, group(rewritten)], [], 0, [failed], [failed])
     logged |= learner.step(pack(random_groups(0), learner.config.loss)) | learner.step(wrong)
     logged |= SyncCheck("float32")(probe, probe.logprobs, 1)
     names = {plain(name) for name in logged if name != "step"}
