@@ -96,6 +96,17 @@ def settings(thinking: bool) -> dict[str, Any]:
     return {"enable_thinking": thinking, "date_string": DATE, "strftime_now": DAY.strftime}
 
 
+def after_reasoning(text: str, before: str = "") -> str:
+    """What of a reply stands after its reasoning, in any manner; nothing while a part of it, perhaps begun in ``before``, is not closed."""
+    text = ANALYSIS.sub("", text)
+    for opening, closing in THOUGHTS:
+        _, closed, after = text.rpartition(closing)
+        if opening in after or (not closed and before.rfind(opening) > before.rfind(closing)):
+            return ""
+        text = after
+    return text
+
+
 class Manner(NamedTuple):
     """What a template expects of a message with tool calls."""
 
@@ -358,6 +369,11 @@ class ChatFormat:
         kwargs = {"reasoning_content": reasoning} if reasoning else {}
         content = self._noise.sub("", content).strip()
         return AIMessage(content, tool_calls=valid, invalid_tool_calls=invalid, additional_kwargs=kwargs)
+
+    def said(self, text: str) -> str:
+        """What a reply says of which `after_reasoning` took the reasoning off: its content, without calls and control tokens."""
+        closing = next((closing for opening, closing in self._thoughts if self.opening.rstrip().endswith(opening)), "")
+        return str(self.parse(closing + text).content)
 
     def _split_reasoning(self, text: str) -> tuple[str, str]:
         """The reasoning and what follows it; all is reasoning while it is not closed."""

@@ -24,7 +24,7 @@ from aipo_graph.errors import ConfigError, GraphError, TaskError, ToolError
 from aipo_graph.learn.batch import pack
 from aipo_graph.load import model
 from aipo_graph.rollout import Agent, Context, State, agent_node, by_confidence, by_request, policy_node
-from aipo_graph.rollout.collect import Rollouts, Step, gather
+from aipo_graph.rollout.collect import Rollouts, Step, answer_text, gather
 from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.rollout.open import open_agents, open_graph
 from aipo_graph.rollout.stream import LocalRollouts
@@ -521,3 +521,34 @@ async def test_a_problem_whose_prompt_fills_the_context_makes_way(tmp_path: Path
     Long.every = 1
     with pytest.raises(ConfigError, match=r"the prompt has 1\d\d tokens, .* none fits"):
         await rollouts.run_step(2, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "said"),
+    [
+        ("q", "6*7 is 42", "6*7 is 42"),
+        ("q", "<think>perhaps 42, but", ""),
+        ("q", "<think>perhaps 42</think>I cannot say", "I cannot say"),
+        ("q", "<think>no</think>42</think>", ""),
+        ("q<think>\n", "perhaps 42", ""),
+        ("q<think>\n", "no</think>42", "42"),
+        ("q<think></think>\n", "42", "42"),
+        ("q", "[THINK]41[/THINK]42", "42"),
+        ("q[THINK]", "42", ""),
+        ("q", "<|channel|>analysis<|message|>41<|end|><|channel|>final<|message|>42", "<|channel|>final<|message|>42"),
+        ("q", "41</s>42", "41"),
+        ("q", "<think>no</s></think>42", ""),
+    ],
+)
+def test_an_answer_counts_after_the_reasoning_and_before_the_end_of_the_turn(prompt: str, text: str, said: str) -> None:
+    segments = (Segment("context", "policy", (1,), prompt), Segment("policy", "policy", (2,), text, logprobs=(-1.0,), version=0))
+    assert answer_text(segments, ["</s>"]) == said
+
+
+def test_a_thought_that_a_consult_broke_off_goes_on_after_it() -> None:
+    def policy(text: str) -> Segment:
+        return Segment("policy", "policy", (2,), text, logprobs=(-1.0,), version=0)
+
+    begun = (Segment("context", "policy", (1,), "q"), policy("<think>hm <verify>1</verify>"), Segment("agent", "verify", (3,), "yes"))
+    assert answer_text((*begun, policy("so 42"))) == ""
+    assert answer_text((*begun, policy("so</think>42"))) == "42"

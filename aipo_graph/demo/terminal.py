@@ -16,7 +16,7 @@ from rich.text import Text
 from aipo_graph.demo.options import Demo
 from aipo_graph.demo.questions import Questions
 from aipo_graph.errors import AipoError, EngineError
-from aipo_graph.rollout.collect import Rollouts, final_text
+from aipo_graph.rollout.collect import Rollouts, answer_text
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, Segment, Source, Trace, derive_seed
@@ -72,7 +72,7 @@ def _label(segment: Segment) -> str:
 
 def summary(trace: Trace, answer: str) -> Turn:
     """The last turn: what came of it. The reward only where the right ``answer`` is known."""
-    box = last_box(final_text(trace.segments))
+    box = last_box(answer_text(trace.segments))
     parts = ["no boxed answer" if box is None else f"answer {visible(box)}"]
     if answer and trace.trained:
         parts.append(f"reward {trace.reward:g}" + ("" if trace.reward >= 1 else f" (right is {visible(answer)})"))

@@ -255,7 +255,7 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Uni
 
 
 def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
-    from aipo_graph.rollout.collect import final_text
+    from aipo_graph.rollout.collect import answer_text
     from aipo_graph.tasks.grading import last_box
 
     consults: dict[str, tuple[int, int]] = {}
@@ -274,7 +274,7 @@ def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
         sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
         consults,
         trace.error and trace.error[:500] if graded else f"TaskError: the reward is {trace.reward}",
-        answer=ballot(last_box(final_text(trace.segments))) if answered else "",
+        answer=ballot(last_box(answer_text(trace.segments))) if answered else "",
         leaks=int(trace.scores.get("leaks", 0)),
         violation=bool(trace.scores.get("violation")),
     )

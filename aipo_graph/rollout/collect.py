@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import isawaitable
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from langsmith import tracing_context
 from aipo_graph.config import Config
 from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, RequestError, TaskError
 from aipo_graph.load import find, model
+from aipo_graph.messages import THOUGHTS, after_reasoning
 from aipo_graph.rollout.agents import Agent, Clock
 from aipo_graph.rollout.apart import fresh_stores, unsolved
 from aipo_graph.rollout.chat import ChatRun, OutOfTokens
@@ -111,7 +112,7 @@ class Rollouts:
         if not trace.trained:
             return trace
         try:
-            scores = {**trace.scores, **await self._score(problem, self._answer(trace))}
+            scores = {**trace.scores, **await self._score(problem, self.answer(trace))}
         except TaskError as error:
             return replace(trace, status="failed", error=f"TaskError: {error}")
         if with_agents and self.agents and any(writes_feedback(text) for text in policy_texts(trace)):
@@ -213,10 +214,10 @@ class Rollouts:
         settings["callbacks"] = [chat]
         return graph.astream({"messages": [HumanMessage(problem.question)]}, settings, context={}, stream_mode=modes)
 
-    def _answer(self, trace: Trace) -> str:
-        """The text in which an answer counts; of a message, what it says without its reasoning and control tokens."""
-        text = final_text(trace.segments)
-        return str(self.tokenizer.chat.parse(text).content) if in_messages(self._graph(trace.with_agents)) else text
+    def answer(self, trace: Trace) -> str:
+        """The text in which an answer counts: what stands after the reasoning and before the end of the turn; of a message, its content."""
+        text = answer_text(trace.segments, [self.tokenizer.decode([token]) for token in self.tokenizer.eos_ids])
+        return self.tokenizer.chat.said(text) if in_messages(self._graph(trace.with_agents)) else text
 
     async def _score(self, problem: Problem, text: str) -> dict[str, float]:
         """What the task says of a final text, any kind of number as a float. Raises TaskError, ConfigError for what is no score."""
@@ -372,6 +373,20 @@ def final_text(segments: Sequence[Segment]) -> str:
     row = [s for s in segments if s.thread == segments[sampled[-1]].thread]
     start = max((i + 1 for i, s in enumerate(row) if s.source != "policy"), default=0)
     return "".join(s.text for s in row[start:])
+
+
+def answer_text(segments: Sequence[Segment], ends: Sequence[str] = ()) -> str:
+    """What `final_text` says after its reasoning part and before the end of the turn, be it a token or spelt out as one of ``ends``."""
+    final = final_text(segments)
+    sampled = [s for s in segments if s.source == "policy"]
+    row = [s for s in segments if sampled and s.thread == sampled[-1].thread]
+    before = "".join(s.text for s in row if s.source == "policy").removesuffix(final)
+    for end in filter(str.strip, ends):
+        final, before = final.partition(end)[0], before.rpartition(end)[2]  # of earlier turns nothing is open
+    prompts = [s.text for s, later in pairwise(row) if s.source != "policy" and later.source == "policy"] or [""]
+    prompt = prompts[0 if before else -1].rstrip()
+    opened = next((opening for opening, _ in THOUGHTS if prompt.endswith(opening)), "")
+    return after_reasoning(final, opened + before)
 
 
 def in_messages(graph: Graph) -> bool:
