@@ -94,6 +94,27 @@ def test_two_runs_of_one_config_are_equal_bit_for_bit(undisturbed: Path, tmp_pat
     assert timeless(again) == timeless(undisturbed)
 
 
+def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path, tmp_path: Path) -> None:
+    """With other limits, too. It is the undisturbed run up to there, and what was found of the earlier policy is kept beside."""
+    folder = tmp_path / "runs" / "quickstart"
+    shutil.copytree(undisturbed, folder)
+    done = run(tmp_path, train__steps=9, train__micro_batch_tokens=2048, evaluate__samples=2)
+    assert done.returncode == 0, done.stderr
+    assert {line for line in done.stdout.splitlines() if line.startswith("note: ")} == {
+        "note: train.steps = 9 from here on, 8 before",
+        "note: train.micro_batch_tokens = 2048 from here on, 4096 before",
+        "note: evaluate.samples = 2 from here on, 1 before",
+        "note: goes on after step 8",
+    }
+    assert timeless(folder)[:8] == timeless(undisturbed)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == len(timeless(folder)) == 9
+    assert json.loads((folder / "changes.jsonl").read_text())["step"] == 8
+    for part in ("base", "trained"):
+        assert len(list((folder / "evaluation" / part).glob("samples*.jsonl"))) == 2
+    digests = [hashlib.sha256((path / "policy" / "model.safetensors").read_bytes()).digest() for path in (folder, undisturbed)]
+    assert digests[0] != digests[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"rollout__max_lag": 1}, {"rollout__redraws": 2}], ids=["plain", "lag", "redraws"])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path, settings: dict[str, int]) -> None:
