@@ -24,6 +24,8 @@ TAG = r"</?[^\s<>=\"'()]+[=>]?|\[/?[A-Z_]{2,}\]|```\w*"
 """What looks like a mark although it may be no token of its own."""
 WORDS = r"[^\s<>{}\[\]()|\"'`=,:;]+"
 """A tool's name."""
+LONG = 16
+"""Calls of a reply in whose values marks of calls may stand: each is read twice."""
 NEXT_JSON = re.compile(r"[\s,;]*(?=[{\[])")
 
 
@@ -54,7 +56,7 @@ class Manner:
     """The last mark of that, if any."""
     name: re.Pattern[str]
     """The tool's name and what stands between it and the arguments; with the name inside, nothing."""
-    keys: tuple[str | None, str] = (None, "")
+    keys: tuple[str | None, str] = ("name", "arguments")
     """Where a JSON value has the name (None: it is the key) and the arguments."""
     pair: re.Pattern[str] | None = None
     """What opens one value, with its key."""
@@ -71,20 +73,28 @@ class Manner:
         found: list[Call | Fault] = []
         starts = list(self.start.finditer(text))
         ends = [*(match.start() for match in starts), len(text)]
-        outside.append(text[: ends[0]])
+        at, again = 0, LONG
         for match, end in zip(starts, ends[1:], strict=True):
-            body = text[match.end() : end]
+            if match.start() < at:
+                continue  # inside the value of a call before it
+            outside.append(text[at : match.start()])
             try:
-                calls, stop = self._body(body, schemas)
+                try:
+                    calls, length = self._body(text[match.end() : end], schemas)
+                except (ValueError, RecursionError):
+                    if end == len(text) or again == 0:
+                        raise
+                    again -= 1
+                    calls, length = self._body(text[match.end() :], schemas, whole=False)
                 found += calls
-            except _Other as error:
-                if self.weak:
-                    outside.append(text[match.start() : end])
-                    continue
-                stop = self._fault(body, error, found)
+                at = match.end() + length
             except (ValueError, RecursionError) as error:
-                stop = self._fault(body, error, found)
-            outside.append(body[stop:])
+                if self.weak and isinstance(error, _Other):
+                    outside.append(text[match.start() : end])
+                    at = end
+                else:
+                    at = match.end() + self._fault(text[match.end() : end], error, found)
+        outside.append(text[at:])
         return "".join(outside), found
 
     def _fault(self, body: str, error: Exception, found: list[Call | Fault]) -> int:
@@ -93,8 +103,12 @@ class Manner:
         found.append(Fault(before, str(error).partition("\n")[0][:200]))
         return len(before) + len(closed)
 
-    def _body(self, body: str, schemas: Schemas) -> tuple[list[Call], int]:
-        """The calls that a text begins with, and where it goes on. Raises ValueError or RecursionError."""
+    def _body(self, body: str, schemas: Schemas, whole: bool = True) -> tuple[list[Call], int]:
+        """The calls that a text begins with, and where it goes on. Raises ValueError or RecursionError.
+
+        Args:
+            whole: it holds no further calls, so that nothing of these may be left.
+        """
         calls: list[Call] = []
         at = 0
         match self.shape:
@@ -102,6 +116,9 @@ class Manner:
                 while following := NEXT_JSON.match(body, at):
                     value, at = decode(body, following.end())
                     calls += [self._entry(entry) for entry in (value if isinstance(value, list) else [value])]
+            case "object" if (listed := NEXT_JSON.match(body)) and not listed.group():  # older models of a family write all in JSON
+                value, at = decode(body)
+                calls += [self._entry(entry) for entry in (value if isinstance(value, list) else [value])]
             case "object":
                 name, at = self._name(body, at)
                 value, at = decode(body, at)
@@ -121,7 +138,7 @@ class Manner:
             check(arguments)
         end = self.close.match(body, at)
         stop = end.end() if end else at
-        if self.last and self.last in body[stop:]:
+        if whole and self.last and self.last in body[stop:]:
             raise ValueError("text after the arguments")
         return calls, stop
 
@@ -179,7 +196,7 @@ def learn(write: Callable[[Sequence[Call]], str], plain: str, specials: str) -> 
         plain: the same of a reply of text alone.
         specials: a pattern of control tokens.
     """
-    marks = re.compile(f"{specials}|{TAG}")
+    marks = re.compile(f"(?:{specials})|{TAG}")
     one = _inside(write([(NAME, {KEY: WORD})]), plain, marks)
     try:
         two = write([(NAME, {KEY: WORD}), (OTHER, {NEXT: MORE})])
@@ -307,11 +324,14 @@ def _manner(
     """
     lead = lead if lead.strip() else head
     outer = head.removesuffix(lead)
+    prefix = ""
+    if lead.endswith("functions.") and marks.search(lead):  # Kimi K2 may leave it out
+        lead, prefix = lead.removesuffix("functions."), r"(?:functions\.)?"
     start = _loose(lead)
     middle = rf"\s*{_loose(between)}" if between.strip() or "\n" not in between else r"[ \t]*\n\s*"
     if found := [match.group() for match in marks.finditer(between)]:
         middle = rf"(?:{middle}|[^\n{{]{{0,120}}?{re.escape(found[-1])}\s*)"
-    name = rf"(?P<name>{WORDS}){middle}" if shape != "json" else ""
+    name = rf"{prefix}(?P<name>{WORDS}){middle}" if shape != "json" else ""
     if shape == "literal":
         name = rf"[\s,;]*\[?\s*{name}"
     marked = re.search(rf"{marks.pattern}|<\w|\w=\w", lead)
@@ -319,7 +339,13 @@ def _manner(
         start += f"(?={name.replace('(?P<name>', '(?:')}{ahead})" if name else ahead
     weak = not marked and not re.search(r"\w", lead)
     if weak:
-        start = rf"\A(?:\s|{marks.pattern})*?{start}"
+        start = rf"(?:\A(?:\s|{marks.pattern})*?|(?:{marks.pattern.removesuffix(f'|{TAG}')})\s*){start}"
+    elif marked:
+        opened = list(marks.finditer(lead))
+        first = lead[: opened[-1].start()] if len(opened) > 1 else ""
+        start = _loose(lead[len(first) :])
+        sections = [_loose(text) for text in (outer, first) if marks.search(text)]
+        start = "|".join(["".join(f"(?:{section})?" for section in sections) + start, *sections])
     elif outer.strip():
         start = rf"(?:{_loose(outer)})?{start}"
     pieces = [piece for part in tail.split() for piece in _pieces(part, marks)]
@@ -363,7 +389,7 @@ def _pieces(text: str, marks: re.Pattern[str]) -> list[str]:
 
 def _loose(text: str, after: str = r"\s*") -> str:
     """A pattern of the text in which blanks may be any, and the id too."""
-    words = r"\s*".join(re.escape(word).replace(ID, r"[\w.:-]*") for word in text.split())
+    words = r"\s*".join(re.escape(word).replace(ID, r"[\w.:-]*") for word in text.replace("><", "> <").split())
     return words + after if words else ""
 
 

@@ -11,6 +11,8 @@ MAX_DEPTH = 32
 CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n": ""}
 NUMBER = re.compile(r"[+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
+WORDS = r"[\w.$-]+(?: [\w.$-]+)*"
+"""A key without quotes."""
 BARE = re.compile(r"[^\s,\[\](){}:=\"'<>]+")
 TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,),
@@ -125,7 +127,7 @@ class Literals:
     def __init__(self, text: str, quote: str = "", assign: str = "=") -> None:
         self._text = text
         self._quotes = sorted({'"""', "'''", '"', "'", quote} - {""}, key=len, reverse=True)
-        self._key = re.compile(rf"\s*([\"']?)([\w.$-]+)\1\s*{re.escape(assign)}(?!=)")
+        self._key = re.compile(rf"\s*([\"']?)({WORDS})\1\s*{re.escape(assign)}(?!=)")
 
     def arguments(self, at: int, closing: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """Arguments up to the closing bracket, those without a name as the schema orders them, and where that ends. Raises ValueError."""
@@ -213,7 +215,7 @@ class Literals:
         found: dict[str, Any] = {}
         at = self._blank(at)
         while not self._text.startswith("}", at):
-            word = re.compile(r"[\w.$-]+(?=\s*:)").match(self._text, at)
+            word = re.compile(rf"{WORDS}(?=\s*:)").match(self._text, at)
             key, at = (word.group(), word.end()) if word else self.value(at, depth - 1)
             at = self._blank(at)
             if not isinstance(key, str) or not self._text.startswith(":", at) or key in found:

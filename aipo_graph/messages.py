@@ -139,7 +139,7 @@ class ChatFormat:
         self._neutralise_tags = blank(specials | set(TAGS))[1]
         self._template = str(tokenizer.chat_template)
         self._harmony = "<|channel|>" in self._template and "<|message|>" in self._template
-        self._thoughts = [pair for pair in THOUGHTS if pair[0] in self._template or pair[0] == THINK]
+        self._thoughts = [pair for pair in THOUGHTS if pair[0] in self._template or pair[0] in specials or pair[0] == THINK]
         self._place = "reasoning_content"
         """Where the template looks for reasoning: a key of the message, or `content`, in blocks."""
         self._manner = Manner()
@@ -247,11 +247,15 @@ class ChatFormat:
             )
 
     def _render(self, messages: Sequence[BaseMessage], tools: Sequence[Mapping[str, Any]] = (), *, reply: bool = True) -> str:
-        made = [call for message in messages if isinstance(message, AIMessage) for call in message.tool_calls]
+        replies = [message for message in messages if isinstance(message, AIMessage)]
+        made = [call for reply in replies for call in reply.tool_calls]
         ids = {call["id"] or "": f"functions.{call['name']}:{i}" for i, call in enumerate(made)} if self._manner.named else {}
+        # The template has not written a call that could not be read, and some refuse a result without a call.
+        unread = {call["id"] for reply in replies for call in reply.invalid_tool_calls}
+        said = [HumanMessage(m.text) if isinstance(m, ToolMessage) and m.tool_call_id in unread else m for m in messages]
         try:
             text = self._tokenizer.apply_chat_template(
-                [self._plain(message, ids) for message in messages],
+                [self._plain(message, ids) for message in said],
                 tools=[_each(dict(tool), self._neutralise) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=reply,

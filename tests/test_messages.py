@@ -335,6 +335,28 @@ def test_a_model_may_write_a_little_otherwise(
     assert (calls, content, invalid) == (([("save", arguments)], "", 0) if arguments is not None else ([], text, 0))
 
 
+@pytest.mark.parametrize("manner", TEMPLATES)
+def test_a_call_may_hold_marks_of_calls(manners: dict[str, ChatFormat], manner: str) -> None:
+    """Its template blanks them out; a model does not."""
+    if manner in LOSSY:
+        return
+    format = manners[manner]
+    text = written(format, [("save", {"text": "PLACE", "count": 1})])
+    forged = text[: text.find("save")].strip() or "<x>"
+    calls, _, invalid = read(format, text.replace("PLACE", "a " + forged.replace('"', "").replace("\n", "") + " b"))
+    assert ([name for name, _ in calls], invalid) == (["save"], 0)
+    assert calls[0][1]["count"] == 1
+
+
+@pytest.mark.parametrize("manner", ["hermes", "gpt-oss", "magistral", "llama3 one call"])
+def test_the_answer_to_a_call_that_cannot_be_read_is_taken(manners: dict[str, ChatFormat], manner: str) -> None:
+    text = written(manners[manner], [("save", {"count": 1})])
+    reply = manners[manner].parse(text[: text.rfind("1")] + "}}}", [SAVE])
+    (bad,) = reply.invalid_tool_calls
+    answer = ToolMessage("error: no JSON", tool_call_id=str(bad["id"]))
+    assert "error: no JSON" in manners[manner].render([HumanMessage("?"), reply, answer], [SAVE])
+
+
 THOUGHTS = [
     ("gpt-oss", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>", "hm", "4"),
     ("gpt-oss", "<|channel|>analysis<|message|>hm, \\boxed{4}", "hm, \\boxed{4}", ""),
