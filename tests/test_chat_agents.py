@@ -507,9 +507,9 @@ def test_a_factory_whose_client_misses_its_key(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("path", sorted(path.name for path in ROOT.glob("configs/*gpu.yaml")))
 async def test_the_agents_of_each_gpu_config_answer_over_a_real_model(path: str, tmp_path: Path) -> None:
-    """A tiny random one with a chat template that shows tools: what it says is noise, and is recorded with its log-probabilities."""
-    tokenizer = bpe(chat=True)
-    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + str(tokenizer.chat_template)
+    """A tiny random one with a chat template that knows tools: what it says is noise, and is recorded with its log-probabilities."""
+    tokenizer = bpe()
+    tokenizer.chat_template = QWEN
     given = cli.parse([str(ROOT / "configs" / path)], Config, prog="", doc="", default="")[0].model_dump(mode="json")
     given["policy"] |= {"model": save_tiny(tmp_path, tokenizer, context=4096), "dtype": "float32", "lora_rank": 0}
     given["agents"] |= {"models": dict.fromkeys(given["agents"]["use"], "policy"), "max_tokens": 12}
