@@ -15,7 +15,7 @@ from tool_manners import HEAD, LOOP, SINGLE, TAIL, TEMPLATES, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from aipo_graph.errors import ConfigError
-from aipo_graph.messages import ChatFormat
+from aipo_graph.messages import ChatFormat, turn_end
 from aipo_graph.rollout.tokens import Tokenizer
 
 QWEN = """{%- if tools %}<|im_start|>system
@@ -213,6 +213,22 @@ def test_llamas_bare_json_is_a_call_where_the_template_speaks_of_it(qwen: ChatFo
     assert ChatFormat(chat(LLAMA)).parse('{"not json').invalid_tool_calls
     assert ChatFormat(chat(LLAMA)).parse("{1, 2}, so \\boxed{2}").content == "{1, 2}, so \\boxed{2}"
     assert qwen.parse(text).tool_calls == []
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (QWEN, "<|im_end|>"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}\n{% endfor %}", "<|im_start|>"),  # the next turn's opening
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        (None, None),
+    ],
+)
+def test_the_token_that_ends_a_reply_is_read_from_the_template(template: str | None, end: str | None) -> None:
+    tokenizer = chat(QWEN)
+    tokenizer.chat_template = template
+    assert turn_end(tokenizer) == (end and tokenizer.convert_tokens_to_ids(end))
 
 
 SAVE = {

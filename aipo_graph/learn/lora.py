@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -37,7 +38,7 @@ def attach(model: PreTrainedModel, policy: Policy, seed: int, *, experts: bool =
     kind = model.config.model_type
     fused, layers = _fused_experts(model), _linear_layers(model)
     # peft takes these names, wherever they stand, for those of fused experts.
-    renamed = [name for name in layers if fused and name.rpartition(".")[2] in EXPERT_NAMES]
+    renamed = [name for name in layers if _expert_counts(model) and name.rpartition(".")[2] in EXPERT_NAMES]
     settings = LoraConfig(
         r=policy.lora_rank,
         lora_alpha=int(policy.lora_alpha) if policy.lora_alpha.is_integer() else policy.lora_alpha,  # type: ignore[arg-type]  # both do
@@ -65,15 +66,28 @@ def attach(model: PreTrainedModel, policy: Policy, seed: int, *, experts: bool =
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Layers that compute x W and nothing else, but for the head: routers and quantized layers are linear layers in name alone."""
-    head, maps = model.get_output_embeddings(), (nn.Linear.forward, Conv1D.forward)
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and type(m).forward in maps]
+    """Layers that compute x W + b and nothing else, but for the head: routers and quantized layers are linear layers in name alone."""
+    head = model.get_output_embeddings()
+    return [name for name, layer in model.named_modules() if layer is not head and _is_linear(layer)]
+
+
+@torch.no_grad()
+def _is_linear(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+        return isinstance(layer, nn.Linear | Conv1D)
+    ones = layer.weight.new_ones(1, 2, layer.in_features)
+    found = layer(ones)
+    return isinstance(found, Tensor) and (found.is_meta or torch.allclose(found, linear(ones, layer.weight, layer.bias), rtol=1e-2))
+
+
+def _expert_counts(model: PreTrainedModel) -> set[int]:
+    settings = model.config.get_text_config().to_dict().items()
+    return {value for key, value in settings if "expert" in key and type(value) is int}
 
 
 def _fused_experts(model: PreTrainedModel) -> list[str]:
     """Parameters [experts, in, out] or [experts, out, in]."""
-    settings = model.config.get_text_config().to_dict().items()
-    counts = {value for key, value in settings if "expert" in key and type(value) is int}
+    counts = _expert_counts(model)
     return [name for name, p in model.named_parameters() if p.dim() == 3 and p.shape[0] in counts and p.is_floating_point()]
 
 
