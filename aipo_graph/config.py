@@ -336,8 +336,8 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    problems: PositiveInt = 256
-    """Held-out problems."""
+    problems: NonNegativeInt = 256
+    """Held-out problems; 0 leaves out the evaluations before and after a training run."""
     problems_with_agents: PositiveInt = 64
     """Held-out problems in the evaluation with agents (the first ones of the same list, all of them at most)."""
     samples: PositiveInt = 64

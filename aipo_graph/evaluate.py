@@ -110,6 +110,8 @@ def start(
     Raises AipoError in one line for settings or files that cannot be used.
     """
     config, found = _with_model(config, str(model))
+    if not config.evaluate.problems:
+        raise ConfigError("evaluate.problems = 0: nothing to evaluate; give at least 1")
     samples = config.evaluate.samples
     k = sorted(set(k)) if k is not None else sorted({n for n in K if n <= samples} | ({samples} if preset else set()))
     if k and k[-1] > samples and not greedy_only:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def run(config: Config, console: Console, *, force: bool = False) -> None:
     started = time.monotonic()
     torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    path, task = model(config.policy.model), open_task(config)
+    path, task, evaluated = model(config.policy.model), open_task(config), config.evaluate.problems > 0
     # Data that cannot be trained on is refused before anything is loaded.
     told = contents(config) | model_contents(path) | {"the task's problems": problems_digest(map(task.train, range(TOLD)))}
     with RunLog(config, console, files=told, force=force) as log, launched(config, path, log.folder, console) as config:
@@ -168,25 +168,29 @@ def run(config: Config, console: Console, *, force: bool = False) -> None:
         learner = Learner(config, path, torch_device(config))
         cursor = learner.restore(log.folder / "checkpoints")
         before = read_metrics(log.folder / "metrics.jsonl")
+        evaluation, values = log.folder / "evaluation", dict[str, Values]()
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
-        with start(beside, path, log.folder / "evaluation" / "base", kinds=task.kinds, aside=True) as base_evaluation:
-            if config.engine.kind != "local":
-                base = follow(base_evaluation, console)
+        with ExitStack() as stack:
+            waiting = stack.enter_context(start(beside, path, evaluation / "base", kinds=task.kinds, aside=True)) if evaluated else None
+            if waiting and config.engine.kind != "local":
+                values["base"] = follow(waiting, console)
             if not learn(config, path, task, learner, cursor, log):
                 return
             del learner  # its memory is the evaluation's, which is another process
             gc.unfreeze()
             gc.collect()
             torch.cuda.empty_cache()
-            if config.engine.kind == "local":
-                base = follow(base_evaluation, console)
-        with start(config, log.folder / "policy", log.folder / "evaluation" / "trained", kinds=task.kinds, aside=True) as evaluation:
-            trained = follow(evaluation, console)
+            if waiting and config.engine.kind == "local":
+                values["base"] = follow(waiting, console)
+        if evaluated:
+            with start(config, log.folder / "policy", evaluation / "trained", kinds=task.kinds, aside=True) as trained:
+                values["trained"] = follow(trained, console)
         rows = read_metrics(log.folder / "metrics.jsonl")
         if len(rows) > len(before) or not (log.folder / "summary.json").exists():
             seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
-            log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, base, trained)})
-        console.print(result_table(base, trained))
+            log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, values)})
+        if evaluated:
+            console.print(result_table(values["base"], values["trained"]))
         console.print(f"policy, curves.png and summary.json are in {log.folder}")
 
 
@@ -221,14 +225,13 @@ async def _train_with_engine(config: Config, path: str, task: Task, learner: Lea
         await engine.close()
 
 
-def summary(folder: Path, base: Values, trained: Values) -> dict[str, Any]:
-    """What summary.json holds beside the wall time: both evaluations and the tokens that were sampled for training."""
+def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:
+    """What summary.json holds beside the wall time: the evaluations of base and trained policy, and the tokens sampled for training."""
     rows = read_metrics(folder / "metrics.jsonl")
     return {
         "steps": len(rows),
         "train_tokens": {"policy": sum(row["tokens/policy"] for row in rows), "agent": sum(row["tokens/agent"] for row in rows)},
-        "base": base,
-        "trained": trained,
+        **values,
     }
 
 

@@ -27,11 +27,9 @@ TINY: dict[str, int] = {
     "rollout.traces": 4,
     "train.steps": 8,
     "train.patience": 100,
-    "evaluate.problems": 2,
-    "evaluate.problems_with_agents": 2,
-    "evaluate.samples": 1,
-    "evaluate.workers": 1,
+    "evaluate.problems": 0,
 }
+EVALUATED = {"evaluate__problems": 2, "evaluate__problems_with_agents": 2, "evaluate__samples": 1, "evaluate__workers": 1}
 
 
 def command(**settings: Any) -> list[str]:
@@ -61,7 +59,7 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = run(folder)
+    done = run(folder, **EVALUATED)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "quickstart"
 
@@ -92,6 +90,7 @@ def test_two_runs_of_one_config_are_equal_bit_for_bit(undisturbed: Path, tmp_pat
     again = tmp_path / "runs" / "quickstart"
     assert bits(again) == bits(undisturbed)
     assert timeless(again) == timeless(undisturbed)
+    assert set(json.loads((again / "summary.json").read_text())) == {"wall_seconds", "steps", "train_tokens"}  # TINY evaluates nothing
 
 
 def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path, tmp_path: Path) -> None:
