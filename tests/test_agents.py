@@ -652,7 +652,7 @@ NATURAL = [
 ]
 
 
-@pytest.mark.parametrize("tool", NATURAL, ids=str)
+@pytest.mark.parametrize("tool", NATURAL)
 async def test_tools_of_every_natural_kind(tool: Any) -> None:
     assert await ask(Agent("verify", tools=(tool,))) == "got pi"
     model = Caller(turns=[AIMessage("")])
@@ -756,7 +756,6 @@ def injected(query: str, state: Annotated[dict[str, Any], InjectedToolArg]) -> s
         (Looker, "its tool 'Looker' cannot be shown to a model: it is no function; write one, or give an instance"),
         ("look", "its tool 'str' cannot be shown to a model: it is no function"),
     ],
-    ids=str,
 )
 def test_a_tool_that_no_model_can_be_shown_is_refused_in_one_line(tool: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"agent 'verify': {message}") as caught:
