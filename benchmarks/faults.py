@@ -163,11 +163,13 @@ def consults(traces: Sequence[Trace]) -> tuple[int, int]:
     return answered, sum((t.error or "").startswith("AgentError: agent 'knowledge'") for t in traces)
 
 
-async def shaky(config: Config, count: int, *, share: float = 0.3, seed: int = 0, **fields: Any) -> dict[str, float]:
-    """A helper of whose requests a share goes wrong."""
+async def shaky(config: Config, count: int, *, share: float = 0.3, lost: float = 0.0, seed: int = 0, **fields: Any) -> dict[str, float]:
+    """A helper of whose requests a share goes wrong, and all of them for a share ``lost`` of the consults."""
 
     def fault(consult: str, attempt: int) -> str:
         draw = derive_seed(seed, consult, attempt) % 10**6
+        if derive_seed(seed, consult) % 10**6 < lost * 10**6:
+            return "500"
         return FAULTS[draw % len(FAULTS)] if draw < share * 10**6 else ""
 
     async with Provider(rule).serving() as provider:

@@ -64,7 +64,7 @@ def test_a_file_is_read_with_its_other_fields(tmp_path):
         ('{"id": "A", "text": "a", "x": NaN}', ":1: not a JSON record .NaN"),
         ("[" * 100_000, ":1: not a JSON record"),
         ('["A"]', ":1: a JSON object is expected, not list"),
-        (b"\xff\xfe", ":1: not a JSON record"),
+        (b"\xff\xfe", ":1: not UTF-8"),
         ("", "no records"),
         ("\n \n", "no records"),
     ],

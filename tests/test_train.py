@@ -97,7 +97,7 @@ def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path,
     """With other limits, too. It is the undisturbed run up to there, and what was found of the earlier policy is kept beside."""
     folder = tmp_path / "runs" / "quickstart"
     shutil.copytree(undisturbed, folder)
-    done = run(tmp_path, train__steps=9, train__micro_batch_tokens=2048, evaluate__samples=2)
+    done = run(tmp_path, train__steps=9, train__micro_batch_tokens=2048, **EVALUATED | {"evaluate__samples": 2})
     assert done.returncode == 0, done.stderr
     assert {line for line in done.stdout.splitlines() if line.startswith("note: ")} == {
         "note: train.steps = 9 from here on, 8 before",
