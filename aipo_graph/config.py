@@ -169,7 +169,8 @@ class Rollout(Section):
     max_failed: Fraction = 0.5
     """Share of failed traces in a step past which the run stops."""
     max_lag: NonNegativeInt = 0
-    """Weight updates by which sampling may run behind; 0 is synchronous, 1 overlaps sampling and learning."""
+    """Weight updates by which a token may be behind when it is learned from: 0 is synchronous, 1 overlaps sampling and learning, more evens
+    out long traces. Above 1 with vLLM servers alone."""
 
     @property
     def traces_with_agents(self) -> int:

@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ from aipo_graph.load import model
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.metrics import exclusions, rollout_metrics
-from aipo_graph.rollout.stream import LocalRollouts
-from aipo_graph.rollout.sync import Probe
+from aipo_graph.rollout.stream import Stream
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Task, TraceGroup
 
@@ -54,31 +53,22 @@ class Command(Config):
     """Go on with a begun run although settings or files have changed that change what it learns; changes.jsonl records them."""
 
 
-async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLog, cursor: Cursor) -> bool:
+async def train(config: Config, learner: Learner, stream: Stream, log: RunLog, cursor: Cursor) -> bool:
     """The loop: sample groups, learn from them, publish the weights; from `learner.version` to `train.steps` or `train.tokens`.
 
     Returns whether the end was reached; a signal stops it early. Raises TrainError when too many fail, or (from the learner) when there
     is nothing to learn from, or after three bad steps in a row; EngineError when the engine does not take the weights.
     """
-    local, engine = LocalRollouts(rollouts), rollouts.engine
-    # The local engine copies the tensors themselves: nothing to prove there.
-    probe_ids = rollouts.probe_ids() if config.engine.kind != "local" else ()
-
-    async def publish() -> None:
-        probe = Probe(probe_ids, await asyncio.to_thread(learner.logprobs, probe_ids)) if probe_ids else None
-        weights = learner.adapter() if engine.takes == "adapter" else learner.weights()
-        await local.load_weights(weights, learner.version, probe)
-
-    await publish()
+    await stream.load_weights(learner)
     tokens, drawn = cursor.get("tokens", 0.0), cursor.get("drawn", learner.version * config.rollout.problems)
-    ended = time.monotonic()
+    started = time.monotonic()
     finished, unhelped, passed_over = False, 0, False
     with stop_signals() as stopping:
-        async with aclosing(local.stream(learner.version, config.train.steps, drawn)) as steps:  # an error ends the step ahead, too
+        async with aclosing(stream.steps(learner.version, config.train.steps, drawn)) as steps:  # an error ends what is under way, too
             async for step in steps:
-                sampled, started = time.monotonic(), ended
-                metrics = rollout_metrics(step.groups, rollouts.agents, learner.version, step.discarded, step.too_long)
-                metrics |= local.synced
+                sampled = time.monotonic()
+                metrics = rollout_metrics(step.groups, config.agents.use, learner.version, step.discarded, step.too_long)
+                metrics |= stream.metrics
                 log.excluded(learner.version + 1, exclusions(step.groups), alarm=metrics["alarm"] > 0)
                 if step.too_long and not passed_over:
                     log.note(f"{step.too_long[0].traces[0].error}: such problems are passed over, prompts/too_long counts them")
@@ -86,22 +76,21 @@ async def train(config: Config, learner: Learner, rollouts: Rollouts, log: RunLo
                 unhelped = unhelped + 1 if _all_helped_failed(step.groups) else 0
                 if metrics["failed"] > config.rollout.max_failed or unhelped >= config.train.patience:
                     raise TrainError(_too_many_failed(config, step.groups, unhelped))
-                await engine.sleep()
-                batch, shown = pack(step.groups, config.loss), step.groups[: config.run.trace_groups]
+                batch = pack(step.groups, config.loss, learner.version - config.rollout.max_lag)
+                shown = step.groups[: config.run.trace_groups]
                 learned = await asyncio.to_thread(learner.learned, batch, shown)
                 metrics |= await asyncio.to_thread(learner.step, batch)
                 stepped = time.monotonic()
-                await publish()
+                await stream.load_weights(learner)
                 ended = time.monotonic()
                 metrics |= {"seconds/sample": sampled - started, "seconds/learn": stepped - sampled, "seconds/publish": ended - stepped}
                 metrics["tokens_per_second"] = metrics["tokens/policy"] / (ended - started)
+                started = ended
                 log.step(learner.version, metrics, shown, learned)
                 tokens += metrics["tokens/policy"]
                 finished = _finished(config, learner.version, tokens)
-                regular = learner.version % config.run.checkpoint_every == 0
-                # One step ahead, only a regular checkpoint resumes with just the weights that the undisturbed run samples with.
-                stopped = stopping.is_set() and (regular or not config.rollout.max_lag)
-                if finished or stopped or regular:
+                stopped = stopping.is_set() and stream.whole(learner.version)
+                if finished or stopped or learner.version % config.run.checkpoint_every == 0:
                     warning = learner.save(log.folder / "checkpoints", {"finished": finished, "tokens": tokens, "drawn": step.drawn})
                     if warning:
                         log.note(warning)
@@ -201,7 +190,7 @@ def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Curso
     if learner.version:
         log.note(f"goes on after step {learner.version}")
     if not finished:
-        finished = asyncio.run(_train_with_engine(config, path, task, learner, log, cursor))
+        finished = asyncio.run(_train(config, path, task, learner, log, cursor))
     if not finished:
         log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")
         return False
@@ -211,7 +200,14 @@ def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Curso
     return True
 
 
-async def _train_with_engine(config: Config, path: str, task: Task, learner: Learner, log: RunLog, cursor: Cursor) -> bool:
+async def _train(config: Config, path: str, task: Task, learner: Learner, log: RunLog, cursor: Cursor) -> bool:
+    async with opened(config, path, task, log) as stream:
+        return await train(config, learner, stream, log, cursor)
+
+
+@asynccontextmanager
+async def opened(config: Config, path: str, task: Task, log: RunLog) -> AsyncIterator[Stream]:
+    """Where training steps come from: graph runs and the policy's engine, which ends with the context."""
     engine = await open_engine(config, path)
     try:
         chats = await open_chats(config, engine)
@@ -220,7 +216,7 @@ async def _train_with_engine(config: Config, path: str, task: Task, learner: Lea
         rollouts = Rollouts.open(config, engine, task, chats)
         log.graph(layout(rollouts.graph.get_graph(), frozenset(rollouts.agents)))
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
-        return await train(config, learner, rollouts, log, cursor)
+        yield Stream(rollouts, config)
     finally:
         await engine.close()
 

@@ -57,11 +57,12 @@ async def measure(config: Config) -> dict[str, list[float]]:
     learner = Learner(config, model(config.policy.model))
     gc.freeze()  # as in training
     rows: dict[str, list[float]] = {name: [] for name in ("graph", "engine", "ratio", "learner", "superstep")}
-    await rollouts.run_step(0, 0)
+    draws = [rollouts.draw(index) for index in range(config.rollout.problems * REPEATS)]
+    await rollouts.run_groups(draws[: config.rollout.problems])
     for step in range(REPEATS):
         await engine.load_weights(learner.weights(), step)  # forgets cached prefixes
         started = time.perf_counter()
-        groups = (await rollouts.run_step(step, step * config.rollout.problems)).groups
+        groups = await rollouts.run_groups(draws[step * config.rollout.problems :][: config.rollout.problems])
         graph_seconds = time.perf_counter() - started
         traces = [trace for group in groups for trace in group.traces]
         await engine.load_weights(learner.weights(), step)

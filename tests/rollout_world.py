@@ -2,10 +2,10 @@
 
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -20,6 +20,7 @@ from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.graph import Graph
 from aipo_graph.rollout.open import open_graph
 from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.stream import Step, Stream
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.types import Completion, Problem, Stop
 
@@ -83,6 +84,8 @@ class Scribe:
     tokenizer: PreTrainedTokenizerFast
     write: Callable[[str], str]
     version: int = 0
+    in_flight: bool = False
+    takes: Literal["weights", "adapter"] = "weights"
     sampled: list[tuple[int, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -179,6 +182,12 @@ def sampling(folder: Path, tokenizer: PreTrainedTokenizerFast, helpers: Iterable
         Prompts(folder, dict.fromkeys(("policy", "solo", *named), "{question}")),
         1.0,
     )
+
+
+async def run_step(rollouts: Rollouts, number: int, drawn: int) -> Step:
+    """One training step alone, from training problem ``drawn`` on."""
+    async with aclosing(Stream(rollouts, rollouts.config).steps(number, number + 1, drawn)) as steps:
+        return await anext(steps)
 
 
 def with_graph(rollouts: Rollouts, graph: Graph) -> Rollouts:

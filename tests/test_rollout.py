@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import math
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from langgraph.graph import END, START, StateGraph
-from rollout_world import NAMES, Exact, bpe, echo, sampling, settings, with_graph, world
+from rollout_world import NAMES, Exact, bpe, echo, run_step, sampling, settings, with_graph, world
 
 from aipo_graph import pretrain
 from aipo_graph.engines.local import LocalEngine
@@ -24,10 +24,10 @@ from aipo_graph.errors import ConfigError, GraphError, TaskError, ToolError
 from aipo_graph.learn.batch import pack
 from aipo_graph.load import model
 from aipo_graph.rollout import Agent, Context, State, agent_node, by_confidence, by_request, policy_node
-from aipo_graph.rollout.collect import Rollouts, Step, answer_text, gather
+from aipo_graph.rollout.collect import Rollouts, answer_text, gather
 from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.rollout.open import open_agents, open_graph
-from aipo_graph.rollout.stream import LocalRollouts
+from aipo_graph.rollout.stream import Stream
 from aipo_graph.tasks import operators
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup, derive_seed
 
@@ -64,7 +64,7 @@ def on_operators(jitter: random.Random | None = None, **sections: Any) -> Rollou
 async def test_a_step_of_the_operator_task() -> None:
     """Every token keeps its source, and groups are first helped, then alone."""
     rollouts = on_operators()
-    groups = [group for step in range(2) for group in (await rollouts.run_step(step, 2 * step)).groups]
+    groups = [group for step in range(2) for group in (await run_step(rollouts, step, 2 * step)).groups]
     assert [group.problem for group in groups] == [rollouts.task.train(index) for index in range(4)]
     assert all([trace.with_agents for trace in group.traces] == [True, True, False, False] for group in groups)
     consults = 0
@@ -95,9 +95,9 @@ async def test_alone_the_policy_writes_its_own_feedback(root: Path) -> None:
 
 
 async def test_two_runs_are_identical_whatever_the_agents_delay() -> None:
-    first = await on_operators().run_step(1, 2)
-    second = await on_operators(random.Random(1)).run_step(1, 2)
-    third = await on_operators(random.Random(2)).run_step(1, 2)
+    first = await run_step(on_operators(), 1, 2)
+    second = await run_step(on_operators(random.Random(1)), 1, 2)
+    third = await run_step(on_operators(random.Random(2)), 1, 2)
     assert first == second == third
     assert any(s.source == "agent" for group in first.groups for trace in group.traces for s in trace.segments)
     traces = [trace for group in first.groups for trace in group.traces]
@@ -118,22 +118,34 @@ async def test_greedy_traces_of_one_problem_agree() -> None:
     assert len({trace.segments for trace in traces}) == 1
 
 
-async def consume(rollouts: Rollouts, steps: int) -> list[tuple[TraceGroup, ...]]:
+class Scaler:
     """A learner that scales every weight, in a thread beside the sampling, and publishes without copying."""
-    engine = rollouts.engine
-    assert isinstance(engine, LocalEngine)
-    learned = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
-    local, seen = LocalRollouts(rollouts), []
 
-    def learn() -> None:
-        for tensor in learned.values():
+    def __init__(self, engine: LocalEngine) -> None:
+        self.version = 0
+        self._weights = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+
+    def step(self) -> None:
+        for tensor in self._weights.values():
             tensor.mul_(1.25)
+        self.version += 1
 
-    stream: AsyncIterator[Step] = local.stream(0, steps, 0)
-    async for step in stream:
+    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        return self._weights.items()
+
+    adapter = weights
+
+    def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        raise AssertionError("the local engine is not probed")
+
+
+async def consume(rollouts: Rollouts, steps: int) -> list[tuple[TraceGroup, ...]]:
+    assert isinstance(rollouts.engine, LocalEngine)
+    learner, stream, seen = Scaler(rollouts.engine), Stream(rollouts, rollouts.config), []
+    async for step in stream.steps(0, steps, 0):
         seen.append(step.groups)
-        await asyncio.to_thread(learn)
-        await local.load_weights(learned.items(), len(seen))
+        await asyncio.to_thread(learner.step)
+        await stream.load_weights(learner)
     return seen
 
 
@@ -169,14 +181,14 @@ async def test_groups_without_signal_make_way_for_new_problems(root: Path) -> No
     drawing = {"problems": 2, "traces": 2, "redraws": 5}
     rollouts = replace(world(root, write, helpers(), rollout=drawing), task=Numbered())
     rollouts = replace(rollouts, prompts=replace(rollouts.prompts, texts={"policy": "@{question}", "solo": "{question}"}))
-    step = await rollouts.run_step(0, 0)
+    step = await run_step(rollouts, 0, 0)
     assert [group.problem.id for group in step.groups] == ["p5", "p6"]
     assert [group.problem.id for group in step.discarded] == ["p0", "p1", "p2", "p3", "p4"]
     assert step.drawn == 7
     metrics = rollout_metrics(step.groups, rollouts.agents, 0, step.discarded)
     assert metrics["discarded"] == 5 / 7
     assert metrics["tokens/policy"] > rollout_metrics(step.groups, rollouts.agents, 0)["tokens/policy"]
-    last = await replace(rollouts, config=settings(rollout=drawing | {"redraws": 1})).run_step(0, 0)
+    last = await run_step(replace(rollouts, config=settings(rollout=drawing | {"redraws": 1})), 0, 0)
     assert [group.problem.id for group in last.groups] == ["p2", "p3"]  # the last round is kept as it is
 
 
@@ -187,23 +199,24 @@ async def test_questions_that_are_too_long_are_passed_over(root: Path) -> None:
 
     rollouts = replace(world(root, lambda text: "", helpers()), task=Longer())
     limited = replace(rollouts, config=settings(rollout={"problems": 3, "traces": 2}, task={"max_prompt_tokens": 3}))
-    step = await limited.run_step(0, 0)
+    step = await run_step(limited, 0, 0)
     assert ([group.problem.id for group in step.groups], step.drawn) == (["p0", "p1", "p3"], 4)
     with pytest.raises(ConfigError, match="task.max_prompt_tokens = 1: each of 10000 problems in a row is longer; raise it"):
-        await replace(rollouts, config=settings(task={"max_prompt_tokens": 1})).run_step(0, 0)
+        await run_step(replace(rollouts, config=settings(task={"max_prompt_tokens": 1})), 0, 0)
 
 
 async def test_leaving_a_stream_early_stops_the_step_ahead() -> None:
     rollouts = on_operators(rollout=SMALL["rollout"] | {"max_lag": 1})
-    stream = LocalRollouts(rollouts).stream(0, 9, 0)
-    await anext(stream)
-    await stream.aclose()
+    steps = Stream(rollouts, rollouts.config).steps(0, 9, 0)
+    await anext(steps)
+    await steps.aclose()
     assert len(asyncio.all_tasks()) <= 2  # this test and at most the engine's loop, which has nothing left to do
 
 
 def test_more_lag_than_one_engine_can_have() -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.max_lag = 2: this process samples at most 1 step ahead"):
-        LocalRollouts(on_operators(rollout=SMALL["rollout"] | {"max_lag": 2}))
+    rollouts = on_operators(rollout=SMALL["rollout"] | {"max_lag": 2})
+    with pytest.raises(ConfigError, match=r"rollout\.max_lag = 2: engine\.kind = local takes .* at most 1 step ahead; use 0 or 1"):
+        Stream(rollouts, rollouts.config)
 
 
 # --- how a trace ends ------------------------------------------------------------------------------------------------------------
@@ -361,7 +374,7 @@ async def test_a_reward_of_nan_is_dropped_and_counted_and_in_no_average(root: Pa
 async def test_a_group_without_signal_is_drawn_again(root: Path, rewards: list[float], redrawn: bool) -> None:
     found = itertools.cycle(rewards)
     rollouts = world(root, asks, helpers(), rollout={"problems": 1, "traces": 2, "redraws": 1})
-    step = await replace(rollouts, task=Says(lambda: {"reward": next(found)})).run_step(0, 0)
+    step = await run_step(replace(rollouts, task=Says(lambda: {"reward": next(found)})), 0, 0)
     assert len(step.discarded) == redrawn
 
 
@@ -511,16 +524,16 @@ async def test_a_problem_whose_prompt_fills_the_context_makes_way(tmp_path: Path
 
     drawing = {"problems": 4, "traces": 2, "max_tokens": 8}
     rollouts = replace(sampling(tmp_path, pretrain.tokenizer(), (), context=64, rollout=drawing), task=Long())
-    step = await rollouts.run_step(0, 0)
+    step = await run_step(rollouts, 0, 0)
     assert [group.problem.id for group in step.groups] == ["p1", "p2", "p4", "p5"]
     assert [group.problem.id for group in step.too_long] == ["p0", "p3"]
     assert step.drawn == 6
     metrics = rollout_metrics(step.groups, (), 0, step.discarded, step.too_long)
     assert (metrics["prompts/too_long"], metrics["failed"]) == (2, 0)
-    assert (await rollouts.run_step(1, step.drawn)).groups[0].problem.id == "p7"
+    assert (await run_step(rollouts, 1, step.drawn)).groups[0].problem.id == "p7"
     Long.every = 1
     with pytest.raises(ConfigError, match=r"the prompt has 1\d\d tokens, .* none fits"):
-        await rollouts.run_step(2, 0)
+        await run_step(rollouts, 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def serve_command(config: Config, facts: Facts, port: int, *, python: str = sys.
     command = [python, "-m", MODULE, "--model", facts.path, "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", config.policy.dtype, "--max-model-len", str(facts.context), "--max-num-seqs", str(config.engine.max_batch)]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--disable-uvicorn-access-log"]
-    if rank := config.policy.lora_rank:  # two slots, for the moment in which old requests keep the adapter before
-        command += ["--enable-lora", "--max-lora-rank", str(max_rank(rank)), "--max-loras", "2"]
+    if rank := config.policy.lora_rank:  # requests keep the adapter that they began with
+        command += ["--enable-lora", "--max-lora-rank", str(max_rank(rank)), "--max-loras", str(config.rollout.max_lag + 2)]
     if not on_cuda(config):
         return [*command, "--enforce-eager", *WHOLE_PROMPTS, "--max-num-batched-tokens", str(prefill_budget(facts.context))]
     command += ["--gpu-memory-utilization", f"{config.engine.memory:g}"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import Loss
-from ..errors import TrainError
+from ..errors import GraphError, TrainError
 from ..types import Segment, Trace, TraceGroup
 from .advantage import advantages
 
@@ -141,11 +141,13 @@ def _behaviour(segment: Segment) -> Sequence[float]:
     return [math.inf if _bad(p) else p for p in segment.logprobs]
 
 
-def pack(groups: Sequence[TraceGroup], loss: Loss) -> Batch:
+def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
     """One row per thread of each trace that can be trained on, with its advantage.
 
     Traces that failed, or that have a reward or a policy logprob that is not finite or a logprob above 0, are left out and counted in
     ``Batch.counts``; so are single agent tokens whose recorded logprob is bad. Masked segments stay as context.
+
+    Raises GraphError for a policy token that was sampled under weights before version ``oldest``: `rollout.max_lag` is a promise.
     """
     counts = Counter(traces=0, untrained=0, bad_reward=0, bad_logprob=0, bad_agent_tokens=0)
     rows: list[tuple[tuple[Segment, ...], float]] = []
@@ -163,7 +165,10 @@ def pack(groups: Sequence[TraceGroup], loss: Loss) -> Batch:
         for trace, reason, value in zip(group.traces, faults, values, strict=True):
             if reason is None:
                 rows += [(row, value) for row in trace.rows()]
-    return _tensors(rows, counts)
+    batch = _tensors(rows, counts)
+    if found := [version for version in batch.versions.tolist() if 0 <= version < oldest]:
+        raise GraphError(f"a policy token of weights {min(found)} in a batch that takes none before {oldest} (rollout.max_lag); report it")
+    return batch
 
 
 def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str]) -> Batch:

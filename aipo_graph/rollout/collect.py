@@ -1,4 +1,4 @@
-"""Runs graphs over problems: one trace, one group, an endless stream of groups. Every token is checked against the ledger."""
+"""Runs graphs over problems: one trace, one group, groups of many problems. Every token is checked against the ledger."""
 
 import asyncio
 import math
@@ -42,19 +42,14 @@ COUNTED = ("leaks", "violation", "rewrites")
 """Scores that are counted here; a task's own have other names."""
 MOST_PASSED_OVER = 10_000
 """Problems in a row that `task.max_prompt_tokens` may pass over."""
-MOST_TOO_LONG = 1000
-"""Problems in a row whose prompts may fill the context."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What one training step was given: the groups to learn from, those discarded for lack of signal, the data cursor after them, and
-    those passed over since a prompt of theirs fills the context."""
+class Draw:
+    """A problem and its number among the task's training problems: the step that seeds its traces is number // `rollout.problems`."""
 
-    groups: tuple[TraceGroup, ...]
-    discarded: tuple[TraceGroup, ...]
-    drawn: int
-    too_long: tuple[TraceGroup, ...] = ()
+    index: int
+    problem: Problem
 
 
 @dataclass(frozen=True)
@@ -273,62 +268,30 @@ class Rollouts:
         ]
         return TraceGroup(problem, tuple(await gather(runs)))
 
-    async def run_step(self, step: int, drawn: int) -> Step:
-        """The groups of one training step, from the task's training problem ``drawn`` on.
-
-        Groups without signal make way for new problems up to `rollout.redraws` times; the last round's are kept as they are. A problem
-        whose prompt fills the context makes way in any case.
-        """
-        count = self.config.rollout.problems
-        groups: list[TraceGroup] = []
-        discarded: list[TraceGroup] = []
-        too_long: list[TraceGroup] = []
-        for redraws_left in range(self.config.rollout.redraws, -1, -1):
-            fitting, passed_over, drawn = await self._sample(step, drawn, count - len(groups))
-            too_long += passed_over
-            for group in fitting:
-                (groups if redraws_left == 0 or _has_signal(group) else discarded).append(group)
-            if len(groups) == count:
-                break
-        return Step(tuple(groups), tuple(discarded), drawn, tuple(too_long))
-
-    async def _sample(self, step: int, drawn: int, count: int) -> tuple[list[TraceGroup], list[TraceGroup], int]:
-        """``count`` groups from training problem ``drawn`` on, those passed over since a prompt fills the context, and the cursor after
-        them. Raises ConfigError where MOST_TOO_LONG are and no other comes.
-        """
-        fitting: list[TraceGroup] = []
-        too_long: list[TraceGroup] = []
-        while len(fitting) < count:
-            problems, drawn = self._draw(drawn, count - len(fitting))
-            for group in await gather([self.run_group(problem, step) for problem in problems]):
-                (too_long if _too_long(group) else fitting).append(group)
-            if len(too_long) > MOST_TOO_LONG and not fitting:
-                raise ConfigError(f"{too_long[-1].traces[-1].error}; so it was with each of {len(too_long)} problems: none fits")
-        return fitting, too_long, drawn
+    async def run_groups(self, draws: Sequence[Draw]) -> list[TraceGroup]:
+        """The group of each draw, all at once. The first error ends them all."""
+        return await gather([self.run_group(draw.problem, draw.index // self.config.rollout.problems) for draw in draws])
 
     def probe_ids(self) -> tuple[int, ...]:
         """A text to compare logprobs on: the first training problems' questions, up to PROBE_TOKENS tokens."""
         return self.tokenizer.plain(" ".join(self.task.train(index).question for index in range(8)), PROBE_TOKENS)[0]
 
-    def _draw(self, drawn: int, count: int) -> tuple[list[Problem], int]:
-        """The next ``count`` training problems that are short enough, and the cursor after them."""
-        limit, start = self.config.task.max_prompt_tokens, drawn
-        problems: list[Problem] = []
-        while len(problems) < count:
-            problem, drawn = self.task.train(drawn), drawn + 1
+    def draw(self, cursor: int) -> Draw:
+        """The first training problem from number ``cursor`` on that is short enough. Raises ConfigError where none comes."""
+        limit = self.config.task.max_prompt_tokens
+        for index in range(cursor, cursor + MOST_PASSED_OVER + 1):
+            problem = self.task.train(index)
             if not limit or len(self.tokenizer.plain(problem.question, limit + 1)[0]) <= limit:
-                problems.append(problem)
-            elif drawn - start > MOST_PASSED_OVER + count and not problems:
-                raise ConfigError(f"task.max_prompt_tokens = {limit}: each of {MOST_PASSED_OVER} problems in a row is longer; raise it")
-        return problems, drawn
+                return Draw(index, problem)
+        raise ConfigError(f"task.max_prompt_tokens = {limit}: each of {MOST_PASSED_OVER} problems in a row is longer; raise it")
 
 
-def _too_long(group: TraceGroup) -> bool:
+def too_long(group: TraceGroup) -> bool:
     """Whether a trace could not even begin, since its prompt fills the context."""
     return any(trace.status == "failed" and (trace.error or "").startswith("ContextError") for trace in group.traces)
 
 
-def _has_signal(group: TraceGroup) -> bool:
+def has_signal(group: TraceGroup) -> bool:
     """Whether rewards differ. A group that failed as a whole says nothing of the problem; it stays, to be counted as failed."""
     rewards = [trace.reward for trace in group.traces if trace.trained and math.isfinite(trace.reward)]
     return not rewards or differ(rewards)

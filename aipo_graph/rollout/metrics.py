@@ -21,16 +21,17 @@ def rollout_metrics(
     """Reward, solve rate, calls and tokens per agent, failures by reason, and lag, over one step's groups.
 
     Means are over trained traces; `failed` is the share of the others. `consults/<agent>` is per trace with agents. `lag` is the mean
-    number of updates by which policy segments were sampled behind ``version``. Groups ``discarded`` for lack of signal count in
-    `discarded` (their share of all that were sampled) and in the token counts alone, those of prompts ``too_long`` for the context
-    in `prompts/too_long` (their number) and in the token counts. `rewrites`, per trace of a graph of messages: replies that could
-    not go on from an earlier one's exact tokens; `calls/invalid`, of those too: tool calls that could not be read.
+    number of updates by which policy segments were sampled behind ``version``, `lag_max` the largest. Groups ``discarded`` for lack of
+    signal count in `discarded` (their share of all that were sampled) and in the token counts alone, those of prompts ``too_long`` for
+    the context in `prompts/too_long` (their number) and in the token counts. `rewrites`, per trace of a graph of messages: replies that
+    could not go on from an earlier one's exact tokens; `calls/invalid`, of those too: tool calls that could not be read.
     """
     everything = [trace for group in (*groups, *discarded, *too_long) for trace in group.traces]
     traces = [trace for group in groups for trace in group.traces]
     kept = [trace for trace in traces if trace.trained]
     alone = [trace for trace in kept if not trace.with_agents]
     helped = [trace for trace in kept if trace.with_agents]
+    lags = [version - s.version for t in kept for s in t.segments if s.source == "policy"]
     metrics = {
         "reward": _mean(t.reward for t in kept),
         "reward/alone": _mean(t.reward for t in alone),
@@ -44,7 +45,8 @@ def rollout_metrics(
         "length/with_agents": _mean(_tokens(t, "policy") for t in helped),
         "tokens/policy": float(sum(_tokens(t, "policy") for t in everything)),
         "tokens/agent": float(sum(_tokens(t, "agent") for t in everything)),
-        "lag": _mean(version - s.version for t in kept for s in t.segments if s.source == "policy"),
+        "lag": _mean(lags),
+        "lag_max": float(max(lags, default=0)),
     }
     for name, score in (("rewrites", "rewrites"), ("calls/invalid", "invalid_calls")):
         if counts := [t.scores[score] for t in kept if score in t.scores]:
