@@ -3,13 +3,12 @@
 import asyncio
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+from started import run_module
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -95,7 +94,7 @@ def _trained(folder: Path, name: str, **settings: object) -> Path:
         "evaluate.problems": 2, "evaluate.problems_with_agents": 2, "evaluate.samples": 1, "evaluate.workers": 1,
     }  # fmt: skip
     words = [word for key, value in {**small, "run.name": name, **settings}.items() for word in (f"--{key}", str(value))]
-    done = subprocess.run([sys.executable, "-m", "aipo_graph.train", *words], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = run_module("aipo_graph.train", words, folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / name
 

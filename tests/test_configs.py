@@ -1,13 +1,11 @@
 """Every shipped config is ready for use: it parses, what it names loads, its budgets fit together, and `--dry-run` accepts it."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from started import run_module
 from transformers import LlamaConfig, Qwen3Config
 
 from aipo_graph import cli
@@ -66,15 +64,8 @@ def test_what_it_names_loads(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dry_run_accepts_it_without_the_network(path: Path, tmp_path: Path, root: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "aipo_graph.train", str(path), "--dry-run"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_dry_run_accepts_it_without_the_network(path: Path, tmp_path: Path) -> None:
+    done = run_module("aipo_graph.train", [str(path), "--dry-run"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^  model: {re.escape(read(path).policy.model)}$", done.stdout, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []

@@ -1,15 +1,13 @@
 """docs/graphs.md: its graphs do what it says, its worked example trains, its errors read as it says."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from started import run_module
 
 from aipo_graph import cli
 from aipo_graph.config import Config
@@ -127,12 +125,9 @@ async def test_worked_example_runs_its_own_graph_and_agent(example: Path) -> Non
 
 
 @pytest.mark.slow
-def test_worked_example_trains_from_the_command_line(root: Path, example: Path) -> None:
+def test_worked_example_trains_from_the_command_line(example: Path) -> None:
     small = ["--train.steps", "1", "--rollout.problems", "2", "--rollout.traces", "4", "--evaluate.problems", "2",
              "--evaluate.problems_with_agents", "2", "--evaluate.samples", "1", "--evaluate.workers", "1"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "aipo_graph.train", "mine/config.yaml", *small],
-        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = run_module("aipo_graph.train", ["mine/config.yaml", *small], Path.cwd())
     assert done.returncode == 0, done.stderr
     assert Path("runs/limited_checks/summary.json").is_file()

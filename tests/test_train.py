@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from started import Started, run_module
 
 from aipo_graph.config import Config
 from aipo_graph.load import data
@@ -32,15 +33,19 @@ TINY: dict[str, int] = {
 EVALUATED = {"evaluate__problems": 2, "evaluate__problems_with_agents": 2, "evaluate__samples": 1, "evaluate__workers": 1}
 
 
-def command(**settings: Any) -> list[str]:
-    words = [sys.executable, "-m", "aipo_graph.train"]
+def words_of(**settings: Any) -> list[str]:
+    words = []
     for key, value in {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}.items():
         words += [f"--{key}", str(value)]
     return words
 
 
 def run(folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(**settings), cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return run_module("aipo_graph.train", words_of(**settings), folder)
+
+
+def start(folder: Path, **settings: Any) -> Started:
+    return Started("aipo_graph.train", words_of(**settings), folder, folder / "out", folder / "err")
 
 
 def bits(folder: Path) -> dict[str, str]:
@@ -58,8 +63,10 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By the command itself; all others are forked (started.py)."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = run(folder, **EVALUATED)
+    command = [sys.executable, "-m", "aipo_graph.train", *words_of(**EVALUATED)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "quickstart"
 
@@ -126,9 +133,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path,
         assert json.loads((last / "state.json").read_text())["cursor"]["drawn"] > TINY["train.steps"] * TINY["rollout.problems"]
     rng, folder = random.Random(str(settings)), tmp_path / "runs" / "quickstart"
     for _ in range(3):
-        process = subprocess.Popen(
-            command(**settings), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        process = start(tmp_path, **settings)
         began = len(read_metrics(folder / "metrics.jsonl"))
         while len(read_metrics(folder / "metrics.jsonl")) <= began and process.poll() is None:
             time.sleep(0.02)
@@ -141,15 +146,11 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path,
 
 
 def test_a_stopped_run_saves_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(command(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 1/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
+    process = start(tmp_path)
+    process.wait_for("\nstep 1/")
+    os.kill(process.pid, signal.SIGTERM)
     assert process.wait() == 0
-    assert "the same command goes on" in rest
+    assert "the same command goes on" in (tmp_path / "out").read_text()
     assert run(tmp_path).returncode == 0
     assert bits(tmp_path / "runs" / "quickstart") == bits(undisturbed)
 
@@ -237,13 +238,12 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, prepare: Any, said: str) ->
 
 
 def test_a_second_run_in_the_same_folder_is_refused(undisturbed: Path, tmp_path: Path) -> None:
-    first = subprocess.Popen(command(train__steps=1000), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    first.stdout.readline()
+    first = start(tmp_path, train__steps=1000)
+    first.wait_for("\n")
     second = run(tmp_path, train__steps=1000)
     assert second.returncode == 2
     assert "is in use by" in second.stderr
-    first.kill()
+    os.killpg(first.pid, signal.SIGKILL)
     first.wait()
 
 
@@ -285,8 +285,8 @@ def test_a_wrong_model_name_ends_the_run_at_the_first_consult(tmp_path: Path) ->
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = {"OPENAI_API_KEY": "none", "OPENAI_API_BASE": f"http://127.0.0.1:{server.server_port}/v1", "NO_PROXY": "127.0.0.1"}
         use = json.dumps({**Config().agents.use, "knowledge": ""})
-        words = command(agents__use=use, agents__models='{"knowledge": "openai:helper"}')
-        done = subprocess.run(words, cwd=tmp_path, env=os.environ | address, capture_output=True, text=True, timeout=300)
+        words = words_of(agents__use=use, agents__models='{"knowledge": "openai:helper"}')
+        done = run_module("aipo_graph.train", words, tmp_path, address)
         server.shutdown()
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
