@@ -24,26 +24,28 @@ class Begun:
     files: Mapping[str, str]
     changed: Mapping[str, tuple[Any, Any]]
     """Setting or file -> its value or digest before and now."""
+    forced: tuple[str, ...]
+    """Those of them that --force alone lets through."""
     gone: tuple[str, ...]
     """Settings of an earlier version that there are no more."""
 
     def record(self, step: int) -> list[str]:
         """Writes what has changed after ``step`` to changes.jsonl and makes it the run's own. Returns a note for each change."""
         if self.changed:
-            line = json.dumps({"step": step, "changed": {key: list(pair) for key, pair in self.changed.items()}})
+            changed = {key: list(pair) for key, pair in self.changed.items()}
+            line = json.dumps({"step": step, "changed": changed, "forced": list(self.forced)})
             with (self.folder / CHANGES).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         if self.files:
             write_whole(self.folder / FILES, json.dumps(self.files, indent=1) + "\n")
         if self.changed or self.gone:
             write_whole(self.folder / CONFIG, write_yaml(self.config))
-        return [
-            *(f"{key}, a setting of another version, is passed over" for key in self.gone),
-            *(
-                f"{key} has changed" if key in self.files else f"{key} = {now!r} from here on, {before!r} before"
-                for key, (before, now) in self.changed.items()
-            ),
-        ]
+        notes = [f"{key}, a setting of another version, is passed over" for key in self.gone]
+        for key, (before, now) in self.changed.items():
+            notes.append(f"{key} has changed" if key in self.files else f"{key} = {now!r} from here on, {before!r} before")
+        if "train.steps" in self.changed and self.config.optimizer.schedule == "cosine":
+            notes.append(f"the learning rate's cosine ends at step {self.config.train.steps} now: from here on it is another one")
+        return notes
 
 
 def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool) -> Begun:
@@ -56,7 +58,7 @@ def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool
     if not path.exists():
         write_whole(folder / FILES, json.dumps(files, indent=1) + "\n")
         write_whole(path, write_yaml(config))
-        return Begun(folder, config, files, {}, ())
+        return Begun(folder, config, files, {}, (), ())
     before = {section: values for section, values in read_yaml(path)[0].items() if isinstance(values, dict)}
     now = config.model_dump(mode="json")
     defaults, known = Config().model_dump(mode="json"), [key for key, _ in leaves(Config)]
@@ -72,7 +74,7 @@ def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool
     refused = [key for key in changed if key in files or not may_change(key)]
     if refused and not force:
         raise ConfigError(_refusal(folder, changed, refused, files))
-    return Begun(folder, config, files, changed, tuple(gone))
+    return Begun(folder, config, files, changed, tuple(refused), tuple(gone))
 
 
 def _refusal(folder: Path, changed: Mapping[str, tuple[Any, Any]], refused: list[str], files: Mapping[str, str]) -> str:

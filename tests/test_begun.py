@@ -67,7 +67,7 @@ def test_a_limit_may_change_and_is_noted_once(name: str, value: object, tmp_path
     assert said.startswith(f"note: {key} = ")
     assert go_on(changed, step=8) == []
     (record,) = recorded(tmp_path)
-    assert (record["step"], list(record["changed"])) == (7, [key])
+    assert (record["step"], list(record["changed"]), record["forced"]) == (7, [key], [])
     assert (tmp_path / "r" / "config.yaml").read_text() == write_yaml(changed)
 
 
@@ -85,8 +85,15 @@ def test_what_changes_learning_needs_to_be_forced(name: str, value: object, tmp_
     assert recorded(tmp_path) == []
     (said,) = go_on(changed, step=3, force=True)
     assert said.startswith(f"note: {key} = ")
-    assert [record["step"] for record in recorded(tmp_path)] == [3]
+    assert [(record["step"], record["forced"]) for record in recorded(tmp_path)] == [(3, [key])]
     assert go_on(changed, step=4) == []
+
+
+def test_other_steps_under_a_cosine_say_that_the_rate_is_another(tmp_path: Path) -> None:
+    cosine = {"optimizer__schedule": "cosine"}
+    go_on(config(tmp_path, **cosine))
+    said = go_on(config(tmp_path, train__steps=200, **cosine))
+    assert said[1:] == ["note: the learning rate's cosine ends at step 200 now: from here on it is another one"]
 
 
 @pytest.mark.parametrize("key", FILES)
@@ -96,7 +103,7 @@ def test_a_changed_file_is_noticed(key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{re.escape(key)} has changed since; restore it, choose another --run.name, or say --force"):
         go_on(config(tmp_path), files=changed)
     assert go_on(config(tmp_path), files=changed, force=True, step=2) == [f"note: {key} has changed"]
-    assert recorded(tmp_path) == [{"step": 2, "changed": {key: [FILES[key], "other"]}}]
+    assert recorded(tmp_path) == [{"step": 2, "changed": {key: [FILES[key], "other"]}, "forced": [key]}]
     assert go_on(config(tmp_path), files=changed) == []
 
 

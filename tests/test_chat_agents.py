@@ -1,5 +1,6 @@
 """Agents that are language models: which tokens are recorded, how models are opened, and what a reply may say."""
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -15,16 +16,18 @@ import torch
 import vllm_world
 from aiohttp import web
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.messages import HumanMessage, SystemMessage, convert_to_messages
 from langchain_openai import ChatOpenAI
-from rollout_world import Scribe, bpe, save_tiny, settings
+from rollout_world import Exact, Scribe, bpe, save_tiny, settings
 from test_messages import QWEN
+from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_world import OPERATORS, ROOT, base, exact, gap, proxy, served
 
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.engines.chat import LONGEST_ANSWER, EngineChatModel, describe, open_chats
 from aipo_graph.engines.client import Client, Unanswered
+from aipo_graph.engines.facts import Facts
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.engines.open import open_engine
 from aipo_graph.errors import AgentError, ConfigError
@@ -505,22 +508,114 @@ def test_a_factory_whose_client_misses_its_key(tmp_path: Path, monkeypatch: pyte
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted(path.name for path in ROOT.glob("configs/*gpu.yaml")))
-async def test_the_agents_of_each_gpu_config_answer_over_a_real_model(path: str, tmp_path: Path) -> None:
-    """A tiny random one with a chat template that knows tools: what it says is noise, and is recorded with its log-probabilities."""
-    tokenizer = bpe()
-    tokenizer.chat_template = QWEN
+# --- the agents of the configs for GPUs, asked by a policy over a server with a real model
+
+GPU_CONFIGS = sorted(path.name for path in ROOT.glob("configs/*gpu.yaml"))
+ASKED = ("Is it? <verify>1+1=3</verify>", "So <knowledge>sum</knowledge>", "Hm. <reasoning>stuck</reasoning>", "\\boxed{1000}")
+REPLIES = {"verify": "Wrong: the sum.", "knowledge": "A sum adds.", "reasoning": "Go back to the claim."}
+CALL = '<tool_call>\n{"name": "check", "arguments": {"claim": "1+1=3"}}\n</tool_call>'
+
+
+def gpu_config(path: str, folder: str, model: str) -> Config:
+    """A shipped config, its helpers ``model`` and its policy a tiny one in this process."""
     given = cli.parse([str(ROOT / "configs" / path)], Config, prog="", doc="", default="")[0].model_dump(mode="json")
-    given["policy"] |= {"model": save_tiny(tmp_path, tokenizer, context=4096), "dtype": "float32", "lora_rank": 0}
-    given["agents"] |= {"models": dict.fromkeys(given["agents"]["use"], "policy"), "max_tokens": 12}
-    given |= {"engine": {}, "run": {"device": "cpu"}}
-    given["rollout"] |= {"max_lag": 0, "max_tokens": 64}
-    config = Config.model_validate(given)
-    engine = LocalEngine.load(config, config.policy.model)
-    agents = open_agents(config.agents.use, config, await open_chats(config, engine))
-    prompts = Prompts.read(Path(find(config.rollout.prompts, "dir")))
-    assert any(agent.tools for agent in agents.values())
-    for name, agent in agents.items():
-        reply = await agent(Request(name, "1+1=2", question="1+1?", transcript="policy> so", seed=3), prompts)
-        assert reply.text
-        assert reply.token_ids is None or len(reply.token_ids) == len(reply.logprobs or ())
+    given["policy"] |= {"model": folder, "dtype": "float32", "lora_rank": 0}
+    given["agents"] |= {"models": dict.fromkeys(given["agents"]["models"], model), "temperature": 0.0}
+    given["rollout"] |= {"max_lag": 0}
+    return Config.model_validate(given | {"engine": {}, "run": {"device": "cpu"}})
+
+
+async def consulted(config: Config, tokenizer: Any, chats: Mapping[str, BaseChatModel]) -> Trace:
+    """One trace of a policy that asks each helper once and then answers."""
+
+    def ask(prompt: str) -> str:
+        return ASKED[prompt.rpartition("Problem:")[2].count("<feedback>")]
+
+    rollouts = Rollouts.open(config, Scribe(tokenizer, ask), Exact(), chats)
+    return await rollouts.run_trace(Exact().train(0), seed=1, with_agents=True)
+
+
+@pytest.fixture(scope="module")
+def helper(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model that calls Verify's tool, and answers by what it returned: its head is solved for, prompt by prompt."""
+    folder, tokenizer, taught = str(tmp_path_factory.mktemp("helper")), bpe(), dict[str, str]()
+    tokenizer.chat_template = QWEN
+    save_tiny(Path(folder), tokenizer, context=4096)
+
+    def write(prompt: str) -> str:
+        name = "knowledge" if "supply one fact" in prompt else "reasoning" if "is stuck" in prompt else "verify"
+        called = name != "verify" or "<tool_response>\nno\n</tool_response>" in prompt
+        return taught.setdefault(prompt, REPLIES[name] if called else CALL)
+
+    engine = Scribe(tokenizer, write)
+    chat = EngineChatModel(sample=engine.generate, tokenizer=tokenizer, eos_ids=engine.eos_ids, chat_format=ChatFormat(tokenizer))
+    for path in GPU_CONFIGS:
+        asyncio.run(consulted(gpu_config(path, folder, "policy"), tokenizer, dict.fromkeys(REPLIES, chat)))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 4096}
+    model = LlamaForCausalLM(LlamaConfig(initializer_range=0.1, bos_token_id=None, **shape))
+    states, wanted = [], []
+    with torch.no_grad():
+        for prompt, reply in taught.items():
+            before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, f"{reply}<|im_end|>"))
+            states.append(model.model(torch.tensor([[*before, *after[:-1]]])).last_hidden_state[0, len(before) - 1 :])
+            wanted += after
+        scores = 20 * torch.nn.functional.one_hot(torch.tensor(wanted), len(tokenizer)).float()
+        model.lm_head.weight.copy_(torch.linalg.lstsq(torch.cat(states), scores, driver="gelsd").solution.T)
+    model.save_pretrained(folder)
+    return folder
+
+
+def like_vllm(folder: str, tokens: bool) -> Callable[[web.Request], Any]:
+    """A server over a real model: vLLM's route for token ids, where it is there, and the chat API."""
+    config = settings(policy={"model": folder})
+    engine, facts = LocalEngine.load(config, folder), Facts.read(config, folder)
+    chat = ChatFormat(facts.tokenizer)
+
+    async def handler(request: web.Request) -> web.Response:
+        body = await request.json() if request.can_read_body else {}
+        match request.path:
+            case "/v1/models":
+                return web.json_response({"data": [{"id": "helper", "max_model_len": facts.context}]})
+            case "/tokenize":
+                return web.json_response({"tokens": facts.tokenizer.encode(body["prompt"], add_special_tokens=False)})
+            case "/detokenize":
+                return web.json_response({"prompt": facts.tokenizer.decode(body["tokens"])})
+            case "/inference/v1/generate" if tokens:
+                given = body["sampling_params"]
+                limits = {"seed": given["seed"], "max_tokens": given["max_tokens"], "temperature": given["temperature"]}
+                done = await engine.generate(body["token_ids"], **limits)
+                # Of the one token that is allowed the probability is 1.
+                logprobs = [0.0] if "allowed_token_ids" in given else done.logprobs
+                content = [{"logprob": logprob} for logprob in logprobs]
+                choice = {"token_ids": list(done.token_ids), "logprobs": {"content": content}, "finish_reason": done.stop}
+                return web.json_response({"choices": [choice]})
+            case "/v1/chat/completions":
+                tools = body.get("tools", ())
+                prompt = chat.encode(chat.render(convert_to_messages(body["messages"]), tools))
+                done = await engine.generate(prompt, seed=body["seed"], max_tokens=body["max_completion_tokens"], temperature=0.0)
+                said = chat.parse(chat.decode(done.token_ids), tools)
+                calls = [called(call["name"], json.dumps(call["args"]), id=call["id"]) for call in said.tool_calls]
+                return web.json_response(spoken(str(said.content), **({"tool_calls": calls} if calls else {})))
+        return web.json_response({"detail": "Not Found"}, status=404)
+
+    return handler
+
+
+@pytest.mark.parametrize("tokens", [True, False], ids=["token ids", "chat API"])
+@pytest.mark.parametrize("path", GPU_CONFIGS)
+async def test_the_agents_of_each_gpu_config_answer_over_a_server(path: str, tokens: bool, helper: str) -> None:
+    """Verify is shown its tool, calls it and judges by what it returned; all three replies are spliced into the policy's trace."""
+    async with served(like_vllm(helper, tokens)) as url:
+        config = gpu_config(path, helper, f"vllm:{url}")
+        chats = await open_chats(config, Scribe(bpe(), str))
+        trace = await consulted(config, Facts.read(config, helper).tokenizer, chats)
+    assert [line.partition(" (")[0] for line in describe(chats, config)] == [
+        f"agents.{name}: μ {'recorded' if tokens else 'absent'}" for name in REPLIES
+    ]
+    assert (trace.status, trace.error, trace.reward) == ("done", None, 1.0)
+    assert [node for node in trace.path if node != "policy"] == list(REPLIES)
+    replies = [segment for segment in trace.segments if segment.source == "agent"]
+    assert {segment.author: segment.text for segment in replies} == REPLIES
+    assert all((segment.logprobs is not None) == tokens for segment in replies)

@@ -315,7 +315,7 @@ def test_evaluations_that_cannot_be_compared(words: list[str], text: str, folder
 def test_a_reward_that_is_not_finite_is_no_verdict() -> None:
     said = (Segment("policy", "policy", (1,), text="5", logprobs=(-1.0,), version=0),)
     samples = [
-        _sample_of(Trace("p", 0, False, said, ("policy",), scores={"reward": reward}), Part("hard", "alone", 1, ()), 0)
+        _sample_of(Trace("p", 0, False, said, ("policy",), scores={"reward": reward}), said[0].text, Part("hard", "alone", 1, ()), 0)
         for reward in (math.nan, -math.inf, 0.0)
     ]
     assert [(sample.scored, sample.solved) for sample in samples] == [(False, False), (False, False), (True, False)]

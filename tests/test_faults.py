@@ -3,12 +3,18 @@
 `python benchmarks/faults.py` is the full size.
 """
 
+import asyncio
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from aipo_graph import cli, evaluate
+from aipo_graph.config import Config
+from aipo_graph.demo import __main__ as demo
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import load
 
@@ -72,6 +78,38 @@ async def test_what_no_request_can_mend_ends_the_run_at_the_first(faults: Any, f
             await faults.traces_of(rollouts, 1)
     assert provider.attempts.total() == 1
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "fault", "message"),
+    [
+        (evaluate.main, ["--samples", "1", "--problems", "2", "--workers", "1"], "401 Incorrect API key", "set the provider's API key"),
+        (demo.command, ["@6475IEB?"], "404 no such model", "correct agents.models.knowledge"),
+    ],
+    ids=["evaluate", "demo"],
+)
+async def test_the_other_commands_end_with_one_line_too(
+    command: Callable[[list[str]], None],
+    words: list[str],
+    fault: str,
+    message: str,
+    faults: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    provider = faults.Provider(faults.rule, lambda consult, attempt: fault)
+    use = json.dumps({**Config().agents.use, "knowledge": ""})
+    words = ["operators", *words, "--agents.use", use, "--agents.models", '{"knowledge": "openai:helper"}']
+    async with provider.serving():
+        for name, value in provider.environment().items():
+            monkeypatch.setenv(name, value)
+        assert await asyncio.to_thread(cli.main, command, words) == 2
+    said = capfd.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error: agent 'knowledge': ")]
+    assert message in line
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

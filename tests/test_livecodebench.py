@@ -139,6 +139,7 @@ async def test_without_a_closed_last_block_there_is_no_answer(task, by_id, text)
 
 def test_the_last_block_in_linear_time():
     assert last_block("```\na\n```\n  ```py\n  b\n  ```") == "  b"
+    assert last_block("```\nhm\n</think>\n```python\nprint(1)\n```") == "print(1)"  # a stray one before it
     assert last_block("```" * 10**6 + "\n" + "```\n" * 10**5) == ""
 
 

@@ -229,6 +229,7 @@ def test_the_token_that_ends_a_reply_is_read_from_the_template(template: str | N
     tokenizer = chat(QWEN)
     tokenizer.chat_template = template
     assert turn_end(tokenizer) == (end and tokenizer.convert_tokens_to_ids(end))
+    assert Tokenizer(tokenizer).eos_ids == {tokenizer.eos_token_id, turn_end(tokenizer)} - {None}  # before it an answer stands
 
 
 SAVE = {

@@ -11,7 +11,7 @@ from langchain_core.callbacks import AsyncCallbackHandler
 from aipo_graph.demo.threads import Json, Planned
 from aipo_graph.errors import AipoError
 from aipo_graph.evaluation.samples import ballot
-from aipo_graph.rollout.collect import Rollouts, answer_text
+from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, Segment, Trace, derive_seed
 from aipo_graph.view.pieces import Pieces
@@ -106,7 +106,7 @@ class Asking:
 
     def _shown(self, planned: Planned, trace: Trace, status: str = "") -> Json:
         """The trace as the viewer's components take it, and its vote."""
-        box = last_box(answer_text(trace.segments)) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
+        box = last_box(self._rollouts.answer(trace)) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
         return {
             **planned,
             "status": status or trace.status,

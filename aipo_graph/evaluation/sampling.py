@@ -244,7 +244,7 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Uni
             draw = "greedy" if part.greedy else number
             seed = derive_seed(config.run.seed, "evaluate", problem.id, part.mode, draw)
             trace = await runner.run_trace(problem, seed=seed, with_agents=part.mode == "with_agents")
-            sample = _sample_of(trace, part, number)
+            sample = _sample_of(trace, runner.answer(trace), part, number)
             if not closed:
                 write([sample])
             return sample
@@ -254,8 +254,7 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Uni
             write(samples)  # a unit that was written in part would be batched in another way when it is resumed
 
 
-def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
-    from aipo_graph.rollout.collect import answer_text
+def _sample_of(trace: Trace, said: str, part: Part, number: int) -> Sample:
     from aipo_graph.tasks.grading import last_box
 
     consults: dict[str, tuple[int, int]] = {}
@@ -274,7 +273,7 @@ def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
         sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
         consults,
         trace.error and trace.error[:500] if graded else f"TaskError: the reward is {trace.reward}",
-        answer=ballot(last_box(answer_text(trace.segments))) if answered else "",
+        answer=ballot(last_box(said)) if answered else "",
         leaks=int(trace.scores.get("leaks", 0)),
         violation=bool(trace.scores.get("violation")),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from aipo_graph.errors import ConfigError
-from aipo_graph.messages import ChatFormat, blank, decode, settings, special_ids
+from aipo_graph.messages import ChatFormat, blank, decode, settings, special_ids, turn_end
 from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.types import Reply, Segment
 
@@ -18,7 +18,8 @@ class Tokenizer:
     Args:
         tokenizer: the policy's own.
         agents: names of the agents, whose tags become control text together with `<feedback>` and every special token.
-        eos_ids: the ids at which the engine ends a text; default: the tokenizer's own.
+        eos_ids: the ids at which the engine ends a text, beside the one that ends a reply in the chat template; default: the
+            tokenizer's own.
         thinking: asks chat templates that know `enable_thinking` for a reasoning part.
     """
 
@@ -28,7 +29,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._thinking = thinking
         names = (FEEDBACK, *agents)
-        self.eos_ids = frozenset(eos_ids) or frozenset({tokenizer.eos_token_id} - {None})
+        self.eos_ids = frozenset({*(eos_ids or (tokenizer.eos_token_id,)), turn_end(tokenizer)} - {None})
         self.special_ids = special_ids(tokenizer, self.eos_ids)
         specials = {*tokenizer.all_special_tokens, *(self.decode([i]) for i in self.special_ids)}
         controls = {tag for name in names for tag in tags(name)} | specials

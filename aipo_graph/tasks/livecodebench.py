@@ -191,12 +191,20 @@ def build(config: Config) -> LiveCodeBench:
 def last_block(text: str) -> str | None:
     """What stands in the last fenced code block; None if there is none, or if the last one is not closed. Linear time.
 
+    A fence that names a language opens a block, whatever is open: a stray one before it takes nothing away.
+
     >>> last_block("first ```no```\\n```python\\nprint(1)\\n```\\nso there")
     'print(1)'
     """
     lines = text.split("\n")
     fences = [at for at, line in enumerate(lines) if line.lstrip().startswith("```") and "```" not in line.lstrip()[3:]]
-    return "\n".join(lines[fences[-2] + 1 : fences[-1]]) if fences and len(fences) % 2 == 0 else None
+    opened, block = -1, None
+    for at in fences:
+        if opened < 0 or lines[at].strip() != "```":
+            opened, block = at, None
+        else:
+            opened, block = -1, lines[opened + 1 : at]
+    return None if block is None else "\n".join(block)
 
 
 def program(source: str, function: str) -> str:
