@@ -131,7 +131,7 @@ def _reachable(graph: Graph) -> Iterator[Any]:
         if isinstance(found, FunctionType):
             left += _held(found)
         elif not isinstance(found, BaseStore) and not (isinstance(found, (dict, list, tuple, set)) and len(found) > LONGEST):
-            left += gc.get_referents(found)
+            left += filter(gc.is_tracked, gc.get_referents(found))  # numbers, texts and what holds nothing else reach no store
 
 
 def _held(function: FunctionType) -> list[Any]:
