@@ -73,7 +73,7 @@ evaluate: $(READY)  ## pass@k alone and with agents; MODEL=folder
 study: $(READY)  ## Run what is left of the study (hours); ARGS="--only coefficients --seeds 1 2"
 	$(PY) -m experiments.study $(ARGS)
 
-report: $(READY)  ## Make docs/results.md and its figures from the stored results of the study
+report: $(READY)  ## Fill docs/results.md, the pages behind it and their figures from the stored results of the study
 	$(PY) -m experiments.report $(ARGS)
 
 screenshots: $(READY) browser  ## Make the screenshots in docs/img; RUN=folder, MODEL=folder, ARGS="--other folder"

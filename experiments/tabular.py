@@ -7,7 +7,6 @@ docs/theory.md says what follows; the command writes its table, docs/results/tab
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from aipo_graph import cli
 from aipo_graph.cli import write_whole
 from experiments.report import figures
-from experiments.report.markdown import table
+from experiments.report.markdown import filled, table
 from experiments.report.stored import Study, read
 
 PAGE, PREDICTIONS, FIGURE = Path("docs/theory.md"), Path("docs/results/tabular.json"), Path("docs/img/study/tabular")
@@ -265,8 +264,7 @@ def main(argv: list[str]) -> None:
     print(written)
     write_whole(PREDICTIONS, json.dumps(found, indent=1) + "\n")
     figures.save(FIGURE, lambda figure: draw(figure, found, study), width=10)
-    page = PAGE.read_text(encoding="utf-8")
-    write_whole(PAGE, re.sub(r"(?s)(<!-- table -->\n).*?(?=\n<!-- end -->)", lambda m: m[1] + "\n" + written + "\n", page))
+    write_whole(PAGE, filled(PAGE, {"table": written}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 
 from aipo_graph import cli
+from experiments.grid import EXPERIMENTS
 from experiments.report import __main__ as report
-from experiments.report.claims import Comparison, judge, together
-from experiments.report.stored import compare, mean, read
+from experiments.report import summary
+from experiments.report.claims import MARGIN, Comparison, judge, together
+from experiments.report.stored import LEAST, compare, mean, read
 
 Row = dict[str, Any]
 HIGH, LOW = (0.80, 0.84, 0.82), (0.10, 0.14, 0.12)
@@ -55,8 +58,10 @@ Write = Callable[[Sequence[Row]], Path]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Write:
-    """Writes rows where the study does; returns the folder."""
+def store(tmp_path: Path, root: Path) -> Write:
+    """Writes rows where the study does, beside the pages of the tree; returns the folder."""
+    shutil.copytree(root / "docs/results", tmp_path / "results", ignore=lambda *_: ["study"])
+    shutil.copy(root / "docs/results.md", tmp_path)
 
     def write(rows: Sequence[Row]) -> Path:
         folder = tmp_path / "study"
@@ -70,10 +75,15 @@ def store(tmp_path: Path) -> Write:
 
 
 def made(folder: Path) -> str:
-    """The report of what the folder holds, beside it."""
+    """The page of what the folder holds, filled; without figures, which take long."""
     out = folder.parent / "results.md"
-    assert cli.main(report.main, ["--results", str(folder), "--out", str(out)]) == 0
+    for path, text in report.texts(read(folder), out).items():
+        path.write_text(text, encoding="utf-8")
     return out.read_text(encoding="utf-8")
+
+
+def behind(folder: Path, name: str) -> str:
+    return (folder.parent / f"results/{name}.md").read_text(encoding="utf-8")
 
 
 def section(text: str, title: str) -> str:
@@ -92,10 +102,14 @@ def test_means_and_intervals_are_students(store: Write) -> None:
     found = mean(HIGH)
     assert found is not None
     assert (found.mean, found.low, found.high, found.n) == (pytest.approx(0.82), pytest.approx(0.82 - half), pytest.approx(0.82 + half), 3)
-    text = made(store(cell("coefficients", "aipo", HIGH)))
-    name, n, pass_1, *_ = cells(section(text, "Coefficients and baselines"), "aipo")
-    assert (name, n, pass_1) == ("aipo", "3", f"0.820 ({0.82 - half:.3f} … {0.82 + half:.3f})")
-    assert "1: 0.800, 2: 0.840, 3: 0.820" in text
+    folder = store(cell("coefficients", "aipo", HIGH) + cell("coefficients", "gated", HIGH))
+    assert cells(made(folder), "right and terse")[1:3] == [
+        f".820±{half:.3f} (3)".replace("0.", "."),
+        f".820±{half:.3f} (3) =".replace("0.", "."),
+    ]
+    page = behind(folder, "coefficients")
+    assert cells(page, "aipo")[:3] == ["aipo", "3", f"0.820 ({0.82 - half:.3f} … {0.82 + half:.3f}) ="]
+    assert cells(page.partition("<details>")[2], "gated")[2:4] == ["1", "0.800"]
 
 
 def test_the_interval_holds_the_mean_as_often_as_it_says() -> None:
@@ -152,61 +166,94 @@ def test_verdicts_of_several_comparisons() -> None:
     assert together(["not run", "supported", "contradicted", "supported"]) == "mixed, of 4: 2 supported, 1 contradicted, 1 not run"
 
 
-@pytest.mark.parametrize(
-    ("aipo", "ppo", "word", "order"), [(HIGH, LOW, "supported", "**above** ppo"), (LOW, HIGH, "contradicted", "**below** ppo")]
-)
-def test_the_words_flip_with_the_data(aipo: Sequence[float], ppo: Sequence[float], word: str, order: str, store: Write) -> None:
-    rows = cell("coefficients", "aipo", aipo) + cell("coefficients", "ppo", ppo) + cell("ablations", "floor_0", ppo)
-    text = made(store(rows))
-    (claim,) = [line for line in section(text, "In short").splitlines() if "vanishing" in line]
-    assert claim.startswith(f"- **{word}**: ")
-    assert order in section(text, "Coefficients and baselines")
-    bullets = section(text, "What did not work, and what we do not know")
-    assert ("aipo above ppo (coefficients, alone pass@1)" in bullets) == (word == "contradicted")
+@pytest.mark.parametrize(("aipo", "ppo", "word", "mark"), [(HIGH, LOW, "supported", "▼"), (LOW, HIGH, "contradicted", "▲")])
+def test_the_words_flip_with_the_data(aipo: Sequence[float], ppo: Sequence[float], word: str, mark: str, store: Write) -> None:
+    folder = store(cell("coefficients", "aipo", aipo) + cell("coefficients", "ppo", ppo) + cell("ablations", "floor_0", ppo))
+    text = made(folder)
+    (claim,) = [line for line in text.splitlines() if "vanishing" in line]
+    assert claim.endswith(f"**{word}** (not run)")
+    assert cells(text, "right and terse")[5].endswith(mark)
+    assert cells(behind(folder, "coefficients"), "ppo")[2].endswith(mark)
+    assert ("aipo above ppo (coefficients)" in section(text, "What did not work")) == (word == "contradicted")
+    assert cells(section(behind(folder, "how"), "The claims, comparison by comparison"), "ablations")[-1] == word
+
+
+def test_the_main_table_counts_where_the_default_is_above_and_below(store: Write) -> None:
+    """Methods that are above it nowhere and below it everywhere reach the goal; one that is above it in one condition misses it."""
+    others = [name for name in summary.METHODS if name != "aipo"]
+    rows = [
+        row
+        for experiment, tail in summary.CONDITIONS.values()
+        for name in summary.METHODS
+        for row in cell(experiment, f"{name}{tail}", HIGH if name == "aipo" else LOW)
+    ]
+    told = summary.counted(read(store(rows)))
+    assert told.startswith(f"**Of 9 conditions `aipo` is separated above / below {', '.join(f'`{name}` in 9 / 0' for name in others)}.**")
+    assert told.endswith("reached, with 54 of 54 pairs compared.")
+    better = [row for row in rows if (row["experiment"], row["variant"]) != ("verbose", "gated")] + cell(
+        "verbose", "gated", (0.97, 0.98, 0.97)
+    )
+    told = summary.counted(read(store(better)))
+    assert "`gated` in 8 / 1, `sft` in 9 / 0" in told
+    assert "missed, below gated, with" in told
+    told = summary.counted(read(store([row for row in rows if not row["variant"].startswith("mask")])))
+    assert told.endswith("open, nowhere above mask, with 45 of 54 pairs compared.")
+    told = summary.counted(read(store([row for row in rows if row["variant"] != "mask@10"])))
+    assert told.endswith("reached so far, with 53 of 54 pairs compared.")
 
 
 def test_missing_cells_show_as_missing(store: Write) -> None:
     """No evaluation has every figure, no experiment every cell, and most have none."""
     bare = row("coefficients", "gated", 1, 0.5, trained={"alone": {"pass@1": 0.5, "greedy": math.nan}}, curve={}, tokens=None, steps=None)
-    text = made(store([*cell("coefficients", "aipo", HIGH), bare]))
-    table = section(text, "Coefficients and baselines")
-    assert cells(table, "gated") == ["gated", "1", "0.500", "–", "–", "–", "–", "–", "–"]
-    assert cells(table, "raft")[:3] == ["raft", "0", "not run"]
-    assert section(text, "A second task").endswith("**Not run.**\n")
-    bullets = section(text, "What did not work, and what we do not know")
-    assert re.search(r"^- Not run: .*\bfaulty\b.*\bsecond\b", bullets, re.M)
-    assert re.search(r"^- coefficients, cells without a run: .*\braft\b", bullets, re.M)
-    assert "coefficients, fewer than 5 seeds: 1 for gated; 3 for aipo." in bullets
+    folder = store([*cell("coefficients", "aipo", HIGH), bare])
+    text = made(folder)
+    page = behind(folder, "coefficients")
+    assert cells(page, "gated") == ["gated", "1", "0.500", "–", "–", "–", "–", "–", "–"]
+    assert cells(page, "raft")[:3] == ["raft", "0", "not run"]
+    assert "**Not run.**" in behind(folder, "second")
+    assert cells(text, "right and terse")[2:4] == [".500 (1)", "–"]
+    assert re.findall(r"\[!\[([\w ]+)\]", section(text, "The abstract's claims")) == ["coefficients curves"]
+    missing = section(text, "What has not run")
+    assert "4 runs are stored" in missing
+    assert re.search(
+        r"without a run: .*\[coefficients\]\(results/coefficients.md\) 8 of 10,.* \[second\]\(results/second.md\) 5 of 5", missing
+    )
+    assert "On fewer than 5 seeds: coefficients 2." in missing
 
 
 def test_the_unchanged_end_of_a_series_comes_from_coefficients(store: Write) -> None:
     """As long as it ran from the same config."""
-    rows = cell("coefficients", "aipo", HIGH) + cell("ablations", "floor_0", LOW)
-    assert cells(section(made(store(rows)), "Ablations"), "aipo (from coefficients)")[1] == "3"
+    folder = store(cell("coefficients", "aipo", HIGH) + cell("ablations", "floor_0", LOW))
+    made(folder)
+    assert cells(behind(folder, "ablations"), "aipo (from coefficients)")[1] == "3"
     other = cell("coefficients", "aipo", HIGH) + cell("ablations", "floor_0", LOW, config="other.yaml")
     assert read(store(other)).cell("ablations", "aipo") == []
-    assert len(read(store(cell("coefficients", "aipo", HIGH) + cell("faulty", "aipo@10", LOW))).cell("faulty", "aipo@0")) == 3
 
 
-def test_what_went_wrong_is_told(store: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes = tmp_path / "notes.md"
-    notes.write_text("We tried gates per token.")
-    monkeypatch.setattr(report, "NOTES", notes)
+def test_what_went_wrong_is_told(store: Write) -> None:
     forgot = {"alone": {"pass@1": 0.0}, "kinds": {"easy": {"alone": {"pass@1": 0.2}}}}
     rows = [
         *cell("coefficients", "base", (0, 0, 0), tokens=0),
-        *cell("coefficients", "aipo", HIGH),
-        *cell("coefficients", "mask", LOW),
-        *cell("coefficients", "grpo", (0, 0, 0), trained=forgot, tokens=6000, stopped="3 bad steps in a row"),
+        *cell("coefficients", "signed", HIGH),
+        *cell("coefficients", "raft", HIGH),
+        *cell("coefficients", "grpo", (0, 0, 0), trained=forgot, tokens=6000, steps=3),
         *cell("tuning", "grpo_1e-4", LOW),
     ]
-    text = made(store(rows))
-    bullets = section(text, "What did not work, and what we do not know")
-    assert "easy pass@1 lies below the untrained policy's 0.900 (0.900 … 0.900) for grpo 0.200" in bullets
-    assert "off the median of 0.00 M: grpo 0.01 M" in bullets
-    assert "grpo 3 x 3 bad steps in a row" in bullets
-    assert bullets.rstrip().endswith("We tried gates per token.")
-    assert "**Seeds 1, 2, 3 did both.**" in section(text, "How it was run")
+    folder = store(rows)
+    bullets = section(made(folder), "What did not work")
+    assert "**Not shown**: signed above raft (coefficients)." in bullets
+    assert "Worse on easy problems than untrained: grpo (coefficients)." in bullets
+    assert cells(behind(folder, "coefficients"), "grpo")[-2:] == ["0.01", "3"]
+    assert "**Settings were chosen on seeds 1, 2, 3, which report, too.**" in behind(folder, "how")
+
+
+def test_the_pages_say_the_rule_and_are_all_there(root: Path) -> None:
+    rule = section((root / "docs/results/how.md").read_text(encoding="utf-8"), "The rule")
+    assert f"at least {LEAST} apart" in rule
+    assert f"at most {MARGIN} above" in rule
+    assert set(EXPERIMENTS) | {name for name, _ in summary.CONDITIONS.values()} <= {
+        path.stem for path in (root / "docs/results").glob("*.md")
+    }
 
 
 @pytest.fixture
@@ -216,37 +263,50 @@ def everything() -> list[Row]:
     rows += [*cell("faulty", "aipo@same30", HIGH), *cell("faulty", "sft@same30", LOW), *cell("second", "aipo", HIGH)]
     rows += [*cell("boundary", "base", LOW), *cell("boundary", "aipo", HIGH), *cell("transfer", "aipo", LOW)]
     rows += [*cell("generality", "qwen3/dapo/aipo", HIGH), *cell("generality", "qwen3/dapo/alone", LOW)]
-    return [*rows, row("odd|<b>", HOSTILE, 1, 0.5), row("coefficients", HOSTILE, 1, 0.5)]
+    return [*rows, row("coefficients", HOSTILE, 1, 0.5)]
 
 
 @pytest.mark.slow
-def test_a_rerun_gives_equal_files(everything: list[Row], store: Write) -> None:
+def test_a_rerun_gives_equal_files(store: Write) -> None:
     """And takes away the figures of runs that are gone."""
-    folder = store(everything)
+    rows = [*cell("coefficients", "base", (0, 0, 0)), *cell("coefficients", "aipo", HIGH)]
+    folder = store([*rows, *cell("faulty", "sft@same60", LOW), row("coefficients", HOSTILE, 1, 0.5)])
 
-    def files() -> Mapping[str, bytes]:
-        made(folder)
-        return {path.name: path.read_bytes() for path in folder.parent.rglob("*") if path.suffix in (".md", ".png", ".svg")}
+    def images() -> Mapping[str, bytes]:
+        assert cli.main(report.main, ["--results", str(folder), "--out", str(folder.parent / "results.md")]) == 0
+        return {path.name: path.read_bytes() for path in (folder.parent / "img/study").iterdir()}
 
-    first = files()
-    linked = set(re.findall(r"img/study/([\w.]+)", first["results.md"].decode()))
-    assert linked == set(first) - {"results.md"}
-    kinds = ("bars", "pass_at_k", "training", "consults", "ratios")
-    assert {f"coefficients_{kind}.{ending}" for kind in kinds for ending in ("png", "svg")} <= linked
-    assert files() == first
+    first, text = images(), (folder.parent / "results.md").read_text()
+    linked = "".join(path.read_text() for path in folder.parent.rglob("*.md"))
+    assert set(re.findall(r"img/study/([\w.]+)", linked)) == set(first)
+    kinds = ("coefficients_bars", "coefficients_pass_at_k", "coefficients_curves", "faulty_bars", "conditions")
+    assert set(first) == {f"{kind}.{ending}" for kind in kinds for ending in ("png", "svg")}
+    assert made(folder) == text
     (folder / "faulty.jsonl").unlink()
-    assert set(first) - set(files()) == {"faulty_bars.png", "faulty_bars.svg"}
+    assert {name: image for name, image in first.items() if not name.startswith("faulty")} == images()
 
 
 def test_hostile_names_stay_in_their_cell(everything: list[Row], store: Write) -> None:
-    text = made(store(everything))
-    outside = re.sub(r"<pre>.*?</pre>", "", text, flags=re.S)
-    assert set(re.findall(r"</?\w[^>]*>", outside)) == {"<details>", "</details>", "<summary>", "</summary>"}
+    folder = store(everything)
+    text = made(folder) + behind(folder, "coefficients") + behind(folder, "how")
+    assert set(re.findall(r"</?\w[^>]*>", text)) == {"<details>", "</details>", "<summary>", "</summary>"}
     assert "](b)" not in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
-    assert len(tables) > 20
+    assert len(tables) >= 8
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
+
+
+def test_an_experiment_or_a_place_without_a_page_is_named(store: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = store([row("../odd", "aipo", 1, 0.5)])
+    out = folder.parent / "results.md"
+    assert cli.main(report.main, ["--results", str(folder), "--out", str(out)]) == 2
+    assert "experiment '../odd' has no page; write it, with" in capsys.readouterr().err
+    folder = store(cell("coefficients", "aipo", HIGH))
+    (folder / "---odd.jsonl").unlink()
+    out.write_text(out.read_text().replace("<!-- failures -->", ""))
+    assert cli.main(report.main, ["--results", str(folder), "--out", str(out)]) == 2
+    assert f"{out}: the place from '<!-- failures -->' to '<!-- end -->' stands 0 times" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -269,7 +329,7 @@ def test_a_bad_line_is_named(line: str, says: str, store: Write, capsys: pytest.
     assert f"{path}:5: " in error
     assert says in error
     assert error.count("\n") == 1
-    assert not out.exists()
+    assert not (folder.parent / "img").exists()
 
 
 def test_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,8 +340,10 @@ def test_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert "run the study first" in error
 
 
-def test_a_report_that_cannot_be_written(store: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    out = tmp_path / "file" / "results.md"
-    assert cli.main(report.main, ["--results", str(store(cell("coefficients", "aipo", HIGH))), "--out", str(out)]) == 2
+def test_a_report_that_cannot_be_written(store: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = store(cell("coefficients", "aipo", HIGH))
+    out = folder.parent / "results.md"
+    out.unlink()
+    out.mkdir()
+    assert cli.main(report.main, ["--results", str(folder), "--out", str(out)]) == 2
     assert f"--out {out}" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from experiments.grid import EXPERIMENTS
-from experiments.report.stored import LEAST, Mean, Study, compare
+from experiments.report.stored import Study, compare, untrained
 
 Verdict = Literal["supported", "contradicted", "not shown", "one seed", "not run"]
 VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "not shown", "one seed", "not run")
@@ -14,14 +14,6 @@ SILENT: tuple[Verdict, ...] = ("one seed", "not run")
 """Those that say nothing about the claim."""
 MARGIN = 0.05
 """How far above the base's mean "within the boundary" may reach."""
-RULE = f"""\
-A cell is the mean over n seeds with its 95 % t-interval. *A above B* is **supported** where the whole interval of A lies above that of B
-and the means are at least {LEAST} apart, **contradicted** where it lies below by as much, else **not shown**. *A within B* is supported
-where the upper end of A is at most {MARGIN} above B's mean, contradicted where A is above B by the first rule, else not shown. A single
-seed has no interval and gets no verdict; the untrained policy has no seed of training, and evaluated once (n 1) it has the bootstrap
-interval over problems of that evaluation. A claim of several comparisons gets one word only where all that have a verdict agree; else
-they are counted. Nothing is corrected for the number of comparisons, the ends of an interval are not cut at 0 and 1, and one of width 0
-says only that its seeds are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +32,22 @@ class Claim:
     tests: tuple[Comparison, ...]
     untested: str = ""
     """Why nothing here can speak for it."""
+    figure: str = ""
+    """What shows it."""
+
+    def words(self, study: Study) -> str:
+        """Its verdict."""
+        return self.untested or together([judge(study, test) for test in self.tests])
 
 
-def verdict(test: Comparison, left: Mean | None, right: Mean | None) -> Verdict:
+def judge(study: Study, test: Comparison) -> Verdict:
+    left, right = study.mean(*test.left, test.metric), study.mean(*test.right, test.metric)
     order = compare(left, right)
     if order in ("one seed", "not run") or left is None or right is None:
         return "one seed" if order == "one seed" else "not run"
     if test.wanted == "within":
         return "supported" if left.high <= right.mean + MARGIN else "contradicted" if order == "above" else "not shown"
     return "supported" if order == "above" else "contradicted" if order == "below" else "not shown"
-
-
-def judge(study: Study, test: Comparison) -> Verdict:
-    return verdict(test, study.mean(*test.left, test.metric), study.mean(*test.right, test.metric))
 
 
 def together(verdicts: Sequence[Verdict]) -> str:
@@ -74,64 +69,64 @@ def together(verdicts: Sequence[Verdict]) -> str:
     return f"{decided[0]}, as far as compared: {counts[decided[0]]} of {len(verdicts)} ({without})" if decided else f"no verdict: {without}"
 
 
-def _pairs(experiment: str, left: str, rights: Sequence[str], metric: str = "alone pass@1") -> tuple[Comparison, ...]:
+def _above(experiment: str, left: str, rights: Sequence[str], metric: str = "alone pass@1") -> tuple[Comparison, ...]:
     return tuple(Comparison((experiment, left), (experiment, right), metric) for right in rights)
 
 
-def claims(study: Study) -> list[Claim]:
-    """The abstract's claims in our words."""
-    wide = "alone pass@max"
-    main, boundary, weights = "coefficients", "boundary", ("sft", "gated", "luffy")
+def claims(study: Study, ours: str = "aipo") -> list[Claim]:
+    """The abstract's claims in our words, of this coefficient."""
+    wide, greedy = "alone pass@max", "alone greedy"
+    main, weights = "coefficients", ("sft", "gated", "luffy")
+    ablated = "" if ours == "aipo" else f"{ours}_"
     return [
         Claim(
             "Reinforcement learning with verifiable rewards by itself explores within what the policy can do already.",
-            (
-                Comparison((main, "grpo"), (main, "base"), wide, "within"),
-                Comparison((boundary, "grpo"), (boundary, "base"), wide, "within"),
-            ),
+            tuple(Comparison((place, "grpo"), (place, "base"), wide, "within") for place in (main, "boundary")),
         ),
         Claim(
-            "Consulting helpers during training, and learning from their words, moves that boundary.",
+            "Consulting helpers in training, and learning from their words, moves that boundary.",
             (
-                *_pairs(main, "aipo", ["base", "grpo", "mask"], wide),
-                *_pairs(boundary, "aipo", ["base", "grpo"], wide),
-                *_pairs("second", "aipo", ["base", "grpo", "mask"], wide),
+                *_above(main, ours, ["base", "grpo", "mask"], wide),
+                *_above("boundary", ours, ["base", "grpo"], wide),
+                *_above("second", ours, ["base", "grpo", "mask"], wide),
             ),
+            figure="boundary_pass_at_k",
         ),
         Claim(
             "After training the policy solves alone, without helpers, what it could not before.",
-            (
-                *_pairs(main, "aipo", ["base"]),
-                *_pairs(main, "aipo", ["base"], "alone greedy"),
-                *_pairs("second", "aipo", ["base"]),
-                *_pairs("second", "aipo", ["base"], "alone greedy"),
+            tuple(
+                test for place in (main, "second") for metric in ("alone pass@1", greedy) for test in _above(place, ours, ["base"], metric)
             ),
+            figure="second_bars",
         ),
         Claim(
-            "Help where it is needed beats whole expert trajectories (nearest here: fine-tuning on accepted transcripts with help).",
-            (*_pairs(main, "aipo", ["raft"]), *_pairs(main, "aipo", ["raft"], "alone greedy")),
+            "Help where it is needed beats whole expert trajectories (nearest here: `raft`, fine-tuning on accepted ones with help).",
+            (*_above(main, ours, ["raft"]), *_above(main, ours, ["raft"], greedy)),
         ),
         Claim(
             "The coefficient with its clipping cures the vanishing gradient of the helpers' tokens (against the exact ratio).",
-            (*_pairs(main, "aipo", ["ppo"]), *_pairs("ablations", "aipo", ["floor_0"])),
+            (*_above(main, ours, ["ppo"]), *_above("ablations", ours, [f"{ablated}floor_0"])),
+            figure="coefficients_curves",
         ),
         Claim(
-            "The coefficient with its clipping mitigates the bias of off-policy tokens (against weight one, gated or not, and π/(π+γ)).",
+            "It mitigates the bias of off-policy tokens (against weight one, gated or not, and π/(π+γ)).",
             (
-                *_pairs(main, "aipo", weights),
-                *(t for level in LEVELS[1:] for t in _pairs("faulty", f"aipo@{level}", [f"{weight}@{level}" for weight in weights])),
-                *_pairs("verbose", "aipo", weights),
+                *_above(main, ours, weights),
+                *(t for level in LEVELS[1:] for t in _above("faulty", f"{ours}@{level}", [f"{weight}@{level}" for weight in weights])),
+                *_above("verbose", ours, weights),
             ),
         ),
         Claim(
             "Each of the three helpers, Verify, Knowledge and Reasoning, does its part.",
-            _pairs("ablations", "aipo", ["no_verify", "no_knowledge", "no_reasoning"]),
+            _above("ablations", ours, [f"{ablated}no_{name}" for name in ("verify", "knowledge", "reasoning")]),
+            figure="ablations_bars",
         ),
         Claim(
             "It carries over to other policy models and other RLVR algorithms.",
-            tuple(Comparison(("generality", on), ("generality", off), "alone pass@1") for _, on, off in arms(study)),
+            tuple(test for pair in pairs(study) for test in _above("generality", f"{pair}/{ours}", [f"{pair}/alone"])),
+            figure="generality_bars",
         ),
-        Claim("It improves AIME, MATH-500, GPQA-Diamond and LiveCodeBench.", (), "not tested: no model of that size was trained here"),
+        Claim("It improves AIME, MATH-500, GPQA-Diamond and LiveCodeBench.", (), "not tested: no model of that size was trained"),
     ]
 
 
@@ -139,11 +134,7 @@ LEVELS = ("0", "10", "25", "50", "same30", "same40", "same60")
 """Of faulty helpers: per cent of wrong Knowledge replies; "same": always with one and the same wrong rule."""
 
 
-def arms(study: Study) -> list[tuple[str, str, str]]:
-    """(architecture/algorithm, its variant with AIPO, its variant without) of `generality`, planned or stored."""
-    found: dict[str, dict[bool, str]] = {}
-    for variant in dict.fromkeys([*EXPERIMENTS["generality"].variants, *study.cells.get("generality", {})]):
-        pair, _, arm = variant.rpartition("/")
-        if pair and arm != "base":
-            found.setdefault(pair, {})[arm == "aipo"] = variant
-    return [(pair, arm.get(True, f"{pair}/aipo"), arm.get(False, f"{pair}/alone")) for pair, arm in found.items()]
+def pairs(study: Study) -> list[str]:
+    """Each architecture/algorithm of `generality`, planned or stored."""
+    names = [*EXPERIMENTS["generality"].variants, *study.cells.get("generality", {})]
+    return list(dict.fromkeys(name.rpartition("/")[0] for name in names if "/" in name and not untrained(name)))

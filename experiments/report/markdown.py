@@ -1,10 +1,11 @@
-"""GitHub Markdown from text that may hold anything."""
+"""GitHub Markdown from text that may hold anything, and pages by hand with places for it."""
 
-import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from aipo_graph import cli
+from aipo_graph.errors import ConfigError
 
 
 def plain(text: object) -> str:
@@ -22,9 +23,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
-def verbatim(lines: Iterable[str]) -> str:
-    return "\n".join(["<pre>", *(html.escape(cli.printable(line)) for line in lines), "</pre>"])
-
-
-def fold(title: str, *parts: str) -> str:
-    return "\n\n".join([f"<details><summary>{title}</summary>", *parts, "</details>"])
+def filled(page: Path, parts: Mapping[str, str]) -> str:
+    """The page with each part between ``<!-- NAME -->`` and ``<!-- end -->``. Raises ConfigError where that place is not once, OSError."""
+    text = page.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        before, *rest = re.split(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", text)
+        if len(rest) != 1:
+            raise ConfigError(f"{page}: the place from '<!-- {name} -->' to '<!-- end -->' stands {len(rest)} times; it must stand once")
+        text = f"{before}\n{part}\n\n{rest[0]}"
+    return text

@@ -3,7 +3,7 @@
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,6 @@ SEEDS = 5
 LEAST = 0.02
 """Means that are less apart are not told apart, however narrow their intervals: of few seeds some coincide by chance."""
 Order = Literal["above", "below", "not separated", "one seed", "not run"]
-ORDERS: tuple[Order, ...] = ("above", "below", "not separated", "one seed", "not run")
 T_975 = [
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120),
     *(2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -81,8 +80,13 @@ def _finite(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def method(variant: str) -> str:
+    """METHOD, METHOD@LEVEL and PLACE/METHOD -> METHOD."""
+    return variant.partition("@")[0].rpartition("/")[2]
+
+
 def untrained(variant: str) -> bool:
-    return variant.rpartition("/")[2] == "base"
+    return method(variant) == "base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +207,3 @@ def read(folder: Path) -> Study:
     if not runs:
         raise ConfigError(f"{folder}: no stored runs (*.jsonl); run the study first, or name its folder with --results")
     return Study([run for run, _ in runs.values()])
-
-
-def by_order(orders: Mapping[str, Order]) -> dict[Order, list[str]]:
-    """Names by how they compare; those that have not run are left out."""
-    return {order: names for order in ORDERS[:-1] if (names := [name for name, found in orders.items() if found == order])}
