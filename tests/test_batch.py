@@ -87,23 +87,20 @@ def test_bad_agent_logprobs_drop_single_tokens() -> None:
     assert (batch.agent_tokens, batch.counts["bad_agent_tokens"]) == (1, 3)
 
 
-def test_split_covers_all_rows_once_within_the_budget_and_is_deterministic() -> None:
+def test_plan_covers_all_rows_once_within_the_budget_and_is_deterministic() -> None:
     batch = pack(random_groups(0, problems=5), Loss())
-    parts = list(batch.split(60))
+    parts = [batch.select(rows) for rows in batch.plan(60)]
     assert all(part.token_ids.numel() <= 60 and part.token_ids.shape[1] == int(part.lengths.max()) for part in parts)
     assert len(parts) > 3
     assert sum(int(part.mask.sum()) for part in parts) == int(batch.mask.sum())
     assert torch.equal(torch.cat(batch.plan(60)).sort().values, torch.arange(len(batch)))
     assert all(torch.equal(a, b) for a, b in zip(batch.plan(60), batch.plan(60), strict=True))
     assert all(part.policy_tokens == batch.policy_tokens and part.agent_tokens == batch.agent_tokens for part in parts)
-    assert [len(part) for part in batch.split(1)] == [1] * len(batch)  # a row longer than the budget still trains
+    assert [len(part) for part in batch.plan(1)] == [1] * len(batch)  # a row longer than the budget still trains
 
 
-def test_shards_partition_and_keep_the_counts_minibatches_recount() -> None:
+def test_minibatches_recount() -> None:
     batch = pack(random_groups(0), Loss())
-    shards = [batch.shard(rank, 5) for rank in range(5)]
-    assert sum(len(shard) for shard in shards) == len(batch)
-    assert all(shard.policy_tokens == batch.policy_tokens for shard in shards)
     parts = list(batch.minibatches(3, seed=1))
     assert sum(part.policy_tokens for part in parts) == batch.policy_tokens
     assert all(part.policy_rows == len(part) for part in parts)
@@ -112,7 +109,7 @@ def test_shards_partition_and_keep_the_counts_minibatches_recount() -> None:
 def test_nothing_to_pack() -> None:
     batch = pack([group(trace(segment("context", 1), status="failed"))], Loss())
     assert (len(batch), batch.policy_tokens, batch.token_ids.shape) == (0, 0, (0, 0))
-    assert list(batch.split(100)) == []
+    assert batch.plan(100) == []
 
 
 def test_rows_without_a_gradient_are_known_for_each_loss() -> None:

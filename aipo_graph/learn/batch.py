@@ -25,7 +25,7 @@ class Batch:
     """Rows for the learner. _B rows (one per thread of a trace), _T tokens; column t of every array describes token t.
 
     ``policy_tokens``, ``agent_tokens`` and ``policy_rows`` (rows with a trained policy token) are the loss normalisers. They are counted
-    once, over the whole batch, and kept by ``split``, ``shard`` and ``select``: that makes one batch equal its micro-batches and ranks.
+    once, over the whole batch, and kept by ``select``: that makes one batch equal its micro-batches, on however many ranks.
     """
 
     token_ids: Tensor
@@ -70,7 +70,9 @@ class Batch:
         return replace(self, **changed)
 
     def plan(self, max_tokens: int) -> list[Tensor]:
-        """Row indices of micro-batches: longest first, each of at most ``max_tokens`` padded tokens (or of one row)."""
+        """Row indices of micro-batches, whose gradients add up to the batch's: longest first, each of at most ``max_tokens`` padded tokens
+        (or of one row).
+        """
         order = torch.argsort(self.lengths, descending=True, stable=True)
         result, start = [], 0
         while start < len(order):
@@ -78,14 +80,6 @@ class Batch:
             result.append(order[start : start + count])
             start += count
         return result
-
-    def split(self, max_tokens: int) -> Iterator["Batch"]:
-        """Micro-batches whose gradients add up to the gradient of this batch."""
-        return (self.select(rows) for rows in self.plan(max_tokens))
-
-    def shard(self, rank: int, world: int) -> "Batch":
-        """The rows of one data parallel rank; the ranks' gradients add up to the gradient of this batch."""
-        return self.select(torch.arange(rank, len(self), world))
 
     def minibatches(self, count: int, seed: int) -> Iterator["Batch"]:
         """Random parts for several optimizer steps, each with its own normalisers: an update is the mean over what it sees."""

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from ..config import Config
 from ..errors import ConfigError, TrainError
 from ..types import Learned, TraceGroup, derive_seed
-from . import checkpoint, lora
+from . import checkpoint, lora, shards
 from .batch import POLICY, ROUNDING, Batch
-from .learned import Columns, by_trace, columns, rows_of
+from .learned import by_trace, columns, rows_of
 from .loss import Sums, aipo_loss, merge, summarise
-from .model import check_rows, choose_attention, load_model, load_tokenizer, save_model, token_logprobs
+from .model import check_rows, choose_attention, far_rows, load_model, load_tokenizer, save_model, shard, token_logprobs
 
 BAD_STEPS = 3
 """Bad steps in a row that end a run."""
@@ -34,6 +34,12 @@ class Learner:
     All weights are trained, kept in float32, or LoRA adapters in float32 on weights in ``policy.dtype``; with bfloat16 the forward runs
     under autocast. ``version`` is the number of steps done, skipped ones included: the cursor into the run. ``updates`` counts
     optimizer steps.
+
+    Over several ranks, where torch's default process group was initialised before: one Learner in each, built with the same config and
+    each on its own ``device``, the current one of its process. Every method is then called on all ranks in the same order, with equal
+    arguments: the whole batch, of which each rank runs a part. All return and raise the same, but for a fault of one rank alone, which the
+    others notice when the group times out. Weights and adapters come whole on every rank, by iterators that all have to exhaust. ``save``
+    needs a folder that all ranks see. One rank's weights differ from those of several by rounding.
     """
 
     def __init__(self, config: Config, model_path: str | Path, device: torch.device | str = "cpu") -> None:
@@ -45,12 +51,15 @@ class Learner:
         self.adapted = None
         if policy.lora_rank:  # vLLM takes no adapters of fused experts
             self.adapted = lora.attach(self.model, policy, derive_seed(config.run.seed, "lora"), experts=config.engine.kind == "local")
+        self.frozen = None if self.adapted is None else shards.from_first(self._frozen)
+        shard(self.model, self.device)
         choose_attention(self.model, policy.dtype)
         self.reference: PreTrainedModel | None = None
         if config.loss.kl_weight > 0:
             self.reference = self.model
             if self.adapted is None:
                 self.reference = load_model(model_path, dtype=policy.dtype, device=device).requires_grad_(False)
+                shard(self.reference, self.device)
                 choose_attention(self.reference, policy.dtype)
         if config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -58,6 +67,7 @@ class Learner:
                 module.training = hasattr(module, "gradient_checkpointing")
         with self._autocast():
             check_rows(self.model, policy.dtype)
+        shards.settle(self.model)
         self.trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         setting = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -95,6 +105,7 @@ class Learner:
                 if reason:
                     return metrics | self._skip(reason)
         self.bad_steps = 0
+        sums = {name: shards.reduced(value, largest=name.endswith("_max")) for name, value in sums.items()}
         return metrics | summarise(sums, batch.authors, self.updates - before)
 
     @torch.no_grad()
@@ -107,13 +118,9 @@ class Learner:
         if _fault(batch):
             return [tuple(None for _ in group.traces) for group in groups]
         chosen = batch.select(torch.arange(rows_of(groups)))
-        found: dict[int, Columns] = {}
-        for rows in chosen.plan(self.config.train.micro_batch_tokens):
-            micro = chosen.select(rows).to(self.device)
-            logprobs, _ = self._score(self.model, micro)
-            found |= zip(rows.tolist(), columns(logprobs, micro, self.config.loss, self.config.rollout.max_tokens), strict=True)
+        logprobs = self._logprobs(chosen)
         self._clear_cache()  # here too: the step itself may have nothing to do
-        return by_trace(groups, [found[row] for row in range(len(chosen))])
+        return by_trace(groups, list(columns(logprobs, chosen, self.config.loss, self.config.rollout.max_tokens)))
 
     def _update(self, batch: Batch, sums: Sums) -> tuple[Sums, dict[str, float], str | None]:
         """One optimizer step. Returns the sums so far, gradient norm and learning rate, and why it was skipped, if it was."""
@@ -122,16 +129,18 @@ class Learner:
         active = batch.select(batch.trainable(loss).any(1))
         if not len(active):
             return sums, {}, None
-        for micro in active.split(self.config.train.micro_batch_tokens):
-            micro = micro.to(self.device)
+        for rows, counts in self._share(active):
+            micro = active.select(rows).to(self.device)
             logprobs, entropy = self._score(self.model, micro)
             reference = None if self.reference is None else self._reference_logprobs(self.reference, micro)
             value, part = aipo_loss(logprobs, entropy, micro, loss, budget=self.config.rollout.max_tokens, reference=reference)
+            if not counts:
+                value, part = 0.0 * value, {name: torch.zeros_like(sums) for name, sums in part.items()}
             value.backward()
             parts, total = merge(parts, part), total + value.detach()
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        reason = None if total.isfinite() else "loss"
+        norm = shards.whole(get_total_norm(gradients))
+        reason = None if shards.reduced(total).isfinite() else "loss"
         reason = reason or (None if norm.isfinite() else "gradient")
         if reason:
             self.optimizer.zero_grad()
@@ -148,14 +157,34 @@ class Learner:
     @torch.no_grad()
     def _with_old_logprobs(self, batch: Batch) -> Batch:
         """Before the first of several updates. With one update, old is the current value, and this pass is spared."""
+        active = batch.trainable(self.config.loss).any(1)
         old = torch.zeros_like(batch.behaviour_logprobs)
-        active = batch.trainable(self.config.loss).any(1).nonzero().squeeze(1)
-        chosen = batch.select(active)
-        for rows in chosen.plan(self.config.train.micro_batch_tokens):
-            micro = chosen.select(rows).to(self.device)
-            logprobs, _ = self._score(self.model, micro)
-            old[active[rows], : logprobs.shape[1]] = logprobs.cpu()
+        found = self._logprobs(batch.select(active))
+        old[active, : found.shape[1]] = found
         return replace(batch, old_logprobs=old)
+
+    def _logprobs(self, batch: Batch) -> Tensor:
+        """f32 [B, T] on the CPU: log-probabilities of the tokens in the mask."""
+        found = torch.zeros(batch.token_ids.shape)
+        for rows, counts in self._share(batch):
+            logprobs, _ = self._score(self.model, batch.select(rows).to(self.device))
+            if counts:
+                found[rows, : logprobs.shape[1]] = logprobs.cpu()
+        return shards.reduced(found.to(self.device)).cpu()
+
+    def _share(self, batch: Batch) -> Iterator[tuple[Tensor, bool]]:
+        """Rows of this rank's micro-batches, which are dealt out as one process would run them, and whether they count.
+
+        All ranks get as many, and each makes one forward: a rank that runs out repeats the last. Rows with an empty mask are left out.
+        """
+        rank, size = shards.world()
+        far, active = far_rows(self.model, batch.mask), batch.mask.any(1)
+        plan = batch.plan(self.config.train.micro_batch_tokens)
+        if far is not None:
+            plan = [part for rows in plan for part in (rows[far[rows]], rows[~far[rows]])]
+        plan = [kept for rows in plan if len(kept := rows[active[rows]])]
+        for start in range(0, len(plan), size):
+            yield plan[min(start + rank, len(plan) - 1)], start + rank < len(plan)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.policy.dtype == "bfloat16")
@@ -208,9 +237,12 @@ class Learner:
         Full training gives the float32 weights themselves: take them before the next step. LoRA gives merged ones in ``policy.dtype``,
         made one at a time, as each is asked for.
         """
-        kept = self.model.state_dict().keys()
         yield from lora.merged(self.model)
-        yield from ((name, b) for name, b in self.model.named_buffers() if name in kept)
+        yield from self._buffers().items()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        kept = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
 
     def adapter(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the LoRA adapter under the names of peft's files. Raises ConfigError where all weights are trained."""
@@ -219,13 +251,12 @@ class Learner:
         yield from lora.tensors(self.adapted).items()
 
     def _kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model, itself: the adapter alone for LoRA."""
-        return dict(self.weights()) if self.adapted is None else {name: p.detach() for name, p in self.trained.items()}
+        """What a checkpoint holds of the model, itself, of which a rank has its part: the adapter alone for LoRA."""
+        kept = self.trained if self.adapted is not None else dict(self.model.named_parameters()) | self._buffers()
+        return {name: tensor.detach() for name, tensor in kept.items()}
 
-    def _frozen(self) -> dict[str, Any] | None:
+    def _frozen(self) -> dict[str, Any]:
         """What an adapter means nothing without."""
-        if self.adapted is None:
-            return None
         return {"alpha": self.config.policy.lora_alpha, "model": lora.fingerprint(self.model)}
 
     def save(self, directory: str | Path, cursor: Mapping[str, Any]) -> str | None:
@@ -233,44 +264,47 @@ class Learner:
         names = list(self.trained)
         slots = self.optimizer.state_dict()["state"]
         optimizer = {f"{names[i]}|{slot}": value for i, values in slots.items() for slot, value in values.items()}
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         counters = {name: getattr(self, name) for name in COUNTERS}
         return checkpoint.save(
             Path(directory),
             self.version,
-            {"model": self._kept(), "optimizer": optimizer, "rng": rng},
-            {"counters": counters, "cursor": dict(cursor), "frozen": self._frozen()},
+            {"model": self._kept(), "optimizer": optimizer, "rng": self._random_state()},
+            {"counters": counters, "cursor": dict(cursor), "frozen": self.frozen},
             keep=self.config.run.keep_checkpoints,
         )
 
+    def _random_state(self) -> dict[str, Tensor]:
+        found = {"cpu": torch.get_rng_state()}
+        return found | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
     def restore(self, directory: str | Path) -> dict[str, Any]:
-        """Continue from the newest whole checkpoint: returns its cursor, {} where there is none.
+        """Continue from the newest whole checkpoint, of this many ranks or another number: returns its cursor, {} where there is none.
 
         Raises ConfigError where no checkpoint is whole or the newest is of another model or LoRA adapter.
         """
         found = checkpoint.load(Path(directory))
         if found is None:
             return {}
-        own, saved = self._kept(), found.tensors["model"]
-        shapes = {name: tensor.shape for name, tensor in own.items()}
-        if shapes != {name: tensor.shape for name, tensor in saved.items()} or found.state.get("frozen") != self._frozen():
+        model, rng = self._kept(), self._random_state()
+        saved = {name: shape for name, shape in found.shapes.items() if "|" not in name and name not in ("cpu", "cuda")}
+        if {name: tensor.shape for name, tensor in model.items()} != saved or found.state.get("frozen") != self.frozen:
             raise ConfigError(
                 f"checkpoint {found.path} is of another model than {str(self.model_path)!r} with policy.lora_rank = "
                 f"{self.config.policy.lora_rank}; use another run.name"
             )
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
-        index = {name: i for i, name in enumerate(self.trained)}
+        optimizer: dict[str, Tensor] = {}
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in found.tensors["optimizer"].items():
+        index = {name: i for i, name in enumerate(self.trained)}
+        for key, shape in found.shapes.items():
             name, _, slot = key.rpartition("|")
-            state.setdefault(index[name], {})[slot] = value
+            if name:  # moments have their parameter's shape and its parts, AdamW's count of steps has none
+                optimizer[key] = torch.zeros_like(self.trained[name]) if shape == self.trained[name].shape else torch.zeros(shape)
+                state.setdefault(index[name], {})[slot] = optimizer[key]
+        found.read(model | optimizer | {name: value for name, value in rng.items() if name in found.shapes})
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(found.tensors["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in found.tensors["rng"]:
-            torch.cuda.set_rng_state(found.tensors["rng"]["cuda"], self.device)
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
         for name in COUNTERS:
             setattr(self, name, int(found.state["counters"][name]))
         return dict(found.state["cursor"])
@@ -282,7 +316,7 @@ class Learner:
         save_model(
             self.model,
             self.weights(),
-            load_tokenizer(self.model_path),
+            shards.on_first(lambda: load_tokenizer(self.model_path)),
             directory,
             dtype=self.config.policy.dtype,
             adapter=self.adapted,

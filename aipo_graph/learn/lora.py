@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import Policy
 from ..errors import ConfigError
+from .shards import from_first, whole
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
@@ -36,7 +37,7 @@ def attach(model: PreTrainedModel, policy: Policy, seed: int, *, experts: bool =
     except ImportError as error:
         raise ConfigError(f"policy.lora_rank = {policy.lora_rank}: LoRA needs peft; pip install 'aipo-graph[peft]'") from error
     kind = model.config.model_type
-    fused, layers = _fused_experts(model), _linear_layers(model)
+    fused, layers = _fused_experts(model), from_first(lambda: _linear_layers(model))  # the others have no values to tell by
     # peft takes these names, wherever they stand, for those of fused experts.
     renamed = [name for name in layers if _expert_counts(model) and name.rpartition(".")[2] in EXPERT_NAMES]
     settings = LoraConfig(
@@ -113,9 +114,9 @@ def merged(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     wrapped = _wrapped(model)
     for name, parameter in _plain_names(model):
         if name in wrapped:
-            yield name, (parameter + wrapped[name].get_delta_weight(ADAPTER)).to(parameter.dtype)  # type: ignore[operator]
+            yield name, whole((parameter + wrapped[name].get_delta_weight(ADAPTER)).to(parameter.dtype))  # type: ignore[operator]
         else:
-            yield name, parameter.detach()
+            yield name, whole(parameter.detach())
 
 
 def tensors(adapter: Any) -> dict[str, Tensor]:
@@ -123,13 +124,18 @@ def tensors(adapter: Any) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     # Left to itself, peft asks the hub whether the vocabulary has grown.
-    return {name: tensor.detach() for name, tensor in get_peft_model_state_dict(adapter, save_embedding_layers=False).items()}
+    return {name: whole(tensor).detach() for name, tensor in get_peft_model_state_dict(adapter, save_embedding_layers=False).items()}
 
 
-def save(adapter: Any, directory: Path, name: str) -> None:
+def state(adapter: Any) -> dict[str, Tensor]:
+    """The same under the names that they have in the model."""
+    return {name: whole(tensor) for name, tensor in adapter.state_dict().items() if ".lora_" in name}
+
+
+def save(adapter: Any, state: dict[str, Tensor], directory: Path, name: str) -> None:
     """A directory that ``PeftModel.from_pretrained`` and vLLM load; ``name`` is that of the model it belongs to."""
     adapter.peft_config[ADAPTER].base_model_name_or_path = name
-    adapter.save_pretrained(directory, save_embedding_layers=False)
+    adapter.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

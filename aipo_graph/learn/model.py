@@ -11,15 +11,16 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import ConfigError, EngineError, TrainError
 from ..forward import EXACT, MISFITS, affordable, borders, first_line, own_logprobs, probe_rows, scaled_from, use_exact_attention
-from . import lora
+from . import lora, shards
 from .checkpoint import atomic_directory
 
 CHUNK = 2**26
@@ -31,15 +32,28 @@ _alone: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def load_model(path: str | Path, *, dtype: str = "float32", device: torch.device | str = "cpu") -> PreTrainedModel:
     """A causal LM from a directory or a hub name, in eval mode: no dropout, so that it learns on the probabilities it samples with.
 
-    Raises ConfigError where there is no model, EngineError where its weights cannot be loaded.
+    Of several ranks the first has it on the CPU, the others on the meta device, for ``shard``. Raises ConfigError where there is no model,
+    EngineError where its weights cannot be loaded.
     """
+    config = shards.from_first(lambda: _read_config(path))
+    whole = shards.on_first(lambda: _read_weights(path, config, dtype))
+    if whole is None:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    return (whole if shards.world()[1] > 1 else whole.to(device)).eval()
+
+
+def _read_config(path: str | Path) -> PretrainedConfig:
     disable_progress_bar()
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise ConfigError(f"policy.model: {str(path)!r} has no config.json; give a Hugging Face model directory")
     try:
-        config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"policy.model: no model at {str(path)!r} ({first_line(error)}); give a model directory or a hub name") from error
+
+
+def _read_weights(path: str | Path, config: PretrainedConfig, dtype: str) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype), output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -47,7 +61,7 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: torch.device
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # would be left at random values
         raise EngineError(f"policy.model: the weights of {str(path)!r} lack {len(missing)} tensors, {missing[0]} among them")
-    return model.to(device).eval()
+    return model
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -92,28 +106,34 @@ def save_model(
     """A Hugging Face model directory in ``dtype``, there whole or not at all; with ``adapter/`` beside the merged weights for LoRA.
 
     A generation config that sets up sampling and leaves it off, which some models ship and transformers refuses to write, turns it on.
-    ``source``: the model that the adapter belongs to. Raises ConfigError where the directory cannot be written.
+    ``source``: the model that the adapter belongs to. Of several ranks the first writes. Raises ConfigError where the directory cannot be
+    written.
     """
-    directory = Path(directory)
-    if directory.exists() and not (directory / "config.json").exists():
-        raise ConfigError(f"export: {str(directory)!r} exists and is no model directory; give another name")
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True
-    state = {name: tensor.to("cpu", getattr(torch, dtype) if tensor.is_floating_point() else None) for name, tensor in weights}
-    try:
-        with atomic_directory(directory) as temporary:
-            model.save_pretrained(temporary, state_dict=state)
-            config = copy.deepcopy(model.config)
-            config.dtype = dtype  # save_pretrained names that of the master weights
-            config.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-            if adapter is not None:
-                lora.save(adapter, temporary / "adapter", source)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"export: {str(directory)!r} cannot be written ({first_line(error)})") from error
+    directory, first = Path(directory), shards.world()[0] == 0
+    state = {name: tensor.to("cpu", getattr(torch, dtype) if tensor.is_floating_point() else None) for name, tensor in weights if first}
+    adapted = None if adapter is None else lora.state(adapter)
+
+    def write() -> None:
+        if directory.exists() and not (directory / "config.json").exists():
+            raise ConfigError(f"export: {str(directory)!r} exists and is no model directory; give another name")
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            model.generation_config.do_sample = True
+        try:
+            with atomic_directory(directory) as temporary:
+                model.save_pretrained(temporary, state_dict=state)
+                config = copy.deepcopy(model.config)
+                config.dtype = dtype  # save_pretrained names that of the master weights
+                config.save_pretrained(temporary)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
+                if adapted is not None:
+                    lora.save(adapter, adapted, temporary / "adapter", source)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"export: {str(directory)!r} cannot be written ({first_line(error)})") from error
+
+    shards.from_first(write)
 
 
 @torch.no_grad()
@@ -138,7 +158,7 @@ def check_rows(model: PreTrainedModel, dtype: str) -> None:
     One row goes past every length in the config at which attention changes, as far as a few seconds pay for it. Raises ConfigError for a
     model that sees what follows a token or the rows beside it, or that drops out while it is trained. ``dtype``: what it computes in.
     """
-    name, text = type(model).__name__, model.config.get_text_config()
+    name, text = type(model).__name__.removeprefix("FSDP"), model.config.get_text_config()
     most = min(getattr(text, "max_position_embeddings", None) or 64, affordable(model), scaled_from(model.config) or 2**30)
     longest = max([12, *(length + 4 for length in borders(model.config).values() if length + 4 <= most)])
     lengths = [min(length, most) for length in (5, longest, 9)]
@@ -173,13 +193,48 @@ def token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temp
     Rows past the length from which a model scales its positions by the longest row have a forward of their own. Raises TrainError where
     that scale has more than two values.
     """
+    if isinstance(model, FSDPModule):  # its parts meet in what counts as its forward
+        forward: Any = model.row_logprobs
+        found = forward(token_ids, mask, temperature)
+        if not torch.is_grad_enabled():
+            shards.settle(model)
+        return found
+    return row_logprobs(model, token_ids, mask, temperature)
+
+
+def shard(model: PreTrainedModel, device: torch.device) -> None:
+    """Over the ranks, if there are several. Raises ConfigError for a model that cannot be sharded."""
+    shards.shard(model, device, row_logprobs)
+
+
+def row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """:func:`token_logprobs` of a model whose weights are here."""
+    far, border = far_rows(model, mask), scaled_from(model.config)
+    if far is None or border is None:
+        return _row_logprobs(model, token_ids, mask, temperature)
+    logprobs, entropy = (torch.zeros(token_ids.shape, device=token_ids.device) for _ in range(2))
+    for rows, width in ((far, token_ids.shape[1]), (~far, border + 1)):
+        if rows.any():
+            found = _row_logprobs(model, token_ids[rows, :width], mask[rows, :width], temperature)
+            logprobs[rows, :width], entropy[rows, :width] = found
+    return logprobs, entropy
+
+
+def far_rows(model: PreTrainedModel, mask: Tensor) -> Tensor | None:
+    """bool [B]: rows with a token predicted from more others than a scale of positions holds for; None where there is no such scale.
+
+    Raises TrainError where the scale has more than two values.
+    """
     border = scaled_from(model.config)
-    if border is not None and token_ids.shape[1] > border + 1:
-        return _on_each_side(model, token_ids, mask, temperature, border)
-    return _token_logprobs(model, token_ids, mask, temperature)
+    if border is None:
+        return None
+    far = mask[:, border + 1 :].any(1)
+    if far.any() and border >= model.config.get_text_config().max_position_embeddings:
+        raise TrainError(f"a row has more than {border} tokens, past which its length scales all its positions; lower rollout.max_tokens")
+    return far
 
 
-def _token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logprobs = torch.zeros(token_ids.shape, device=token_ids.device)
     wanted = mask[:, 1:].flatten().nonzero().squeeze(1)
     if not len(wanted):
@@ -201,15 +256,3 @@ def _token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, tem
     index = (rows, columns + 1)
     entropy = logprobs.index_put(index, torch.cat([e for _, e in parts]))
     return logprobs.index_put(index, torch.cat([p for p, _ in parts])), entropy
-
-
-def _on_each_side(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float, border: int) -> tuple[Tensor, Tensor]:
-    """Rows with a token predicted from more than ``border`` others apart from those without one."""
-    far = mask[:, border + 1 :].any(1)
-    if far.any() and border >= model.config.get_text_config().max_position_embeddings:
-        raise TrainError(f"a row has more than {border} tokens, past which its length scales all its positions; lower rollout.max_tokens")
-    found = torch.zeros((2, *token_ids.shape), device=token_ids.device)
-    for rows, width in ((far, token_ids.shape[1]), (~far, border + 1)):
-        if rows.any():
-            found[:, rows, :width] = torch.stack(_token_logprobs(model, token_ids[rows, :width], mask[rows, :width], temperature))
-    return found[0], found[1]
