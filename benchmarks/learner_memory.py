@@ -1,8 +1,9 @@
-"""`python benchmarks/learner_memory.py`: peak memory and tokens/s of a learner step on a GPU, for models of Qwen3's shapes.
+"""`python benchmarks/learner_memory.py [SHAPE ...]`: peak memory and tokens/s of a learner step on a GPU, for models of Qwen3's shapes.
 
 Random weights, LoRA and full training in bfloat16 with gradient checkpointing; log-probabilities chunked, as the learner does them,
-against unchunked. `--tiny` runs all of it on the CPU with a tiny shape and writes no file: memory is then
-the bytes saved for the backward pass, not a peak.
+against unchunked. `mfu`: 6 operations per weight and token (LoRA: 4), attention aside, over those of a bfloat16 matmul that is measured
+beside it. Without a SHAPE all of them, and the figures go to `results/`. `--tiny` runs all of it on the CPU with a tiny shape and writes
+no file: memory is then the bytes saved for the backward pass, not a peak.
 """
 
 import gc
@@ -81,6 +82,19 @@ def timed(learner: Learner, batch: Batch) -> float:
     return time.perf_counter() - started
 
 
+def matmul_flops(device: str) -> float:
+    """Operations per second of a large product of bfloat16 matrices."""
+    size, repeats = (8192, 20) if device == "cuda" else (256, 3)
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    for count in (3, repeats):
+        started = time.perf_counter()
+        for _ in range(count):
+            a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return repeats * 2 * size**3 / (time.perf_counter() - started)
+
+
 def measure(config: Config, folder: str, device: str, batch: Batch) -> dict[str, Any]:
     """One cell. The first step, which makes the optimizer's state and compiles kernels, is not timed."""
     tokens = int(batch.lengths.sum())
@@ -99,7 +113,10 @@ def measure(config: Config, folder: str, device: str, batch: Batch) -> dict[str,
             return {"bytes": None, "tokens_per_second": None, "error": "out of memory"}
         memory = torch.cuda.max_memory_allocated(device)
     seconds = [timed(learner, batch) for _ in range(STEPS)]
-    return {"bytes": memory, "tokens_per_second": round(tokens / statistics.median(seconds), 1), "seconds": [round(s, 4) for s in seconds]}
+    rate = tokens / statistics.median(seconds)
+    weights = sum(p.numel() for name, p in learner.model.named_parameters() if ".lora_" not in name)
+    mfu = (4 if learner.adapted else 6) * weights * rate / matmul_flops(device)
+    return {"bytes": memory, "tokens_per_second": round(rate, 1), "mfu": round(mfu, 3), "seconds": [round(s, 4) for s in seconds]}
 
 
 def cells(shape: dict[str, int], device: str, count: int, length: int) -> list[dict[str, Any]]:
@@ -126,11 +143,12 @@ def cells(shape: dict[str, int], device: str, count: int, length: int) -> list[d
 
 def main(argv: list[str]) -> None:
     tiny = argv == ["--tiny"]
-    if argv and not tiny:
-        raise ConfigError(f"{argv[0]!r}: the only option is --tiny")
+    if unknown := next((name for name in argv if not tiny and name not in SHAPES), None):
+        raise ConfigError(f"{unknown!r}: give --tiny, or some of {', '.join(SHAPES)}")
     if not tiny and not torch.cuda.is_available():
         raise ConfigError("this machine has no CUDA device; --tiny runs on the CPU")
-    device, shapes, count, length = ("cpu", TINY_SHAPES, 4, 128) if tiny else ("cuda", SHAPES, 8, 2048)
+    chosen = {name: SHAPES[name] for name in SHAPES if not argv or name in argv}
+    device, shapes, count, length = ("cpu", TINY_SHAPES, 4, 128) if tiny else ("cuda", chosen, 8, 2048)
     if tiny:
         torch.set_num_threads(1)
     gpu = "" if tiny else f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB, "
@@ -145,7 +163,7 @@ def main(argv: list[str]) -> None:
     }
     text = json.dumps(report, indent=1)
     Console(soft_wrap=True).print_json(text)
-    if not tiny:
+    if not argv:
         (Path(__file__).parent / "results" / "learner_memory.json").write_text(text + "\n")
 
 
