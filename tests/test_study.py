@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from aipo_graph import cli
+from aipo_graph import cli, load
 from aipo_graph.config import Config
+from aipo_graph.learn.model import load_model
 from aipo_graph.pretrain import tokenizer
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.tasks.operators import OPERATORS, RULES
 from aipo_graph.types import Reply, Request
-from experiments import helpers, study
+from experiments import helpers, probe, study
 from experiments.grid import CHOOSING, EXPERIMENTS, TUNING_SEEDS, Run, runs
 
 
@@ -96,3 +97,14 @@ def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: P
 def test_a_run_is_one_folder(tmp_path: Path) -> None:
     assert Run("generality", "qwen3/grpo/aipo", 1).name == "generality-qwen3+grpo+aipo-1"
     assert Run("faulty", "aipo@same60", 2).name == "faulty-aipo=same60-2"
+
+
+def test_the_base_policy_plans_for_three_operators_alone_and_does_not_see_its_slips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "PROBLEMS", 24)
+    model = load_model(load.model("operators"), dtype="float32", device="cpu").eval()
+    slips, after_right, after_slip = probe.verdicts(model)
+    assert slips == pytest.approx(0.12, abs=0.04)  # pretrain.SLIP
+    assert after_right == pytest.approx(after_slip, abs=0.02)
+    assert probe.lengths(model, 4)[0] == 0
+    asks, plans, follows = probe.lengths(model, 3)
+    assert min(asks, follows) > 0.8 > plans >= 0.3  # of three orders it knows one
