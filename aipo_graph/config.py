@@ -170,7 +170,7 @@ class Rollout(Section):
     """Share of failed traces in a step past which the run stops."""
     max_lag: NonNegativeInt = 0
     """Weight updates by which a token may be behind when it is learned from: 0 is synchronous, 1 overlaps sampling and learning, more evens
-    out long traces. Above 1 with vLLM servers alone."""
+    out long traces. With engine.kind = local, whole steps, and never across a checkpoint."""
 
     @property
     def traces_with_agents(self) -> int:
