@@ -108,6 +108,7 @@ def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path,
     assert done.returncode == 0, done.stderr
     assert {line for line in done.stdout.splitlines() if line.startswith("note: ")} == {
         "note: train.steps = 9 from here on, 8 before",
+        "note: the learning rate's cosine ends at step 9 now: from here on it is another one",
         "note: train.micro_batch_tokens = 2048 from here on, 4096 before",
         "note: evaluate.samples = 2 from here on, 1 before",
         "note: goes on after step 8",
