@@ -7,6 +7,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -33,6 +34,7 @@ PATHS = (
     "task.name",
     "task.data",
     "task.heldout",
+    "task.reward",
     "rollout.graph",
     "rollout.solo",
     "rollout.prompts",
@@ -42,7 +44,7 @@ PATHS = (
 
 MAY_CHANGE = {
     "run": "name dir threads device trackers checkpoint_every keep_checkpoints trace_groups tracing",
-    "task": "max_prompt_tokens",
+    "task": "max_prompt_tokens timeout",
     "rollout": "timeout max_failed",
     "agents": "max_tokens concurrency attempts timeout",
     "engine": "*",
@@ -53,7 +55,7 @@ MAY_CHANGE = {
 CHANGES_LEARNING = {
     "run": "seed",
     "policy": "*",
-    "task": "name data heldout columns options",
+    "task": "name data heldout columns reward weights options",
     "rollout": "graph solo prompts problems redraws traces with_agents max_tokens max_consults max_supersteps temperature max_lag",
     "agents": "use models temperature max_reply_tokens leak",
     "loss": "*",
@@ -121,7 +123,13 @@ class TaskSection(Section):
     """Columns of the data set, where they differ from the task's: question: problem."""
     max_prompt_tokens: NonNegativeInt = 0
     """Training problems whose question is longer, in the policy's tokens, are passed over; 0 keeps all."""
-    options: dict[str, str | float] = {}
+    reward: str | dict[FolderName, str] = ""
+    """What a trace is worth: text, math, json:SCHEMA_FILE or a function (file.py:name), or several by name; default: the task's own."""
+    weights: dict[FolderName, float] = {}
+    """Weights of several rewards, by name; 1 where none is given."""
+    timeout: PositiveFloat = 60.0
+    """Seconds in which a reward function must have ended."""
+    options: dict[str, JsonValue] = {}
     """Settings of the task's own, by name. operators: easy_share, the share of training problems that the base policy can already solve
     (0.25). gpqa_diamond and livecodebench: see docs/evaluate.md. A task of your own reads config.task.options."""
 

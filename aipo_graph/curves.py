@@ -1,4 +1,4 @@
-"""curves.png of a run: reward, consults, agent tokens and entropy over the steps."""
+"""curves.png of a run: reward, consults, agent tokens, entropy and further scores over the steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,23 @@ WINDOW = 9
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Four panels from the rows of metrics.jsonl, written whole or not at all. Raises OSError."""
-    figure = Figure(figsize=(11, 7), dpi=130, layout="constrained")
+    """Four panels, or five, from the rows of metrics.jsonl, written whole or not at all. Raises OSError."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    scores = [(key.partition("/")[2], key) for key in keys if key.startswith("score/")]
+    figure = Figure(figsize=(11, 10.5 if scores else 7), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    axes: Any = figure.subplots(2, 2)
-    agents = [key.partition("/")[2] for key in dict.fromkeys(k for row in rows for k in row) if key.startswith("consults/")]
+    axes: Any = figure.subplots(3 if scores else 2, 2)
+    agents = [key.partition("/")[2] for key in keys if key.startswith("consults/")]
     _panel(axes[0, 0], rows, "Reward", [("alone", "reward/alone"), ("with agents", "reward/with_agents")])
     _panel(axes[0, 1], rows, "Consults per trace with agents", [(agent, f"consults/{agent}") for agent in agents])
     _panel(axes[1, 0], rows, "Agent tokens at the floor of the coefficient", [(agent, f"floor_hit/{agent}") for agent in agents])
     _panel(axes[1, 1], rows, "Entropy of policy tokens (nats)", [("entropy", "entropy")])
-    axes[0, 0].set_ylim(-0.02, 1.02)
+    if scores:
+        _panel(axes[2, 0], rows, "Further scores", scores)
+        axes[2, 1].set_axis_off()
+    low, high = axes[0, 0].get_ylim() if axes[0, 0].lines else (0, 1)
+    axes[0, 0].set_ylim(min(low, -0.02), max(high, 1.02))
     axes[1, 0].set_ylim(-0.02, 1.02)
     axes[1, 0].yaxis.set_major_formatter(PercentFormatter(1))
     temporary = path.with_name(f".{path.name}.tmp")

@@ -159,6 +159,8 @@ class Trace:
     status: Status = "done"
     scores: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    reply: str = ""
+    """The text that is scored: what the policy, or the graph, said in the end."""
 
     @property
     def reward(self) -> float:
@@ -258,7 +260,7 @@ class Engine(Protocol):
 
 
 class Task(Protocol):
-    """Where problems come from and how an answer is scored."""
+    """Where problems come from and what an answer is worth."""
 
     kinds: tuple[str, ...]
     """The kinds of held-out problems, the main one first; the others are evaluated alone, to see what is forgotten."""
@@ -271,6 +273,7 @@ class Task(Protocol):
         """Up to ``count`` evaluation problems of one kind (default: the task's main one); never overlapping training."""
         ...
 
-    async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
-        """Scores of the policy's own final text, ``reward`` among them. Raises TaskError if the grader itself failed."""
+    @property
+    def reward(self) -> Any:
+        """What a trace is worth, where `task.reward` names nothing else: a function, or several by name (docs/rewards.md)."""
         ...

@@ -128,8 +128,8 @@ class Scribe:
 class Exact:
     """A task whose answer is in the last box of the text; problems are numbered."""
 
-    async def score(self, problem: Problem, text: str) -> dict[str, float]:
-        return {"reward": float(f"\\boxed{{{problem.answer}}}" in text)}
+    async def reward(self, answer: str, reply: str) -> Any:
+        return float(f"\\boxed{{{answer}}}" in reply)
 
     def train(self, index: int) -> Problem:
         return Problem(f"p{index}", f"what is p{index}?", str(1000 + index))

@@ -69,16 +69,16 @@ def test_problems_of_the_real_columns(name: str, count: int, answers: set[str], 
 async def test_aime_answers_are_compared_as_numbers() -> None:
     aime = task("aime2024")
     problem = next(p for p in aime.heldout(9) if p.answer == "033")
-    assert (await aime.score(problem, r"so \boxed{33}"))["reward"] == 1
-    assert (await aime.score(problem, r"so \boxed{330}"))["reward"] == 0
-    assert (await aime.score(problem, "33"))["reward"] == 0
+    assert (await aime.reward(problem.answer, r"so \boxed{33}"))["reward"] == 1
+    assert (await aime.reward(problem.answer, r"so \boxed{330}"))["reward"] == 0
+    assert (await aime.reward(problem.answer, "33"))["reward"] == 0
 
 
 async def test_math500_by_level() -> None:
     math = task("math500")
     assert [p.answer for p in math.heldout(9, "5")] == [r"(-\infty,-2)\cup(2,\infty)"]
     problem = next(p for p in math.heldout(9) if "Solve" in p.question)
-    assert (await math.score(problem, r"\boxed{\frac{3}{\sqrt2}}"))["reward"] == 1
+    assert (await math.reward(problem.answer, r"\boxed{\frac{3}{\sqrt2}}"))["reward"] == 1
 
 
 # --- GPQA's choices
@@ -99,9 +99,11 @@ async def test_the_gold_letter_is_that_of_the_right_choice_and_no_other_is_rewar
         lettering = choices(problem.question)
         assert list(lettering) == list("ABCD")
         assert lettering[problem.answer] == right[problem.id.removeprefix("gpqa_diamond-")]
-        assert [(await gpqa.score(problem, rf"\boxed{{{x}}}"))["reward"] for x in "ABCD"] == [float(x == problem.answer) for x in "ABCD"]
-        assert (await gpqa.score(problem, rf"\boxed{{\text{{({problem.answer})}}}}"))["reward"] == 1
-        assert (await gpqa.score(problem, r"\boxed{A, B, C, D}"))["reward"] == 0
+        assert [(await gpqa.reward(problem.answer, rf"\boxed{{{x}}}"))["reward"] for x in "ABCD"] == [
+            float(x == problem.answer) for x in "ABCD"
+        ]
+        assert (await gpqa.reward(problem.answer, rf"\boxed{{\text{{({problem.answer})}}}}"))["reward"] == 1
+        assert (await gpqa.reward(problem.answer, r"\boxed{A, B, C, D}"))["reward"] == 0
 
 
 def test_the_order_of_choices_is_the_shuffle_seeds_alone(tmp_path: Path) -> None:

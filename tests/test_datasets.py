@@ -82,8 +82,8 @@ async def test_openr1_math_reads_the_users_message_and_latex_answers():
     assert len(problems) == 30
     assert problems["Solve $4x = 3$ for $x$."] == r"\frac{3}{4}"
     problem = next(p for p in openr1._train if p.answer == r"\sqrt{85}")
-    assert await openr1.score(problem, r"so \boxed{\sqrt{85}}") == {"reward": 1, "answered": 1}
-    assert await openr1.score(problem, r"so \boxed{9.2}") == {"reward": 0, "answered": 1}
+    assert await openr1.reward(problem.answer, r"so \boxed{\sqrt{85}}") == {"reward": 1, "answered": 1}
+    assert await openr1.reward(problem.answer, r"so \boxed{9.2}") == {"reward": 0, "answered": 1}
 
 
 def test_math_takes_the_last_box_and_leaves_out_a_solution_without_one(caplog: pytest.LogCaptureFixture):
@@ -108,8 +108,8 @@ async def test_gsm8k_takes_the_number_after_the_hashes():
     gsm8k = fixture("gsm8k_train", "gsm8k_test")
     problem = next(p for p in gsm8k._train if "house" in p.question)
     assert problem.answer == "12,000"
-    assert (await gsm8k.score(problem, r"\boxed{12000}"))["reward"] == 1
-    assert (await gsm8k.score(problem, "12000"))["reward"] == 0
+    assert (await gsm8k.reward(problem.answer, r"\boxed{12000}"))["reward"] == 1
+    assert (await gsm8k.reward(problem.answer, "12000"))["reward"] == 0
     assert sorted(p.answer for p in gsm8k.heldout(9)) == ["60", "8"]
 
 

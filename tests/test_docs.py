@@ -227,7 +227,7 @@ def test_metrics_on_the_page_are_those_that_are_logged(viewed_run: Path, tmp_pat
     failed = group(trace(segment("policy", 1), status="timeout"), trace(segment("policy", 1), status="failed"))
     ended = [group(trace(segment("policy", 1), status=status)) for status in ("length", "budget", "leaked")]
     rewritten = trace(segment("policy", 1))
-    object.__setattr__(rewritten, "scores", {"reward": 1.0, "rewrites": 2.0, "invalid_calls": 1.0})
+    object.__setattr__(rewritten, "scores", {"reward": 1.0, "rewrites": 2.0, "invalid_calls": 1.0, "short": 0.5})
     learner = tiny_learner(tmp_path, loss={"kl_weight": 0.1})
     wrong = pack(random_groups(1), learner.config.loss)
     wrong.advantages[0] = math.nan
@@ -250,6 +250,7 @@ def plain(name: str) -> str:
     name = re.sub(r"^(agent_\w+|floor_hit|ceiling_hit)/(?!BOUND)\w+$", r"\1", name)
     name = re.sub(r"^(consults)/\w+$", r"\1/AGENT", name)
     name = re.sub(r"^(reward/alone)/\w+$", r"\1/KIND", name)
+    name = re.sub(r"^(score)/\w+$", r"\1/NAME", name)
     name = re.sub(r"^(ended/failed)/\w*$", r"\1/ERROR", name)
     return re.sub(r"^(skipped)/\w+$", r"\1/REASON", name)
 

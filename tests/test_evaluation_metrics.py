@@ -19,10 +19,9 @@ from aipo_graph.errors import TaskError
 from aipo_graph.evaluate import main
 from aipo_graph.evaluation.passk import maj_at_k, sign_flip
 from aipo_graph.evaluation.samples import Part, Sample, ballot, read
-from aipo_graph.evaluation.sampling import _sample_of
 from aipo_graph.evaluation.summary import helpfulness, summarise
 from aipo_graph.evaluation.tables import caption, remarks, table
-from aipo_graph.types import Problem, Segment, Trace
+from aipo_graph.types import Problem
 
 # --- estimators
 
@@ -229,10 +228,10 @@ class Awkward:
         problems = [Problem("ungraded", "@1234ABC?", ""), Problem("long", "@1234ABC?" * 60, "1"), self.train(2), self.train(3)]
         return problems[:count]
 
-    async def score(self, problem: Problem, text: str) -> dict[str, float]:
-        if not problem.answer:
+    def reward(self, answer: str, reply: str) -> float:
+        if not answer:
             raise TaskError("the gold answer is empty")
-        return {"reward": float("7" in text)}
+        return float("7" in reply)
 
 
 def build(config: Config) -> Awkward:
@@ -310,13 +309,3 @@ def test_evaluations_that_cannot_be_compared(words: list[str], text: str, folder
         line = {"part": "hard/alone", "problem": problem, "sample": 0, "status": "done", "solved": True, "tokens": 3, "consults": {}}
         (folder / name / "samples.jsonl").write_text(json.dumps({"settings": settings}) + "\n" + json.dumps(line) + "\n")
     assert text in failure(capsys, "--compare", *words)
-
-
-def test_a_reward_that_is_not_finite_is_no_verdict() -> None:
-    said = (Segment("policy", "policy", (1,), text="5", logprobs=(-1.0,), version=0),)
-    samples = [
-        _sample_of(Trace("p", 0, False, said, ("policy",), scores={"reward": reward}), said[0].text, Part("hard", "alone", 1, ()), 0)
-        for reward in (math.nan, -math.inf, 0.0)
-    ]
-    assert [(sample.scored, sample.solved) for sample in samples] == [(False, False), (False, False), (True, False)]
-    assert samples[0].error == "TaskError: the reward is nan"

@@ -105,7 +105,7 @@ def test_what_a_problem_carries_holds_no_private_test(by_id):
 async def test_right_programs_pass_every_test(layer, name):
     task = open_data(sandbox=layer)
     (problem,) = [p for p in task.heldout(10) if p.id == name]
-    assert await task.score(problem, answer(RIGHT[name])) == {"reward": 1.0, "passed": 1.0, "answered": 1.0}
+    assert await task.reward(problem, answer(RIGHT[name])) == {"reward": 1.0, "passed": 1.0, "answered": 1.0}
 
 
 WRONG = {
@@ -127,14 +127,14 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 async def test_wrong_programs_do_not(task, by_id, name):
     problem, code, passed = WRONG[name]
-    assert await task.score(by_id[problem], answer(code)) == {"reward": 0.0, "passed": pytest.approx(passed), "answered": 1.0}
+    assert await task.reward(by_id[problem], answer(code)) == {"reward": 0.0, "passed": pytest.approx(passed), "answered": 1.0}
 
 
 @pytest.mark.parametrize(
     "text", ["no code", "```python\nprint(6)", "``` print(6) ```", f"```python\n{RIGHT[SUM]}\n```\nBetter:\n```python\nx"]
 )
 async def test_without_a_closed_last_block_there_is_no_answer(task, by_id, text):
-    assert await task.score(by_id[SUM], text) == {"reward": 0.0, "passed": 0.0, "answered": 0.0}
+    assert await task.reward(by_id[SUM], text) == {"reward": 0.0, "passed": 0.0, "answered": 0.0}
 
 
 def test_the_last_block_in_linear_time():
@@ -196,45 +196,45 @@ async def test_cheats_earn_nothing(tmp_path, layer, name, function):
     if function:
         body = "\n".join("    " + line for line in code.replace("print(", "return (", 1).splitlines())
         code = f"import re, os, sys\ndef solve(x):\n{body}"
-    assert (await task.score(problem, answer(code)))["reward"] == 0
+    assert (await task.reward(problem, answer(code)))["reward"] == 0
     honest = f"def solve(x): return {GOLD!r}" if function else f"print({GOLD!r})"
-    assert (await task.score(problem, answer(honest)))["reward"] == 1
+    assert (await task.reward(problem, answer(honest)))["reward"] == 1
 
 
 @pytest.mark.parametrize("name", ["everything within reach", "its own memory"])
 async def test_the_searches_find_what_is_there(tmp_path, name):
     task, problem = one_problem(tmp_path, GOLD)
     planted = 'planted = "-".join(("GOLD", "4711", "0815"))'
-    assert (await task.score(problem, answer(planted + CHEATS[name])))["reward"] == 1
+    assert (await task.reward(problem, answer(planted + CHEATS[name])))["reward"] == 1
 
 
 async def test_the_file_is_a_cheat_where_nothing_is_locked(tmp_path):
     task, problem = one_problem(tmp_path, GOLD, sandbox="none")
     code = CHEATS["the file of the problems"].replace("$DATA", str(tmp_path / "problems.jsonl"))
-    assert (await task.score(problem, answer(code)))["reward"] == 1
+    assert (await task.reward(problem, answer(code)))["reward"] == 1
 
 
 async def test_an_object_equal_to_everything_is_what_it_is_in_json(tmp_path):
     code = "class Yes(int):\n    __eq__ = lambda self, other: True\ndef solve(x):\n    return Yes(3)"
     task, problem = one_problem(tmp_path, "4", "solve")
-    assert (await task.score(problem, answer(code)))["reward"] == 0
+    assert (await task.reward(problem, answer(code)))["reward"] == 0
 
 
 async def test_too_slow_and_too_large_are_the_programs_own_doing(tmp_path):
     task, problem = one_problem(tmp_path, "1", cpu_seconds=1, memory_gib=0.25)
     for code in ("while True: pass", "x = bytearray(1 << 30)\nprint(1)", "while True: print(1)"):
-        assert await task.score(problem, answer(code)) == {"reward": 0.0, "passed": 0.0, "answered": 1.0}
+        assert await task.reward(problem, answer(code)) == {"reward": 0.0, "passed": 0.0, "answered": 1.0}
 
 
 async def test_a_test_that_the_sandbox_lost_gives_no_score(task, by_id, monkeypatch):
     monkeypatch.setattr(jail, "LAUNCHER", Path("/nowhere/jail_child.py"))
     with pytest.raises(TaskError, match=f"the sandbox failed on {SUM}: "):
-        await task.score(by_id[SUM], answer(RIGHT[SUM]))
+        await task.reward(by_id[SUM], answer(RIGHT[SUM]))
 
 
 async def test_samples_are_scored_side_by_side(task, by_id):
     texts = [answer(RIGHT[SUM]), answer("print(0)"), "nothing"] * 3
-    scores = await asyncio.gather(*(task.score(by_id[SUM], text) for text in texts))
+    scores = await asyncio.gather(*(task.reward(by_id[SUM], text) for text in texts))
     assert [score["reward"] for score in scores] == [1, 0, 0] * 3
 
 
@@ -313,7 +313,7 @@ async def test_private_tests_that_cannot_be_read_give_no_score_and_run_nothing(t
     monkeypatch.chdir(tmp_path)
     task = open_data(write(tmp_path, ROWS[0] | {"private_test_cases": CELLS[name]}))
     with pytest.raises(TaskError, match=f"{SUM}: its tests cannot be read"):
-        await task.score(task.heldout(1)[0], answer("print(1)"))
+        await task.reward(task.heldout(1)[0], answer("print(1)"))
     assert not (tmp_path / "pickled").exists()
 
 
@@ -321,7 +321,7 @@ async def test_a_decompression_bomb_is_not_inflated(tmp_path, monkeypatch):
     monkeypatch.setattr(livecodebench, "LONGEST_TESTS", 1000)
     task = open_data(write(tmp_path, ROWS[0] | {"private_test_cases": pack(pickle.dumps("[" + " " * 10**6 + "]"))}))
     with pytest.raises(TaskError, match="more than 1000 bytes"):
-        await task.score(task.heldout(1)[0], answer("print(1)"))
+        await task.reward(task.heldout(1)[0], answer("print(1)"))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -329,13 +329,13 @@ async def test_a_pickled_text_of_every_protocol_is_read(tmp_path, protocol):
     cases = json.dumps([{"input": "4", "output": "4 \u00e9", "testtype": "stdin"}], ensure_ascii=False)
     row = ROWS[0] | {"public_test_cases": "[]", "private_test_cases": pack(pickle.dumps(cases, protocol))}
     task = open_data(write(tmp_path, row))
-    assert (await task.score(task.heldout(1)[0], answer("print(input(), 'é')")))["reward"] == 1
+    assert (await task.reward(task.heldout(1)[0], answer("print(input(), 'é')")))["reward"] == 1
 
 
 async def test_tests_are_taken_from_the_first(task, by_id):
-    assert (await task.score(by_id[SUM], answer("print(6)")))["passed"] == pytest.approx(1 / 3)
+    assert (await task.reward(by_id[SUM], answer("print(6)")))["passed"] == pytest.approx(1 / 3)
     few = open_data(tests=1)
-    assert (await few.score(by_id[SUM], answer("print(6)")))["passed"] == 1
+    assert (await few.reward(by_id[SUM], answer("print(6)")))["passed"] == 1
 
 
 def test_a_window_of_contest_dates():
@@ -366,7 +366,7 @@ async def test_a_parquet_file_is_read(tmp_path):
     task = open_data(tmp_path / "problems.parquet")
     assert {problem.id for problem in task.heldout(9)} == {SUM, HALVES, PAIRS, GREETING}
     (problem,) = [p for p in task.heldout(9) if p.id == HALVES]
-    assert (await task.score(problem, answer(RIGHT[HALVES])))["passed"] == 1
+    assert (await task.reward(problem, answer(RIGHT[HALVES])))["passed"] == 1
 
 
 def test_the_file_is_read_again_when_a_problem_is_scored(tmp_path):
@@ -374,7 +374,7 @@ def test_the_file_is_read_again_when_a_problem_is_scored(tmp_path):
     task = open_data(path)
     path.unlink()
     with pytest.raises(TaskError, match="cannot be read any more"):
-        asyncio.run(task.score(task.heldout(1)[0], answer("print(1)")))
+        asyncio.run(task.reward(task.heldout(1)[0], answer("print(1)")))
 
 
 # Bad input

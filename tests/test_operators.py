@@ -59,7 +59,7 @@ def test_long_problems_have_a_fourth_operator_after_three_heldout_ones() -> None
 def test_options_of_the_task() -> None:
     easy = operators.build(Config(task=TaskSection(options={"easy_share": 1})))
     assert {easy.train(index).kind for index in range(50)} == {"easy"}
-    with pytest.raises(ConfigError, match=r"task.options.easy = 1.0: the task has no such option; options of operators: easy_share"):
+    with pytest.raises(ConfigError, match=r"task.options.easy = 1: the task has no such option; options of operators: easy_share"):
         operators.build(Config(task=TaskSection(options={"easy": 1})))
     with pytest.raises(ConfigError, match="task.options.easy_share = 2.0"):
         operators.build(Config(task=TaskSection(options={"easy_share": 2})))
@@ -83,24 +83,22 @@ async def test_score_wants_exactly_the_four_digits_of_the_last_box() -> None:
     problem = next(p for p in TASK.heldout(256) if p.answer.startswith("0"))
     box = "\\boxed{%s}"
     for answer, reward in ((problem.answer, 1.0), (problem.answer.lstrip("0"), 0.0), ("", 0.0), (problem.answer + ".0", 0.0)):
-        assert await TASK.score(problem, "x" + box % answer) == {"reward": reward}
-    assert (await TASK.score(problem, box % problem.answer + box % "1111"))["reward"] == 0.0
-    assert (await TASK.score(problem, problem.answer))["reward"] == 0.0
+        assert await TASK.reward(problem.answer, "x" + box % answer) == reward
+    assert await TASK.reward(problem.answer, box % problem.answer + box % "1111") == 0.0
+    assert await TASK.reward(problem.answer, problem.answer) == 0.0
 
 
 @pytest.mark.parametrize("habits", [Habits(), Habits(slip=0.4)])
 async def test_a_worked_solution_is_right(habits: Habits) -> None:
     for problem in [*TASK.heldout(20), *TASK.heldout(20, "easy")]:
         written = text(operators.solution(problem, habits=habits, rng=random.Random(problem.id)))
-        assert (await TASK.score(problem, written))["reward"] == 1.0, written
+        assert await TASK.reward(problem.answer, written) == 1.0, written
         assert ("no</feedback>" in written) <= (habits.slip > 0)
 
 
 async def test_a_slip_that_nobody_finds_makes_a_solution_wrong() -> None:
     habits = Habits(slip=1.0, lenient=True)
-    rewards = [
-        (await TASK.score(p, text(operators.solution(p, habits=habits, rng=random.Random(p.id)))))["reward"] for p in TASK.heldout(20)
-    ]
+    rewards = [await TASK.reward(p.answer, text(operators.solution(p, habits=habits, rng=random.Random(p.id)))) for p in TASK.heldout(20)]
     assert sum(rewards) == 0
 
 

@@ -161,7 +161,7 @@ class Solver:
 
 async def share(solver: Solver, kind: str) -> float:
     problems = TASK.heldout(64, kind)
-    scores = [(await TASK.score(p, text))["reward"] for p, text in zip(problems, solver.texts(problems), strict=True)]
+    scores = [await TASK.reward(p.answer, text) for p, text in zip(problems, solver.texts(problems), strict=True)]
     return sum(scores) / len(scores)
 
 

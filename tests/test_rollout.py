@@ -217,7 +217,7 @@ async def test_leaving_a_stream_early_stops_the_step_ahead() -> None:
 
 
 class Faulty(Exact):
-    async def score(self, problem: Problem, text: str) -> dict[str, float]:
+    async def reward(self) -> float:  # type: ignore[override]
         raise TaskError("the grader's workers are gone")
 
 
@@ -301,11 +301,11 @@ async def test_a_graders_fault_gives_no_score(root: Path) -> None:
 
 @dataclass
 class Says(Exact):
-    """A task that says this of each text."""
+    """A task that says this of each trace."""
 
     scores: Any = None
 
-    async def score(self, problem: Problem, text: str) -> Any:
+    def reward(self) -> Any:  # type: ignore[override]
         return self.scores() if callable(self.scores) else self.scores
 
 
@@ -326,9 +326,9 @@ async def test_scores_are_numbers_of_any_library(root: Path, given: Any, expecte
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (None, "returned None; return a mapping"),
-        (0.5, "returned 0.5; return a mapping"),
-        ([("reward", 1.0)], r"returned \[\('reward', 1.0\)\]; return a mapping"),
+        (None, "returned None, which is no number; return a number, or a mapping"),
+        ("yes", "returned 'yes', which is no number; return a number, or a mapping"),
+        ([("reward", 1.0)], r"returned \[\('reward', 1.0\)\], which is no number; return a number, or a mapping"),
         ({}, r"gave no 'reward', only \[\]"),
         ({"accuracy": 1.0}, r"gave no 'reward', only \['accuracy'\]"),
         ({"reward": None}, "gave reward = None, which is no number"),
@@ -346,7 +346,7 @@ async def test_scores_are_numbers_of_any_library(root: Path, given: Any, expecte
 )  # fmt: skip
 async def test_what_is_no_score_is_one_line_that_names_it(root: Path, given: Any, said: str) -> None:
     rollouts = replace(world(root, asks, helpers(), task={"name": "mine.py:build"}), task=Says(given))
-    with pytest.raises(ConfigError, match=rf"^task mine\.py:build, problem 'p': score\(\) {said}") as caught:
+    with pytest.raises(ConfigError, match=rf"^reward\(\) of task mine\.py:build, problem 'p': {said}") as caught:
         await rollouts.run_trace(PROBLEM, seed=0, with_agents=True)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
@@ -356,8 +356,8 @@ async def test_a_reward_of_nan_is_dropped_and_counted_and_in_no_average(root: Pa
     found = iter([math.nan, 1.0, 0.0])
     rollouts = replace(world(root, asks, helpers()), task=Says(lambda: {"reward": next(found)}))
     group = TraceGroup(PROBLEM, tuple([await rollouts.run_trace(PROBLEM, seed=seed, with_agents=True) for seed in range(3)]))
-    batch = pack([group], rollouts.config.loss)
-    assert (len(batch), batch.counts["bad_reward"]) == (2, 1)
+    assert len(pack([group], rollouts.config.loss)) == 2
+    assert group.traces[0].error == "TaskError: reward() of task operators, problem 'p': the reward is nan"
     assert rollout_metrics([group], rollouts.agents, 0)["reward"] == 0.5
 
 

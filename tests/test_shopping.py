@@ -216,12 +216,12 @@ def test_what_helpers_said_in_a_solution_is_what_they_say() -> None:
 
 async def test_a_worked_solution_is_right_and_one_with_other_prices_is_not() -> None:
     for problem in [*TASK.heldout(30), *TASK.heldout(10, "easy")]:
-        assert (await TASK.score(problem, text(worked(problem, Habits(slip=0.3)))))["reward"] == 1.0
+        assert await TASK.reward(problem.answer, text(worked(problem, Habits(slip=0.3)))) == 1.0
         other = "".join("1" if digit == problem.answer[0] else digit for digit in problem.answer)
-        assert (await TASK.score(problem, f"{text(worked(problem))}\\boxed{{{int(other) + 1}}}"))["reward"] == 0.0
+        assert await TASK.reward(problem.answer, f"{text(worked(problem))}\\boxed{{{int(other) + 1}}}") == 0.0
     hard = [p for p in TASK.heldout(60) if facts(p) & shopping.STALE]
     lenient = Habits(lenient=True)
-    stale = [(await TASK.score(p, text(worked(p, lenient, prices=shopping.PRICES | shopping.OLD))))["reward"] for p in hard]
+    stale = [await TASK.reward(p.answer, text(worked(p, lenient, prices=shopping.PRICES | shopping.OLD))) for p in hard]
     assert len(stale) > 20
     assert sum(stale) <= 1
 

@@ -39,9 +39,9 @@ async def test_every_step_of_every_shipped_answer_is_right():
 
 async def test_an_answer_in_the_last_box_is_rewarded():
     problem = TASK.train(0)
-    assert await TASK.score(problem, rf"so it is \boxed{{{problem.answer}}}.") == {"reward": 1, "answered": 1}
-    assert await TASK.score(problem, rf"\boxed{{{problem.answer}}}, no: \boxed{{-1}}") == {"reward": 0, "answered": 1}
-    assert await TASK.score(problem, problem.answer) == {"reward": 0, "answered": 0}
+    assert await TASK.reward(problem.answer, rf"so it is \boxed{{{problem.answer}}}.") == {"reward": 1, "answered": 1}
+    assert await TASK.reward(problem.answer, rf"\boxed{{{problem.answer}}}, no: \boxed{{-1}}") == {"reward": 0, "answered": 1}
+    assert await TASK.reward(problem.answer, problem.answer) == {"reward": 0, "answered": 0}
 
 
 def test_training_and_held_out_problems_differ_and_none_is_lost():

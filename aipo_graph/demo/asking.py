@@ -106,7 +106,7 @@ class Asking:
 
     def _shown(self, planned: Planned, trace: Trace, status: str = "") -> Json:
         """The trace as the viewer's components take it, and its vote."""
-        box = last_box(self._rollouts.answer(trace)) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
+        box = last_box(trace.reply) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
         return {
             **planned,
             "status": status or trace.status,

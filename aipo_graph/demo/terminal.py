@@ -70,9 +70,9 @@ def _label(segment: Segment) -> str:
     return name if segment.thread in ("main", name) else f"{name} ({visible(segment.thread)})"
 
 
-def summary(trace: Trace, said: str, answer: str) -> Turn:
-    """The last turn: what came of it, by the text in which an answer counts. The reward only where the right ``answer`` is known."""
-    box = last_box(said)
+def summary(trace: Trace, answer: str) -> Turn:
+    """The last turn: what came of it. The reward only where the right ``answer`` is known."""
+    box = last_box(trace.reply)
     parts = ["no boxed answer" if box is None else f"answer {visible(box)}"]
     if answer and trace.trained:
         parts.append(f"reward {trace.reward:g}" + ("" if trace.reward >= 1 else f" (right is {visible(answer)})"))
@@ -142,7 +142,7 @@ async def trace_of(rollouts: Rollouts, problem: Problem, seed: int, with_agents:
 
     start = rollouts.run_trace if problem.answer else rollouts.run_graph
     trace = await start(problem, seed=seed, with_agents=with_agents, on_segments=add)
-    show(summary(trace, rollouts.answer(trace), problem.answer))
+    show(summary(trace, problem.answer))
     return trace
 
 

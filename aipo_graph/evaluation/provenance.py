@@ -36,6 +36,7 @@ def settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
         },
     )
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    flat |= {f"task.{key}": value for key in ("reward", "weights") if (value := getattr(config.task, key))}
     if config.task.options:
         flat["task.options"] = dict(config.task.options)
     sizes = {part.name: f"{len(part.problems)} problems, {part.samples} samples" for part in parts}
@@ -82,11 +83,14 @@ def _revision(model: str) -> str | None:
 def contents(config: Config) -> dict[str, str]:
     """SHA-256 of each file that the settings name, by setting: code, prompts, local data."""
     code = {"rollout.graph": config.rollout.graph, "rollout.solo": config.rollout.solo, "task.name": config.task.name}
+    reward = config.task.reward if isinstance(config.task.reward, dict) else {"": config.task.reward}
+    code |= {f"task.reward.{name}".rstrip("."): spec for name, spec in reward.items()}
     code |= {f"agents.use.{name}": spec for name, spec in config.agents.use.items()}
     paths = {key: path for key, spec in code.items() if (path := files.source(spec))}
     paths |= {f"rollout.prompts/{path.name}": path for path in sorted(files.find(config.rollout.prompts, "dir").glob("*.md"))}
+    schemas = {key: files.find(spec.removeprefix("json:")) for key, spec in code.items() if spec.startswith("json:")}
     data = {"task.data": config.task.data, "task.heldout": config.task.heldout}
-    paths |= {key: files.find(name) for key, name in data.items() if name and name.endswith((".jsonl", ".csv", ".parquet"))}
+    paths |= schemas | {key: files.find(name) for key, name in data.items() if name and name.endswith((".jsonl", ".csv", ".parquet"))}
     return {f"{key} ({path.name})" if "/" not in key else key: _hash([path]) for key, path in paths.items()}
 
 
@@ -103,7 +107,8 @@ def problems_digest(problems: Iterable[Problem]) -> str:
     """SHA-256 of what is asked and wanted, wherever it came from."""
     total = hashlib.sha256()
     for problem in problems:
-        total.update(json.dumps([problem.id, problem.question, problem.answer, problem.kind]).encode())
+        row = [dict(problem.meta)] if problem.meta else []
+        total.update(json.dumps([problem.id, problem.question, problem.answer, problem.kind, *row], default=str).encode())
     return total.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import math
 import multiprocessing
 import os
 import signal
@@ -244,7 +243,7 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Uni
             draw = "greedy" if part.greedy else number
             seed = derive_seed(config.run.seed, "evaluate", problem.id, part.mode, draw)
             trace = await runner.run_trace(problem, seed=seed, with_agents=part.mode == "with_agents")
-            sample = _sample_of(trace, runner.answer(trace), part, number)
+            sample = _sample_of(trace, part, number)
             if not closed:
                 write([sample])
             return sample
@@ -254,7 +253,7 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Uni
             write(samples)  # a unit that was written in part would be batched in another way when it is resumed
 
 
-def _sample_of(trace: Trace, said: str, part: Part, number: int) -> Sample:
+def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
     from aipo_graph.tasks.grading import last_box
 
     consults: dict[str, tuple[int, int]] = {}
@@ -262,18 +261,17 @@ def _sample_of(trace: Trace, said: str, part: Part, number: int) -> Sample:
         if segment.source == "agent":
             calls, tokens = consults.get(segment.author, (0, 0))
             consults[segment.author] = (calls + 1, tokens + len(segment.token_ids))
-    graded = not trace.trained or math.isfinite(trace.reward)
     answered = trace.trained and trace.scores.get("answered", 1.0)  # a task may know that the box is not where an answer counts
     return Sample(
         part.name,
         trace.problem_id,
         number,
-        trace.status if graded else "failed",
+        trace.status,
         trace.reward >= 1,
         sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
         consults,
-        trace.error and trace.error[:500] if graded else f"TaskError: the reward is {trace.reward}",
-        answer=ballot(last_box(said)) if answered else "",
+        trace.error and trace.error[:500],
+        answer=ballot(last_box(trace.reply)) if answered else "",
         leaks=int(trace.scores.get("leaks", 0)),
         violation=bool(trace.scores.get("violation")),
     )

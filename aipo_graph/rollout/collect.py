@@ -1,13 +1,10 @@
 """Runs graphs over problems: one trace, one group, groups of many problems. Every token is checked against the ledger."""
 
 import asyncio
-import math
-import reprlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from inspect import isawaitable
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,13 +30,12 @@ from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.protocol import parse_request, writes_feedback
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.grading import leaks
+from aipo_graph.tasks.rewards import Rewards
 from aipo_graph.types import TRAINED, Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed, differ
 
 OnSegments = Callable[[tuple[Segment, ...]], None]
 T = TypeVar("T")
 PROBE_TOKENS = 128
-COUNTED = ("leaks", "violation", "rewrites")
-"""Scores that are counted here; a task's own have other names."""
 MOST_PASSED_OVER = 10_000
 """Problems in a row that `task.max_prompt_tokens` may pass over."""
 
@@ -76,7 +72,7 @@ class Rollouts:
         if not config.run.tracing:
             without_tracers()
         agents = open_agents(config.agents.use, config, chats or {})
-        return cls(
+        rollouts = cls(
             config,
             engine,
             task,
@@ -87,6 +83,17 @@ class Rollouts:
             Prompts.read(Path(find(config.rollout.prompts, "dir"))),
             config.rollout.temperature,
         )
+        _ = rollouts._rewards
+        return rollouts
+
+    @cached_property
+    def _rewards(self) -> Rewards:
+        """Raises ConfigError for a reward that cannot be used."""
+        rewards = Rewards(self.config, self.task)
+        for path, graph in ((self.config.rollout.graph, self.graph), (self.config.rollout.solo, self.solo)):
+            if "messages" in rewards.names and "messages" not in graph.channels:
+                raise ConfigError(f"task.reward names `messages`, which the state of {path} does not have; name reply, state or trace")
+        return rewards
 
     @cached_property
     def _budget(self) -> Budget:
@@ -103,11 +110,21 @@ class Rollouts:
         A fault of an agent, the engine or the grader, or a time-out, ends the trace with its partial segments and a reason;
         a bug in the graph raises GraphError, scores that are none ConfigError.
         """
-        trace = await self.run_graph(problem, seed=seed, with_agents=with_agents, on_segments=on_segments)
+        trace, state = await self._run(problem, seed=seed, with_agents=with_agents, on_segments=on_segments)
         if not trace.trained:
             return trace
+        given = {
+            "question": problem.question,
+            "answer": problem.answer,
+            "row": dict(problem.meta),
+            "reply": trace.reply,
+            "messages": state.get("messages"),
+            "state": state,
+            "trace": trace,
+            "problem": problem,
+        }
         try:
-            scores = {**trace.scores, **await self._score(problem, self.answer(trace))}
+            scores = {**trace.scores, **await self._rewards(given)}
         except TaskError as error:
             return replace(trace, status="failed", error=f"TaskError: {error}")
         if with_agents and self.agents and any(writes_feedback(text) for text in policy_texts(trace)):
@@ -120,6 +137,12 @@ class Rollouts:
         Args:
             on_segments: called after each superstep with the segments that it appended.
         """
+        return (await self._run(problem, seed=seed, with_agents=with_agents, on_segments=on_segments))[0]
+
+    async def _run(
+        self, problem: Problem, *, seed: int, with_agents: bool, on_segments: OnSegments | None
+    ) -> tuple[Trace, Mapping[str, Any]]:
+        """The trace without scores, and the graph's last state."""
         ledger = Ledger(self.engine)
         context = Context(
             generate=ledger.generate,
@@ -134,6 +157,7 @@ class Rollouts:
         graph = self._graph(with_agents)
         chat = self._chat(ledger, seed) if in_messages(graph) else None
         segments: tuple[Segment, ...] = ()
+        state: Mapping[str, Any] = {}
         path: list[str] = []
         status: Status = "done"
         reason: str | None = None
@@ -149,6 +173,7 @@ class Rollouts:
                 ):
                     async for kind, chunk in self._stream(graph, problem, context, chat):
                         if kind == "values":
+                            state = chunk
                             known, segments = len(segments), chat.settle() if chat else _segments(chunk)
                             if on_segments and len(segments) > known:
                                 on_segments(segments[known:])
@@ -192,7 +217,8 @@ class Rollouts:
             why = reason or "no node asked it"
             status, reason = "failed", f"NoTokens: the graph ended without a word of the policy ({why}); see its routes"
         scores = {"rewrites": float(chat.rewrites), "invalid_calls": float(chat.invalid_calls)} if chat else {}
-        return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason)
+        reply = self._reply(segments, graph)
+        return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason, reply), state
 
     def _graph(self, with_agents: bool) -> Graph:
         return self.graph if with_agents else self.solo
@@ -209,24 +235,10 @@ class Rollouts:
         settings["callbacks"] = [chat]
         return graph.astream({"messages": [HumanMessage(problem.question)]}, settings, context={}, stream_mode=modes)
 
-    def answer(self, trace: Trace) -> str:
-        """The text in which an answer counts: what stands after the reasoning and before the end of the turn; of a message, its content."""
-        text = answer_text(trace.segments, [self.tokenizer.decode([token]) for token in self.tokenizer.eos_ids])
-        return self.tokenizer.chat.said(text) if in_messages(self._graph(trace.with_agents)) else text
-
-    async def _score(self, problem: Problem, text: str) -> dict[str, float]:
-        """What the task says of a final text, any kind of number as a float. Raises TaskError, ConfigError for what is no score."""
-        where = f"task {self.config.task.name}, problem {problem.id!r}: score()"
-        given: Any = self.task.score(problem, text)
-        found = await given if isawaitable(given) else given
-        if not isinstance(found, Mapping):
-            raise ConfigError(f"{where} returned {_short(found)}; return a mapping of names to numbers, 'reward' among them")
-        if "reward" not in found:
-            raise ConfigError(f"{where} gave no 'reward', only {_short(list(found))}; return one")
-        for name in found:
-            if not isinstance(name, str) or name in COUNTED:
-                raise ConfigError(f"{where} gave a score named {_short(name)}; name it by a text other than {', '.join(COUNTED)}")
-        return {name: _number(value, f"{where} gave {name} = {_short(value)}") for name, value in found.items()}
+    def _reply(self, segments: Sequence[Segment], graph: Graph) -> str:
+        """What stands after the reasoning and before the end of the turn, without control tokens; of a message, its content."""
+        text = answer_text(segments, [self.tokenizer.decode([token]) for token in self.tokenizer.eos_ids])
+        return self.tokenizer.chat.said(text) if in_messages(graph) else self.tokenizer.without_specials(text)
 
     def _ending(self, segments: tuple[Segment, ...], chat: ChatRun | None) -> Status:
         """Why a run that ended by itself did: out of tokens, refused a consult, or done."""
@@ -293,23 +305,8 @@ def too_long(group: TraceGroup) -> bool:
 
 def has_signal(group: TraceGroup) -> bool:
     """Whether rewards differ. A group that failed as a whole says nothing of the problem; it stays, to be counted as failed."""
-    rewards = [trace.reward for trace in group.traces if trace.trained and math.isfinite(trace.reward)]
+    rewards = [trace.reward for trace in group.traces if trace.trained]
     return not rewards or differ(rewards)
-
-
-def _number(value: Any, gave: str) -> float:
-    """A number of any library (bool, Fraction, a tensor of one element) as a float; nan and inf are numbers, too. Raises ConfigError."""
-    try:
-        item = value.item() if hasattr(value, "item") else value
-        if not isinstance(item, str | bytes | bytearray):
-            return float(item)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        pass
-    raise ConfigError(f"{gave}, which is no number; return one for each score, or leave it out")
-
-
-def _short(value: Any) -> str:
-    return " ".join(reprlib.repr(value).split())
 
 
 async def gather(runs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

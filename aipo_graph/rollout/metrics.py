@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from aipo_graph.tasks.rewards import COUNTED
 from aipo_graph.types import Trace, TraceGroup
 
 ALARM = 0.1
@@ -25,6 +26,7 @@ def rollout_metrics(
     signal count in `discarded` (their share of all that were sampled) and in the token counts alone, those of prompts ``too_long`` for
     the context in `prompts/too_long` (their number) and in the token counts. `rewrites`, per trace of a graph of messages: replies that
     could not go on from an earlier one's exact tokens; `calls/invalid`, of those too: tool calls that could not be read.
+    `score/<name>`: each other score of the reward functions.
     """
     everything = [trace for group in (*groups, *discarded, *too_long) for trace in group.traces]
     traces = [trace for group in groups for trace in group.traces]
@@ -51,6 +53,8 @@ def rollout_metrics(
     for name, score in (("rewrites", "rewrites"), ("calls/invalid", "invalid_calls")):
         if counts := [t.scores[score] for t in kept if score in t.scores]:
             metrics[name] = _mean(counts)
+    for name in sorted({name for trace in kept for name in trace.scores} - {"reward", *COUNTED}):
+        metrics[f"score/{name}"] = _mean(t.scores[name] for t in kept if name in t.scores)
     if discarded:
         metrics["discarded"] = len(discarded) / len((*groups, *discarded))
     if too_long:

@@ -33,6 +33,7 @@ class Tokenizer:
         self.special_ids = special_ids(tokenizer, self.eos_ids)
         specials = {*tokenizer.all_special_tokens, *(self.decode([i]) for i in self.special_ids)}
         controls = {tag for name in names for tag in tags(name)} | specials
+        self._specials = blank(specials)[0]
         self._controls, self.neutralise = blank(controls)
         """Replaces tags and special tokens in untrusted text by a blank, full-width and other NFKC look-alikes included."""
         added = tokenizer.added_tokens_decoder
@@ -58,6 +59,10 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return decode(self._tokenizer, token_ids)
+
+    def without_specials(self, text: str) -> str:
+        """Text that the policy wrote, without special tokens; its tags stay."""
+        return self._specials.sub("", text)
 
     def continued(self, run: Sequence[Segment], token_ids: Sequence[int], *, more: bool = False) -> str:
         """The text that ids add to an unbroken run of segments, so that the run's texts join to the text of all its ids.

@@ -19,7 +19,7 @@ from pydantic import NonNegativeInt
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import data, find
-from aipo_graph.tasks import grading
+from aipo_graph.tasks import grading, rewards
 from aipo_graph.tasks.split import Split
 from aipo_graph.tools.jsonl import records
 from aipo_graph.tools.notation import LONGEST, number, plain
@@ -81,12 +81,14 @@ class Layout:
     """All cells to question and gold answer, where one column each does not hold them."""
     repeats: bool = False
     """The file repeats each problem many times: rows of an id that was seen are passed over unread."""
+    own: bool = False
+    """Rewarded by functions of the user's: rows are kept whole in `Problem.meta`, and may hold an answer of any length, or none."""
     heldout_of: int = 20
     """Without held-out problems of its own, one question in so many is held out, by a hash of its text."""
 
     def read(self, cells: Mapping[str, str]) -> tuple[str, str]:
         """Question and gold answer of one row."""
-        return self.question(cells["question"]), grading.only(self.gold(cells["answer"])).strip()
+        return self.question(cells["question"]), grading.only(self.gold(cells.get("answer", ""))).strip()
 
 
 MAPPINGS: Mapping[str, Layout] = {
@@ -137,7 +139,7 @@ class DatasetTask(Split):
     """
 
     def __init__(self, name: str, layout: Layout, required: frozenset[str], seed: int = 0, rounded_digits: int = 0) -> None:
-        self._rounded_digits = rounded_digits
+        self.reward = functools.partial(rewards.math, rounded_digits=rounded_digits)
         problems = functools.cache(functools.partial(_training_problems, name, layout, required))
         if layout.heldout:
             heldout = _read(name, "task.heldout", layout.heldout, layout, required)
@@ -149,12 +151,6 @@ class DatasetTask(Split):
         in_order = [heldout[key] for key in sorted(heldout, key=lambda key: _address(name, key))]
         apart = bool(layout.heldout)
         super().__init__(name, seed, in_order, lambda: kept_for_training(layout.data, problems().items(), heldout.keys(), apart))
-
-    async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
-        """``reward``: 1 if the last box holds the answer. ``answered``: 1 if there is a closed last box."""
-        box = grading.last_box(text)
-        right = box is not None and await grading.equal(box, problem.answer, rounded_digits=self._rounded_digits)
-        return {"reward": float(right), "answered": float(box is not None)}
 
 
 def _training_problems(name: str, layout: Layout, required: frozenset[str]) -> dict[str, Problem]:
@@ -190,16 +186,18 @@ def build(config: Config) -> DatasetTask:
 
 def open_layout(config: Config, layout: Layout, rounded_digits: int = 0) -> DatasetTask:
     """The task over a layout, with what the config says otherwise of its sources and columns. Raises ConfigError, TaskError."""
-    task, own = config.task, set(layout.columns) - {"id", "kind"}
+    task, unneeded = config.task, {"id", "kind", *(["answer"] if config.task.reward else [])}
+    required = frozenset({*layout.columns} - unneeded | {*task.columns})
     layout = replace(
         layout,
         data=task.data or layout.data,
         heldout=task.heldout or layout.heldout,
         columns=dict([*layout.columns.items(), *task.columns.items()]),
+        own=bool(task.reward),
     )
     if not (layout.data or layout.heldout):
         raise ConfigError(f"task.name = {task.name!r}: name the problems with task.data, a {LOCAL} file or a hub data set")
-    return DatasetTask(task.name, layout, frozenset({*own, *task.columns}), config.run.seed, rounded_digits)
+    return DatasetTask(task.name, layout, required, config.run.seed, rounded_digits)
 
 
 def _address(name: str, question: str) -> int:
@@ -213,20 +211,20 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
     left_out: Counter[str] = Counter()
     first: dict[str, int] = {}
     columns: dict[str, str] = {}
-    for count, row in enumerate(_rows(setting, source, layout.columns, layout.repeats)):
+    for count, row in enumerate(_rows(setting, source, layout)):
         if count == 0:
             columns = _columns(source, row, layout.columns, required)
         cells = {what: _text(_cell(row, column)) for what, column in columns.items()}
         question, gold = (layout.compose or layout.read)(cells)
         key = " ".join(question.split())
-        if reason := _fault(key, gold):
+        if reason := _fault(key, gold, layout.own):
             left_out[reason] += 1
             first.setdefault(reason, count + 1)
         elif key not in problems:
             given = cells.get("id") or f"{_address(name, key):016x}"
             given = f"{given}-{_address(name, key):016x}" if given in ids else given
             ids.add(given)
-            problems[key] = Problem(f"{name}-{given}", question, gold, cells.get("kind", ""))
+            problems[key] = Problem(f"{name}-{given}", question, gold, cells.get("kind", ""), row if layout.own else {})
     faults = ", ".join(f"{n} {reason} (first: row {first[reason]})" for reason, n in left_out.items())
     if not problems:
         raise TaskError(f"{setting} = {source!r}: no problem in it{f' ({faults})' if faults else ': it has no rows'}; see task.columns")
@@ -235,9 +233,11 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
     return problems
 
 
-def _fault(question: str, gold: str) -> str:
+def _fault(question: str, gold: str, own: bool) -> str:
     if not question:
         return "without a question"
+    if own:
+        return ""
     if not gold or gold.casefold() == "nan":  # a table's mark of an empty cell
         return "without an answer that can be read"
     if re.fullmatch(r"\[\s*([\"'])[^\"']*\1(?:\s*,\s*\1[^\"']*\1)+\s*\]", gold):
@@ -280,7 +280,8 @@ def _text(cell: Any) -> str:
     return str(cell).strip() if isinstance(cell, (str, int, float)) else ""
 
 
-def _rows(setting: str, source: str, columns: Mapping[str, str], repeats: bool) -> Iterator[Mapping[str, Any]]:
+def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, Any]]:
+    columns = layout.columns
     if source.endswith(".jsonl"):
         for _, record in records(find(source)):
             yield record
@@ -291,8 +292,8 @@ def _rows(setting: str, source: str, columns: Mapping[str, str], repeats: bool) 
     dataset = open_dataset(setting, source, columns)
     tops = {column if column in dataset.column_names else column.partition(".")[0] for column in columns.values()}
     if len(dataset) and tops <= set(dataset.column_names):
-        dataset = dataset.select_columns(sorted(tops))
-        if repeats and "id" in columns:
+        dataset = dataset if layout.own else dataset.select_columns(sorted(tops))
+        if layout.repeats and "id" in columns:
             first: dict[str, int] = {}
             for at, row in enumerate(_plain_rows(dataset.select_columns([columns["id"].partition(".")[0]]))):
                 first.setdefault(_text(_cell(row, columns["id"])) or f"without an id, row {at}", at)

@@ -118,12 +118,12 @@ class LiveCodeBench(Split):
         problems = [(_plain(problem), problem) for problem in self._read("task.data", self._data, "")]
         return kept_for_training(self._data, problems, {_plain(problem) for problem in self._heldout}, apart=True)
 
-    async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
+    async def reward(self, problem: Problem, reply: str) -> Mapping[str, float]:
         """``reward``: 1 if the last code block passes every test. ``passed``: the share of tests before the first that it fails.
 
         ``answered``: 1 if there is a closed last block. Raises TaskError if the jail failed, or the problem's tests are unreadable.
         """
-        source = last_block(text)
+        source = last_block(reply)
         if source is None:
             return {"reward": 0.0, "passed": 0.0, "answered": 0.0}
         tests = await asyncio.to_thread(self._tests, problem.id)

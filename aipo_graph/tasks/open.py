@@ -5,6 +5,7 @@ from aipo_graph.errors import ConfigError
 from aipo_graph.load import call, load, nearest
 from aipo_graph.tasks.benchmarks import BENCHMARKS
 from aipo_graph.tasks.datasets import MAPPINGS
+from aipo_graph.tasks.rewards import Rewards
 from aipo_graph.types import Task
 
 TASKS = {
@@ -24,7 +25,8 @@ def open_task(config: Config) -> Task:
     path = TASKS.get(name, name)
     factory = load(path)
     task: Task = call(path, factory, config) if callable(factory) else factory
-    lacking = [needed for needed in ("train", "heldout", "score", "kinds") if not hasattr(task, needed)]
+    lacking = [needed for needed in ("train", "heldout", "kinds") if not hasattr(task, needed)]
     if lacking:
         raise ConfigError(f"task.name = {name!r}: the {type(task).__name__} it names has no {lacking[0]!r}; see aipo_graph.types.Task")
+    Rewards(config, task)  # one that cannot be used is refused before anything is loaded
     return task

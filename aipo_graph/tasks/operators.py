@@ -194,9 +194,9 @@ class Operators:
         form = re.fullmatch(f"([{MARKERS}])([0-9]{{4}})([{OPERATORS}]{{1,12}})\\?", question)
         return evaluate(form[2], order(form[1], form[3])) if form else None
 
-    async def score(self, problem: Problem, text: str) -> dict[str, float]:
+    async def reward(self, answer: str, reply: str) -> float:
         """1 if the last box holds exactly the answer's four digits; leading zeros count."""
-        return {"reward": float(last_box(text) == problem.answer)}
+        return float(last_box(reply) == answer)
 
 
 def _draw(name: str, kind: str, triples: tuple[str, ...], rng: random.Random) -> Problem:

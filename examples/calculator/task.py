@@ -1,7 +1,6 @@
 """Products of two numbers of two digits: more than the tiny policy can do in its head."""
 
 import random
-from collections.abc import Mapping
 
 from aipo_graph.config import Config
 from aipo_graph.tasks.grading import last_box
@@ -26,8 +25,8 @@ class Products:
     def heldout(self, count: int, kind: str = "") -> list[Problem]:
         return [_problem(a, b) for a, b in self._heldout[:count]]
 
-    async def score(self, problem: Problem, text: str) -> Mapping[str, float]:
-        return {"reward": float(last_box(text) == problem.answer)}
+    async def reward(self, answer: str, reply: str) -> float:
+        return float(last_box(reply) == answer)
 
 
 def _problem(a: int, b: int) -> Problem:

@@ -282,9 +282,9 @@ class Shopping:
         rngs = (random.Random(derive_seed("shopping", "heldout", kind, index)) for index in range(count))
         return [_draw(f"heldout-{kind}-{index}", kind, True, rng) for index, rng in enumerate(rngs)]
 
-    async def score(self, problem: Problem, text: str) -> dict[str, float]:
+    async def reward(self, answer: str, reply: str) -> float:
         """1 if the last box holds exactly the answer's four digits; leading zeros count."""
-        return {"reward": float(last_box(text) == problem.answer)}
+        return float(last_box(reply) == answer)
 
 
 def _draw(name: str, kind: str, held: bool, rng: random.Random) -> Problem:

@@ -24,6 +24,11 @@ const DASHBOARD_SECTIONS = [
           "itself show what it has taken over from the agents.",
       },
       {
+        title: "Scores", lines: [["*", "score/*"]],
+        help: "Mean of each further score of the reward functions. Several rewards by name are summed with their " +
+          "weights: one that alone rises is what the policy found easiest to please.",
+      },
+      {
         title: "Problems solved", covers: [0, 1], share: true, lines: [["solved", "solved"]],
         help: "Share of problems with at least one rewarded trace. Between 20% and 90% there is much to learn from; " +
           "near 0% the data are too hard, near 100% too easy.",
