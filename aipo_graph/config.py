@@ -56,7 +56,9 @@ CHANGES_LEARNING = {
     "run": "seed",
     "policy": "*",
     "task": "name data heldout columns reward weights options",
-    "rollout": "graph solo prompts problems redraws traces with_agents max_tokens max_consults max_supersteps temperature max_lag",
+    "rollout": (
+        "graph solo prompts inputs output problems redraws traces with_agents max_tokens max_consults max_supersteps temperature max_lag"
+    ),
     "agents": "use models temperature max_reply_tokens leak",
     "loss": "*",
     "optimizer": "*",
@@ -113,8 +115,8 @@ class Policy(Section):
 
 class TaskSection(Section):
     name: str = "operators"
-    """operators, word_problems, gsm8k, math, dapo_math, openr1_math, dataset (give task.columns), to evaluate alone aime2024, aime2025,
-    math500, gpqa_diamond and livecodebench, or a factory (my_task.py:build)."""
+    """operators, word_problems, gsm8k, math, dapo_math, openr1_math, dataset (give task.columns), reasoning_gym, to evaluate alone
+    aime2024, aime2025, math500, gpqa_diamond and livecodebench, or a factory (my_task.py:build)."""
     data: str | None = None
     """Training problems: a local .parquet, .jsonl or .csv file, or a hub data set, NAME:SPLIT or NAME:CONFIG:SPLIT; default: the task's."""
     heldout: str | None = None
@@ -131,7 +133,8 @@ class TaskSection(Section):
     """Seconds in which a reward function must have ended."""
     options: dict[str, JsonValue] = {}
     """Settings of the task's own, by name. operators: easy_share, the share of training problems that the base policy can already solve
-    (0.25). gpqa_diamond and livecodebench: see docs/evaluate.md. A task of your own reads config.task.options."""
+    (0.25). gpqa_diamond and livecodebench: see docs/evaluate.md. reasoning_gym: {GENERATOR: {OPTION: value, weight: 1}}. A task of your
+    own reads config.task.options."""
 
 
 Options = TypeVar("Options", bound=Section)
@@ -155,6 +158,11 @@ class Rollout(Section):
     """The graph without agents; it makes the alone share of every group and the alone evaluation."""
     prompts: str = "prompts/operators"
     """Folder of the prompt files that the graph's nodes name; `prompts` holds those for models that read English."""
+    inputs: dict[str, str] = {}
+    """What the graph is given of a problem: KEY of its state, context.NAME or configurable.NAME -> question, id, kind, answer or a
+    column."""
+    output: str = ""
+    """Key of the graph's last state that is scored, of `messages` the last one's text; default: what the policy said last."""
     problems: PositiveInt = 32
     """Problems per step."""
     redraws: NonNegativeInt = 0

@@ -215,6 +215,8 @@ async def opened(config: Config, path: str, task: Task, log: RunLog) -> AsyncIte
             log.console.print(line, markup=False)
         rollouts = Rollouts.open(config, engine, task, chats)
         log.graph(layout(rollouts.graph.get_graph(), frozenset(rollouts.agents)))
+        for line in rollouts.inputs[0].warnings(task.train(0)):
+            log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
         yield Stream(rollouts, config)
     finally:

@@ -37,6 +37,7 @@ def settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
     )
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     flat |= {f"task.{key}": value for key in ("reward", "weights") if (value := getattr(config.task, key))}
+    flat |= {f"rollout.{key}": value for key in ("inputs", "output") if (value := getattr(config.rollout, key))}
     if config.task.options:
         flat["task.options"] = dict(config.task.options)
     sizes = {part.name: f"{len(part.problems)} problems, {part.samples} samples" for part in parts}

@@ -84,12 +84,14 @@ def apart(graph: Graph, path: str) -> Graph:
 def unsolved(problem: Problem) -> Problem:
     """What a graph sees of a problem: neither its gold answer nor what of ``meta`` says it or, by its name, may."""
 
-    def gives_away(key: str, value: object) -> bool:
-        text = str(value)
-        return bool(SECRET.search(key)) or problem.answer.casefold() in text.casefold() or leaks(text, problem.answer, "")
-
-    kept = {} if not problem.answer else {key: value for key, value in problem.meta.items() if not gives_away(str(key), value)}
+    kept = {key: value for key, value in problem.meta.items() if problem.answer and not gives_away(problem, str(key), value)}
     return replace(problem, answer="", meta=kept)
+
+
+def gives_away(problem: Problem, key: str, value: object) -> bool:
+    """Whether a field of ``meta`` says the answer or, by its name, may."""
+    text, answer = str(value), problem.answer
+    return bool(SECRET.search(key)) or (bool(answer) and (answer.casefold() in text.casefold() or leaks(text, answer, "")))
 
 
 def _per_trace(store: BaseStore, path: str) -> TraceStore:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphRecursionError, InvalidUpdateError
 from langgraph.types import StreamMode
@@ -18,12 +17,13 @@ from langsmith import tracing_context
 
 from aipo_graph.config import Config
 from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, RequestError, TaskError
-from aipo_graph.load import find, model
+from aipo_graph.load import find, model, nearest
 from aipo_graph.messages import THOUGHTS, after_reasoning
 from aipo_graph.rollout.agents import Agent, Clock
-from aipo_graph.rollout.apart import fresh_stores, unsolved
+from aipo_graph.rollout.apart import fresh_stores
 from aipo_graph.rollout.chat import ChatRun, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
+from aipo_graph.rollout.inputs import Inputs, in_messages, said, start
 from aipo_graph.rollout.ledger import Ledger
 from aipo_graph.rollout.open import open_agents, open_graph, without_tracers
 from aipo_graph.rollout.prompts import Prompts
@@ -83,7 +83,7 @@ class Rollouts:
             Prompts.read(Path(find(config.rollout.prompts, "dir"))),
             config.rollout.temperature,
         )
-        _ = rollouts._rewards
+        _ = rollouts._rewards, rollouts.inputs
         return rollouts
 
     @cached_property
@@ -94,6 +94,18 @@ class Rollouts:
             if "messages" in rewards.names and "messages" not in graph.channels:
                 raise ConfigError(f"task.reward names `messages`, which the state of {path} does not have; name reply, state or trace")
         return rewards
+
+    @cached_property
+    def inputs(self) -> tuple[Inputs, Inputs]:
+        """What the graph and the solo one are given of a problem. Raises ConfigError for a name that the graph does not have."""
+        rollout = self.config.rollout
+        if rollout.output and rollout.output not in self.graph.channels:
+            keys = [key for key in self.graph.channels if key.isidentifier()]
+            raise ConfigError(f"rollout.output: the state of {rollout.graph} has no {rollout.output!r}{nearest(rollout.output, keys)}")
+        return (
+            Inputs.open(rollout.inputs, self.graph, rollout.graph),
+            Inputs.open(rollout.inputs, self.solo, rollout.solo, partly=True),
+        )
 
     @cached_property
     def _budget(self) -> Budget:
@@ -171,7 +183,7 @@ class Rollouts:
                     nullcontext() if self.config.run.tracing else tracing_context(enabled=False),
                     chat.active() if chat else nullcontext(),
                 ):
-                    async for kind, chunk in self._stream(graph, problem, context, chat):
+                    async for kind, chunk in self._stream(graph, self.inputs[not with_agents].of(problem), problem, context, chat):
                         if kind == "values":
                             state = chunk
                             known, segments = len(segments), chat.settle() if chat else _segments(chunk)
@@ -216,8 +228,13 @@ class Rollouts:
         if status in TRAINED and not any(s.source == "policy" for s in segments):
             why = reason or "no node asked it"
             status, reason = "failed", f"NoTokens: the graph ended without a word of the policy ({why}); see its routes"
-        scores = {"rewrites": float(chat.rewrites), "invalid_calls": float(chat.invalid_calls)} if chat else {}
         reply = self._reply(segments, graph)
+        if (key := self.config.rollout.output) in graph.channels:
+            found = said(state, key)
+            reply = self.tokenizer.without_specials(found or "")
+            if found is None and status == "done":
+                status, reason = "failed", f"NoOutput: the graph ended without {key!r} in its state (rollout.output); see its routes"
+        scores = {"rewrites": float(chat.rewrites), "invalid_calls": float(chat.invalid_calls)} if chat else {}
         return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason, reply), state
 
     def _graph(self, with_agents: bool) -> Graph:
@@ -226,14 +243,17 @@ class Rollouts:
     def _chat(self, ledger: Ledger, seed: int) -> ChatRun:
         return ChatRun(ledger, self.tokenizer.chat, budget=self._budget.tokens, seed=seed, temperature=self.temperature)
 
-    def _stream(self, graph: Graph, problem: Problem, context: Context, chat: ChatRun | None) -> AsyncIterator[Any]:
-        """The run's chunks. A graph of messages gets the question as a human message, and not our context but its own schema's defaults."""
-        settings: RunnableConfig = {"recursion_limit": self.config.rollout.max_supersteps}
+    def _stream(
+        self, graph: Graph, given: tuple[dict[str, Any], ...], problem: Problem, context: Context, chat: ChatRun | None
+    ) -> AsyncIterator[Any]:
+        """The run's chunks. A graph of messages gets the question as a human message, and not our context but its own schema's."""
+        state, own, configurable = given
+        settings: RunnableConfig = {"recursion_limit": self.config.rollout.max_supersteps, "configurable": configurable}
         modes: list[StreamMode] = ["updates", "values"]
         if chat is None:
-            return graph.astream({"problem": unsolved(problem), "segments": ()}, settings, context=context, stream_mode=modes)
+            return graph.astream(start(problem) | state, settings, context=context, stream_mode=modes)
         settings["callbacks"] = [chat]
-        return graph.astream({"messages": [HumanMessage(problem.question)]}, settings, context={}, stream_mode=modes)
+        return graph.astream(state, settings, context=own, stream_mode=modes)
 
     def _reply(self, segments: Sequence[Segment], graph: Graph) -> str:
         """What stands after the reasoning and before the end of the turn, without control tokens; of a message, its content."""
@@ -347,11 +367,6 @@ def answer_text(segments: Sequence[Segment], ends: Sequence[str] = ()) -> str:
     prompt = prompts[0 if before else -1].rstrip()
     opened = next((opening for opening, _ in THOUGHTS if prompt.endswith(opening)), "")
     return after_reasoning(final, opened + before)
-
-
-def in_messages(graph: Graph) -> bool:
-    """Whether a graph is one of chat messages: its state has `messages`, and no `segments`."""
-    return "messages" in graph.channels and "segments" not in graph.channels
 
 
 def _segments(state: Mapping[str, Any]) -> tuple[Segment, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 from langchain_core.messages import BaseMessage
 from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, create_model
 from pydantic.errors import PydanticUserError
 
 from aipo_graph.errors import ConfigError
@@ -67,9 +67,11 @@ async def answer(tool: Tool, query: str) -> str:
 
 
 def text(result: Any) -> str:
-    """What a tool returned, as text: JSON where it is a list, a dict, a truth value or nothing."""
+    """What a tool returned, as text: JSON where it is a list, a dict, a model of pydantic's, a truth value or nothing."""
     if isinstance(result, BaseMessage):
         return str(result.text)
+    if isinstance(result, BaseModel):
+        return result.model_dump_json()
     return json.dumps(result, ensure_ascii=False, default=str) if isinstance(result, (dict, list, tuple, bool, type(None))) else str(result)
 
 

@@ -82,7 +82,11 @@ class Layout:
     repeats: bool = False
     """The file repeats each problem many times: rows of an id that was seen are passed over unread."""
     own: bool = False
-    """Rewarded by functions of the user's: rows are kept whole in `Problem.meta`, and may hold an answer of any length, or none."""
+    """Rewarded by functions of the user's: an answer may have any length, or not be there."""
+    rows: bool = False
+    """Rows are kept whole in `Problem.meta`."""
+    apart: tuple[str, ...] = ()
+    """Columns that make two problems of one question."""
     heldout_of: int = 20
     """Without held-out problems of its own, one question in so many is held out, by a hash of its text."""
 
@@ -187,6 +191,7 @@ def build(config: Config) -> DatasetTask:
 def open_layout(config: Config, layout: Layout, rounded_digits: int = 0) -> DatasetTask:
     """The task over a layout, with what the config says otherwise of its sources and columns. Raises ConfigError, TaskError."""
     task, unneeded = config.task, {"id", "kind", *(["answer"] if config.task.reward else [])}
+    inputs = config.rollout.inputs.values()
     required = frozenset({*layout.columns} - unneeded | {*task.columns})
     layout = replace(
         layout,
@@ -194,6 +199,8 @@ def open_layout(config: Config, layout: Layout, rounded_digits: int = 0) -> Data
         heldout=task.heldout or layout.heldout,
         columns=dict([*layout.columns.items(), *task.columns.items()]),
         own=bool(task.reward),
+        rows=bool(task.reward or inputs),
+        apart=tuple(sorted({*inputs} - {"question", "answer", "id", "kind"})),
     )
     if not (layout.data or layout.heldout):
         raise ConfigError(f"task.name = {task.name!r}: name the problems with task.data, a {LOCAL} file or a hub data set")
@@ -217,6 +224,8 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
         cells = {what: _text(_cell(row, column)) for what, column in columns.items()}
         question, gold = (layout.compose or layout.read)(cells)
         key = " ".join(question.split())
+        if key and layout.apart:
+            key += json.dumps([row.get(column) for column in layout.apart], default=str)
         if reason := _fault(key, gold, layout.own):
             left_out[reason] += 1
             first.setdefault(reason, count + 1)
@@ -224,7 +233,7 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
             given = cells.get("id") or f"{_address(name, key):016x}"
             given = f"{given}-{_address(name, key):016x}" if given in ids else given
             ids.add(given)
-            problems[key] = Problem(f"{name}-{given}", question, gold, cells.get("kind", ""), row if layout.own else {})
+            problems[key] = Problem(f"{name}-{given}", question, gold, cells.get("kind", ""), row if layout.rows else {})
     faults = ", ".join(f"{n} {reason} (first: row {first[reason]})" for reason, n in left_out.items())
     if not problems:
         raise TaskError(f"{setting} = {source!r}: no problem in it{f' ({faults})' if faults else ': it has no rows'}; see task.columns")
@@ -292,7 +301,7 @@ def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, An
     dataset = open_dataset(setting, source, columns)
     tops = {column if column in dataset.column_names else column.partition(".")[0] for column in columns.values()}
     if len(dataset) and tops <= set(dataset.column_names):
-        dataset = dataset if layout.own else dataset.select_columns(sorted(tops))
+        dataset = dataset if layout.rows else dataset.select_columns(sorted(tops))
         if layout.repeats and "id" in columns:
             first: dict[str, int] = {}
             for at, row in enumerate(_plain_rows(dataset.select_columns([columns["id"].partition(".")[0]]))):
