@@ -13,6 +13,7 @@ TASKS = {
     **dict.fromkeys(MAPPINGS, "aipo_graph.tasks.datasets:build"),
     **dict.fromkeys(BENCHMARKS, "aipo_graph.tasks.benchmarks:build"),
     "livecodebench": "aipo_graph.tasks.livecodebench:build",
+    "reasoning_gym": "aipo_graph.tasks.gym:build",
 }
 """Short name -> factory; anything with a colon is a path of its own."""
 
