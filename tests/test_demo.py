@@ -78,7 +78,7 @@ def test_hostile_text_is_inert(colour: bool) -> None:
 
 def test_summary_is_inert_and_scored_only_where_the_answer_is_known() -> None:
     answer = Segment("policy", "policy", (1,), text="\\boxed{\x1b[2J}", logprobs=(-0.1,), version=0)
-    trace = Trace("p", 0, False, (answer,), ("policy",), scores={"reward": 0.0}, error="\u202eevil")
+    trace = Trace("p", 0, False, (answer,), ("policy",), scores={"reward": 0.0}, error="\u202eevil", reply=answer.text)
     assert "reward" not in summary(trace, "").text.plain
     assert "reward 0 (right is 5)" in summary(trace, "5").text.plain
     assert "answer \\x1b[2J" in summary(trace, "5").text.plain

@@ -5,6 +5,7 @@ import asyncio
 import importlib
 import inspect
 import pkgutil
+import random
 import re
 import subprocess
 import sys
@@ -14,9 +15,15 @@ from typing import Any
 import pytest
 from rollout_world import settings
 
+from aipo_graph import cli
+from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.load import load
+from aipo_graph.rollout.open import open_agents
+from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.tasks import gym
 from aipo_graph.tasks.open import open_task
+from aipo_graph.types import Request
 
 NO_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 """Generators that state no right answer, since there are many: their scorers are known to refuse wrong ones alone."""
@@ -188,3 +195,21 @@ def test_nothing_else_in_the_library_reads_an_answer_with_eval() -> None:
         "logic.propositional_logic:parse_expr",
     }  # fmt: skip
     assert found <= of_answers | of_its_own
+
+
+# --- examples/legs
+
+
+async def test_what_the_example_teaches_is_right_and_no_text_of_it_is_held_out(root: Path) -> None:
+    made = sys.modules[load(f"{root}/examples/legs/make_policy.py:main").__module__]
+    config, _ = cli.parse([str(root / "examples/legs/config.yaml")], Config, prog="test")
+    found, (helper,) = open_task(config), open_agents(config.agents.use, config).values()
+    for problem in found.heldout(5):
+        animals = re.findall(r"1 ([a-z ]+)", problem.question)
+        legs = {animal: int((await helper(Request("knowledge", animal), Prompts.empty())).text) for animal in animals}
+        pieces = made.solution(problem.question, legs)
+        assert "<unk>" not in made.tokenizer().decode(made.encode(pieces)[0])
+        text = "".join(piece.text for piece in pieces)
+        assert (await found.reward(problem, text))["reward"] == 1.0
+    texts = [made.sample(random.Random(seed))[0].text for seed in range(100)]
+    assert not any(made.QUESTIONS.heldout({"question": text}) for text in texts)
