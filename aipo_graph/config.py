@@ -46,6 +46,7 @@ MAY_CHANGE = {
     "rollout": "timeout max_failed",
     "agents": "max_tokens concurrency attempts timeout",
     "engine": "*",
+    "cluster": "*",
     "train": "steps tokens micro_batch_tokens gradient_checkpointing patience",
     "evaluate": "*",
 }
@@ -170,7 +171,7 @@ class Rollout(Section):
     """Share of failed traces in a step past which the run stops."""
     max_lag: NonNegativeInt = 0
     """Weight updates by which a token may be behind when it is learned from: 0 is synchronous, 1 overlaps sampling and learning, more evens
-    out long traces. Above 1 with vLLM servers alone."""
+    out long traces. With engine.kind = local, whole steps, and never across a checkpoint."""
 
     @property
     def traces_with_agents(self) -> int:
@@ -228,6 +229,8 @@ class Engine(Section):
     """Longest prompt plus completion, in tokens; 0 is the model's own."""
     max_batch: PositiveInt = 256
     """Sequences decoded at once."""
+    gpus: PositiveInt = 1
+    """vllm: GPUs that hold one copy of the policy together (tensor parallel), in a cluster those of each sampler."""
     deterministic: bool = True
     """local: form batches at fixed points only, so that a run repeats bit for bit. Turn off where agents are slow to answer."""
 
@@ -244,6 +247,20 @@ class Engine(Section):
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"engine.urls: {url!r} is no base URL; write http://HOST:PORT")
         return self
+
+
+class Cluster(Section):
+    address: Annotated[str, StringConstraints(pattern=r"^(|local|auto|[\w.-]+:\d+)$")] = ""
+    """Ray: local starts it on this machine, auto or HOST:PORT joins a running cluster; empty is without, in this process. Needs the extra
+    `ray`."""
+    learners: PositiveInt = 1
+    """Processes over which the learner's tensors and batches are divided (FSDP2), one GPU each where there are any."""
+    workers: NonNegativeInt = 0
+    """Processes that run graphs, one CPU each; 0 is one per node. With engine.kind = local each has an engine of its own."""
+    samplers: NonNegativeInt = 0
+    """Processes that hold the policy's engines, for engine.kind = vllm and server; 0 is one per group of free GPUs, or per URL."""
+    restarts: NonNegativeInt = 3
+    """Times that a process which died is started again, each counted over the run."""
 
 
 class Loss(Section):
@@ -356,6 +373,7 @@ class Config(Section):
     rollout: Rollout = Rollout()
     agents: Agents = Agents()
     engine: Engine = Engine()
+    cluster: Cluster = Cluster()
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
@@ -370,7 +388,16 @@ class Config(Section):
             )
         if unknown := sorted(set(self.agents.models) - set(self.agents.use)):
             raise ValueError(f"agents.models.{unknown[0]}: agents.use has no {unknown[0]!r}; add it there (empty for a model alone)")
-        if self.engine.kind == "vllm" and self.rollout.max_lag:
+        if self.cluster.address:
+            if ":" in self.run.device:
+                raise ValueError(f"run.device = {self.run.device}: in a cluster Ray chooses the GPU of each process; say cuda")
+            if "policy" in self.agents.models.values() and self.engine.kind != "local":
+                raise ValueError("agents.models: policy: in a cluster nothing keeps the starting weights; serve them and say vllm:URL")
+        elif self.cluster.learners > 1:
+            raise ValueError(
+                f"cluster.learners = {self.cluster.learners}: they are processes of Ray; say cluster.address: local, or a cluster's"
+            )
+        elif self.engine.kind == "vllm" and self.rollout.max_lag:
             raise ValueError(
                 f"rollout.max_lag = {self.rollout.max_lag}: engine.kind = vllm sleeps while the learner learns; use 0, or a server"
             )

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from aipo_graph.engines.decoder import torch_device
 from aipo_graph.engines.handover import sweep
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.open import open_engine
-from aipo_graph.errors import AipoError, TrainError
+from aipo_graph.errors import AipoError, LostError, TrainError
 from aipo_graph.evaluate import follow, start
 from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.provenance import contents, model_contents, problems_digest
@@ -38,7 +38,7 @@ from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.metrics import exclusions, rollout_metrics
 from aipo_graph.rollout.stream import Stream
 from aipo_graph.tasks.open import open_task
-from aipo_graph.types import Task, TraceGroup
+from aipo_graph.types import Engine, Task, TraceGroup
 
 Cursor = Mapping[str, Any]
 """What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn, whether it is finished."""
@@ -154,8 +154,6 @@ def run(config: Config, console: Console, *, force: bool = False) -> None:
     with RunLog(config, console, files=told, force=force) as log, launched(config, path, log.folder, console) as config:
         log.console.print(f"run folder {log.folder}")
         sweep(log.folder)
-        learner = Learner(config, path, torch_device(config))
-        cursor = learner.restore(log.folder / "checkpoints")
         before = read_metrics(log.folder / "metrics.jsonl")
         evaluation, values = log.folder / "evaluation", dict[str, Values]()
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
@@ -163,8 +161,13 @@ def run(config: Config, console: Console, *, force: bool = False) -> None:
             waiting = stack.enter_context(start(beside, path, evaluation / "base", kinds=task.kinds, aside=True)) if evaluated else None
             if waiting and config.engine.kind != "local":
                 values["base"] = follow(waiting, console)
-            if not learn(config, path, task, learner, cursor, log):
+            cluster = stack.enter_context(_cluster(config, log)) if config.cluster.address else None
+            learner: Any = cluster.learners(path) if cluster else Learner(config, path, torch_device(config))
+            cursor = learner.restore(log.folder / "checkpoints")
+            if not learn(config, path, task, learner, cursor, log, cluster):
                 return
+            if cluster:
+                learner.close()
             del learner  # its memory is the evaluation's, which is another process
             gc.unfreeze()
             gc.collect()
@@ -183,14 +186,30 @@ def run(config: Config, console: Console, *, force: bool = False) -> None:
         console.print(f"policy, curves.png and summary.json are in {log.folder}")
 
 
-def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Cursor, log: RunLog) -> bool:
-    """Trains from the cursor to the end and exports the policy. Returns False where a signal stopped it before."""
+def _cluster(config: Config, log: RunLog) -> AbstractContextManager[Any]:
+    """The run's processes, which end with the context. Raises ConfigError where Ray is not installed or does not answer."""
+    from aipo_graph import cluster
+
+    return cluster.joined(config, log.folder, log.note)
+
+
+def learn(config: Config, path: str, task: Task, learner: Any, cursor: Cursor, log: RunLog, cluster: Any = None) -> bool:
+    """Trains from the cursor to the end and exports the policy. Returns False where a signal stopped it before.
+
+    Where a process of the learner dies, all start again, and training goes on from the last checkpoint.
+    """
     finished = _finished(config, learner.version, cursor.get("tokens", 0.0))
     log.resume_at(learner.version)
     if learner.version:
         log.note(f"goes on after step {learner.version}")
-    if not finished:
-        finished = asyncio.run(_train(config, path, task, learner, log, cursor))
+    while not finished:
+        try:
+            finished = asyncio.run(_train(config, path, task, learner, log, cursor, cluster))
+            break
+        except LostError as error:
+            learner.restart(error)
+            cursor = learner.restore(log.folder / "checkpoints")
+            log.resume_at(learner.version)
     if not finished:
         log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")
         return False
@@ -200,25 +219,27 @@ def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Curso
     return True
 
 
-async def _train(config: Config, path: str, task: Task, learner: Learner, log: RunLog, cursor: Cursor) -> bool:
-    async with opened(config, path, task, log) as stream:
+async def _train(config: Config, path: str, task: Task, learner: Any, log: RunLog, cursor: Cursor, cluster: Any) -> bool:
+    async with opened(config, path, task, log, cluster) as stream:
         return await train(config, learner, stream, log, cursor)
 
 
 @asynccontextmanager
-async def opened(config: Config, path: str, task: Task, log: RunLog) -> AsyncIterator[Stream]:
-    """Where training steps come from: graph runs and the policy's engine, which ends with the context."""
-    engine = await open_engine(config, path)
-    try:
+async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: Any = None) -> AsyncIterator[Stream]:
+    """Where training steps come from: graph runs and the policy's engine, here or in a cluster. What they started ends with the context."""
+    async with AsyncExitStack() as stack:
+        if cluster:
+            engine: Engine = await stack.enter_async_context(cluster.opened(path))
+        else:
+            engine = await open_engine(config, path)
+            stack.push_async_callback(engine.close)
         chats = await open_chats(config, engine)
         for line in describe(chats, config):
             log.console.print(line, markup=False)
         rollouts = Rollouts.open(config, engine, task, chats)
         log.graph(layout(rollouts.graph.get_graph(), frozenset(rollouts.agents)))
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
-        yield Stream(rollouts, config)
-    finally:
-        await engine.close()
+        yield Stream(cluster.sampling(rollouts), config, cluster.restarts) if cluster else Stream(rollouts, config)
 
 
 def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:
@@ -250,7 +271,9 @@ def result_table(base: Values, trained: Values) -> Table:
 def explain(config: Config, console: Console) -> None:
     """What a dry run says beside the settings: the memory that they need, and the command of the server that they sample from."""
     path = model(config.policy.model)
-    console.print(memory.table(memory.estimate(config, path)))
+    console.print(memory.table(found := memory.estimate(config, path)))
+    for line in memory.placement(config, found) if config.cluster.address else ():
+        console.print(line, markup=False)
     if config.engine.kind == "server":
         try:
             console.print(f"server of the policy: {serve_text(config, path)}", markup=False)

@@ -153,6 +153,11 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         config="experiments/shopping/config.yaml",
         bases={"*": "shopping"},
     ),
+    "lag": Experiment(
+        {f"lag_{lag}": {"rollout.max_lag": str(lag)} for lag in (0, 1, 2, 4)}
+        | {f"lag_{lag}_uncapped": {"rollout.max_lag": str(lag), "loss.mismatch_cap": "1e9"} for lag in (2, 4)},
+        settings={"run.checkpoint_every": "50"},  # the embedded engine starts afresh after each
+    ),
 }
 
 REPORTED = (1, 2, 3, 4, 5)
@@ -216,6 +221,7 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("ablations", tuple(EXPERIMENTS["ablations"].variants), (2, 3)),
     ("tuning", tuple(EXPERIMENTS["tuning"].variants), TUNING_SEEDS),
     ("choice", tuple(EXPERIMENTS["choice"].variants), TUNING_SEEDS),
+    ("lag", tuple(EXPERIMENTS["lag"].variants), (1, 2, 3)),
 )
 """By worth, first to last: where the time ends, what stands last is missing."""
 

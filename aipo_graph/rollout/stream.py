@@ -58,21 +58,17 @@ class Stream:
 
     Draws start in order, and only as long as at most (max_lag + 1) steps' worth of them are between their start and the published update
     that learned from them; one that is passed over makes room for another. An engine that loads in flight gets weights as they are
-    published. Another (then max_lag is at most 1) gets them between whole steps, and never works ahead across a checkpoint, so that a
-    resumed run samples with just the weights that the undisturbed one did.
+    published. Another gets them between whole steps, each of which one version samples, and never works ahead across a checkpoint, so that
+    a resumed run samples with just the weights that the undisturbed one did.
 
     Args:
         sample: makes the groups.
+        metrics: what is logged of a step; others may write to it, too.
     """
 
-    def __init__(self, sample: Sampling, config: Config) -> None:
-        if config.rollout.max_lag > 1 and not sample.engine.in_flight:
-            raise ConfigError(
-                f"rollout.max_lag = {config.rollout.max_lag}: engine.kind = {config.engine.kind} takes new weights between whole steps, "
-                "so it samples at most 1 step ahead; use 0 or 1"
-            )
+    def __init__(self, sample: Sampling, config: Config, metrics: dict[str, float] | None = None) -> None:
         self.sample = sample
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float] = {} if metrics is None else metrics
         """Of the step last given, and of the last load's probe."""
         self._config = config
         # The local engine copies the tensors themselves: nothing to prove there.
@@ -120,21 +116,25 @@ class Stream:
         self._start = self._number = start
         self._steps, self._cursor, self._started, self._passed = steps, drawn, 0, 0
         self._failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-        lag, engine = self._config.rollout.max_lag, self.sample.engine
-        ahead: asyncio.Task[Step] | None = None
+        engine = self.sample.engine
+        lag = min(self._config.rollout.max_lag, 1) if engine.in_flight else self._config.rollout.max_lag  # the window itself goes further
+        ahead: deque[asyncio.Task[Step]] = deque()
         try:
             for number in range(start, steps):
-                step = await (ahead or await self._begin(number))
-                ahead = None
-                if lag and number + 1 < steps and (engine.in_flight or not self.whole(number + 1)):
-                    ahead = await self._begin(number + 1)
+                for later in range(number + len(ahead), min(number + lag + 1, steps)):
+                    if ahead and not engine.in_flight and self.whole(later):
+                        break
+                    if ahead:
+                        await asyncio.wait({ahead[-1]})
+                    ahead.append(await self._begin(later))
+                step = await ahead.popleft()
                 if not self._running:
                     await engine.sleep()
                 self.metrics |= {"ahead": float(sum(call.done() for _, call, _ in self._under_way)), "seconds/wait_learner": self._idle}
                 self._idle = 0.0
                 yield step
         finally:
-            tasks = {*self._running, *([ahead] if ahead else [])}
+            tasks = {*self._running, *ahead}
             self._under_way.clear()
             for task in tasks:
                 task.cancel()
