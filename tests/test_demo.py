@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rollout_world import bpe, world
 
 from aipo_graph import cli
 from aipo_graph.demo import Demo, settings
 from aipo_graph.demo.__main__ import command
+from aipo_graph.demo.asking import Asking
 from aipo_graph.demo.questions import Questions
-from aipo_graph.demo.terminal import Screen, Turn, summary, turns, visible
+from aipo_graph.demo.terminal import Screen, Turn, summary, trace_of, turns, visible
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.open import open_task
@@ -83,6 +85,18 @@ def test_summary_is_inert_and_scored_only_where_the_answer_is_known() -> None:
     assert "reward 0 (right is 5)" in summary(trace, "5").text.plain
     assert "answer \\x1b[2J" in summary(trace, "5").text.plain
     assert visible("\ud800\tx\n") == "\\ud800    x\n"
+
+
+async def test_what_votes_ends_where_what_is_scored_ends(root: Path) -> None:
+    """At an end of turn that the policy spelt out: what it wrote after it is nobody's answer."""
+    end = bpe().eos_token
+    rollouts = world(root, lambda text: f"\\boxed{{1000}}{end}\\boxed{{2}}", [], bpe())
+    asking = Asking(rollouts, Problem("p0", "what is p0?", "1000"), None)
+    shown = await asking.make(asking.plan([False], 1, seed=0)[0])
+    assert (shown["reward"], shown["answer"], shown["vote"]) == (1.0, "1000", "1000")
+    said: list[Turn] = []
+    await trace_of(rollouts, Problem("p0", "what is p0?", "1000"), 0, False, said.append)
+    assert "answer 1000" in said[-1].text.plain
 
 
 def test_no_color_and_dumb_terminals_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:

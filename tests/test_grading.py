@@ -238,7 +238,7 @@ async def test_a_gold_of_a_list_of_one_is_read(workers):
 
 def test_the_tables_agree_with_what_they_are_said_to_hold():
     assert len(SAME) + len(DIFFERENT) >= 100
-    assert sum(len(case["same"]) + len(case["different"]) for case in CASES) >= 580
+    assert sum(len(case["same"]) + len(case["different"]) for case in CASES) >= 1014
     assert not set(SAME) & set(DIFFERENT)
 
 
@@ -337,6 +337,24 @@ async def test_a_gold_answer_may_be_boxed(workers):
         ("Book B has it", "B", "", False),
         ("no", "6180", "", False),
         ("", "5", "", False),
+        (r"it costs 1\,250 crowns", "1250", "", True),
+        ("it costs 1{,}250 crowns", "1250", "", True),
+        ("1,250,000 crowns", "1250", "", False),
+        ("that is .75 of it", "0.75", "", True),
+        ("that is 0.755 of it", "0.75", "", False),
+        ("it falls to -5 then", "-5", "", False),
+        ("x = -5", "-5", "", True),
+        ("x = 5", "-5", "", False),
+        ("x = -125 here", "-125", "", True),
+        ("8-125 is less", "-125", "", False),
+        ("8 - 125 is less", "125", "", True),
+        ("this 3 and axis 3", "3", "", False),
+        ("= 3 + 4", "3", "", False),
+        (r"\text{the point }\left(1,2\right)", "(1,2)", "", True),
+        ("f(1,2)", "(1,2)", "", False),
+        (r"it is \dfrac{x}{2} then", r"\frac{x}{2}", "", True),
+        ("anything", "$", "", False),
+        ("", "\u200b", "", False),
     ],
 )
 def test_a_reply_that_states_the_gold_answer_is_found(reply, gold, known, leaked):
@@ -344,7 +362,8 @@ def test_a_reply_that_states_the_gold_answer_is_found(reply, gold, known, leaked
 
 
 @pytest.mark.parametrize(
-    "text", ["1" * 10**5, "1 " * 10**5, r"\boxed{" * 10**4, " " * 10**5, "is " * 10**5, "1/" * 10**5, "1,111" * 10**4, "½" * 10**4]
+    "text",
+    ["1" * 10**6, "1 " * 10**5, r"\boxed{" * 10**4, " " * 10**6, "is " * 10**5, "1/" * 10**5, "1,111" * 10**4, "½" * 10**4, "{" * 10**6],
 )
 def test_leaks_reads_long_replies(text):
     assert not leaks(text, "42", "")

@@ -1,33 +1,50 @@
 r"""Whether an untrusted answer equals the gold one, and whether a helper's reply gives the gold away.
 
 Equal texts and integers are compared here; all else in a worker process that can be killed: letters and words as text, numbers exactly,
-sequences, matrices and conditions part by part, and what is left by math-verify's parser and sympy. What the answer causes (out of CPU
-time or memory, a crashed worker) is a wrong answer; what we cause is a TaskError: no score.
+sequences and conditions part by part, and what is left by math-verify's parser and sympy. What the answer causes (out of CPU time or
+memory, a crashed worker) is a wrong answer; what we cause is a TaskError: no score.
 """
 
 import re
 from fractions import Fraction
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
+import sympy
+from sympy.core.relational import Relational
+from sympy.physics import units
+
 from aipo_graph.errors import TaskError, ToolError
-from aipo_graph.tasks import forms
-from aipo_graph.tools import sandbox, symbolic
+from aipo_graph.tools import sandbox
 from aipo_graph.tools.notation import LONGEST, Number, compact, number, plain, without_commas
+from aipo_graph.tools.symbolic import RELATION, is_zero, parse
 
 CPU_SECONDS = 1.0
 MOST_ELEMENTS = 32
 EXACT_DIGITS = 3
 """A decimal gold of fewer significant digits is exact; one of more accepts what rounds to it."""
 _BOX = re.compile(r".*\\(?:boxed|fbox)\s*\{", re.DOTALL)
-_LONGEST_BOX = 8 * LONGEST
 _INTEGER = re.compile(r"([-+]?)0*(\d+)", re.ASCII)
 _CHOICE = re.compile(
-    r"(?:(?:the )?(?:option|choice|(?:correct |final )?answer)(?: is|\s*:)?)?\s*(?:\(([A-J])\)|([A-J]))\s*(?:[.:)]\s*(.*)|)",
+    r"(?:(?:the )?(?:option|choice|(?:correct |final )?answer)(?: is|\s*:)?)?\s*(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))\s*(.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_BASED = re.compile(r"(?=\w*\d|\w{2})([0-9A-Z]+)\s?_\s?\{?\s?(\d{1,2}|[a-z]{3,7})\s?\}?", re.IGNORECASE)
+_BASED = re.compile(r"(?=\w*\d|\w{2})([0-9A-Z]+)_\{?(\d{1,2}|[a-z]{3,7})\}?", re.IGNORECASE)
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
+_NAMED = re.compile(
+    r"((?:[A-Za-z]{1,3}|\\[a-z]+|[Α-ω])(?:_\{?\w+\}?)?(?:\([a-z\d]\))?|\\angle ?[A-Z]{1,3}|\([a-z](?:,\s?[a-z]){1,3}\))\s?[=∈]\s?"
+)
+"""What an answer may open with: ``x =``, ``f(x) =``, ``(x, y) =``, ``x ∈``."""
+_SUM = re.compile(r"[a-z](?:\s?[-+]?\s?[a-z]){1,5}\s?=")
+_VECTOR = re.compile(r"\\begin\{pmatrix\}([^&]*?|[^\\]*?)\\end\{pmatrix\}")
+_MEMBER = re.compile(r"⦃\s?([A-Za-zα-ω])\s?(?:∈\s?ℝ\s?)?[|:]\s?(.*)⦄|(\\?[A-Za-zα-ω]+)\s?∈\s?(.*)")
+_COMMAND = re.compile(r"\\[A-Za-z]+|pmatrix|cis")
+_UNIT = re.compile(r"(.*?[\d})π.])(\s*)((?:[A-Za-zμΩ°%]+\.?(?:\^\{-?\d\})?|\s*[*/]\s*|\s+)+)", re.DOTALL)
+_UNITS = {
+    "mph": "mi/h", "kph": "km/h", "kmh": "km/h", "cc": "cm^{3}", "mi": "mile", "in": "inch", "min": "minute", "hr": "hour", "sec": "second",
+    "feet": "foot", "inches": "inch", "Ω": "ohm", "°": "degree", "%": "percent", "per": "/",
+}  # fmt: skip
+_SCALES = {units.percent: sympy.Rational(1, 100), units.degree: sympy.pi / 180}
 
 
 def last_box(text: str) -> str | None:
@@ -37,7 +54,7 @@ def last_box(text: str) -> str | None:
     '\\frac{1}{2}'
     """
     depth, start = 1, match.end() if (match := _BOX.match(text)) else len(text)
-    for brace in re.finditer(r"\\.|[{}]", text[start : start + _LONGEST_BOX], re.DOTALL):
+    for brace in re.finditer(r"\\.|[{}]", text[start : start + 8 * LONGEST], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             return text[start : start + brace.start()].strip()
@@ -53,8 +70,7 @@ async def grade(text: str, gold: str, workers: sandbox.Workers = sandbox.SHARED,
 async def equal(answer: str, gold: str, workers: sandbox.Workers = sandbox.SHARED, *, rounded_digits: int = 0) -> bool:
     """Whether an untrusted answer states the gold one. Raises TaskError on an empty gold answer, or if the grader itself failed.
 
-    Args:
-        rounded_digits: a decimal of at least so many significant digits also stands for an exact gold that it rounds; 0: none.
+    A decimal of at least ``rounded_digits`` significant digits also stands for an exact gold that it rounds; 0: none.
     """
     answer, gold = ((text if (box := last_box(text)) is None else box).strip() for text in (answer, only(gold)))
     if not gold:
@@ -77,7 +93,7 @@ def only(gold: str) -> str:
     return (match[1] or match[2] or "") if match else gold
 
 
-# What follows, down to `_close`, runs in a worker only.
+# What follows, down to `leaks`, runs in a worker only.
 
 
 def _verdict(answer: str, gold: str, rounded: str) -> bool:
@@ -89,75 +105,66 @@ def _same(answer: str, gold: str, rounded: int) -> bool:
     if one == two:
         return True
     if choice := re.fullmatch(r"\(?([A-J])\)?", two):
-        return _choice(answer) == choice[1]
+        match = _CHOICE.fullmatch(answer.strip("* "))
+        return match is not None and {(match[1] or match[2]).upper(), *re.findall(r"\b[A-J]\b", match[3])} == {choice[1]}
     bare = without_commas(answer), without_commas(gold)
     if bare != (answer, gold) and not re.search(r"[(\[⦃]", answer + gold) and _same(*bare, rounded):
         return True
     if based := _BASED.fullmatch(two):  # without its base a numeral is in the gold's, which the question names
         values = [int(m[1], int(_BASES.get(m[2].lower(), m[2]))) if m else -1 for m in (_BASED.fullmatch(one), based)]
         return values[0] == values[1] or one.upper() == based[1].upper()
-    if re.search("[<>≤≥≠∈∪∩∖ℝ∅]", answer + gold) and (region := forms.region(answer)) and (wanted := forms.region(gold)):
-        return len({region[0], wanted[0]} - {""}) < 2 and forms.same_region(region[1], wanted[1])
-    if (
-        symbolic.RELATION.search(answer)
-        and symbolic.RELATION.search(gold)
-        and (links := forms.links(answer))
-        and (gold_links := forms.links(gold))
-    ):
-        return forms.same_links(links, gold_links)
-    return _same_unnamed(*_without_names(answer, gold), rounded)
-
-
-def _choice(answer: str) -> str | None:
-    if (match := _CHOICE.fullmatch(answer.strip("* "))) is None:
-        return None
-    letter = (match[1] or match[2]).upper()
-    return letter if all(other == letter for other in re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", match[3] or "")) else None
-
-
-def _without_names(answer: str, gold: str) -> tuple[str, str]:
-    """``x = 5`` for ``5`` and the other way round, ``m+n = 5`` and ``2+3 = 5`` for ``5``. Anything else, 1=2=5, keeps its equals sign."""
-    one, two = forms.NAMED.match(answer), forms.NAMED.match(gold)
-    if ("," in answer and answer.count("=") > 1) or (
-        one and two and (compact(one[1]) != compact(two[1]) or ("," in answer and "," in gold))
-    ):
-        return answer, gold
-    if one and (two or not re.search("[=∈]", gold)):
-        answer = answer[one.end() :]
-        names, values = one[1].strip("()").split(","), forms.sequence(answer)[1]
-        if 1 < len(names) == len(values) and not two:  # (y, x) = (3, 2) is the point (2, 3)
-            answer = f"({','.join(value for _, value in sorted(zip(names, values, strict=True)))})"
-    if two and (one or not re.search("[=∈]", answer)) and not re.search(r"^[^(]*[-+]", two[1]):
-        gold = gold[two.end() :]
-    if "=" in answer and "=" not in gold:
-        sides = [symbolic.parse(side) for side in answer.split("=")]
-        if None not in sides and all(symbolic.is_zero(a - b, b) for a, b in pairwise(sides)):
-            answer = answer.rpartition("=")[2]
-    return answer.removeprefix("≈").strip(), gold.strip()
-
-
-def _same_unnamed(answer: str, gold: str, rounded: int) -> bool:
-    rows, gold_rows = forms.matrix(answer), forms.matrix(gold)
-    if rows and gold_rows:
-        same = [*map(len, rows)] == [*map(len, gold_rows)]
-        return same and all(
-            _same(a, b, rounded) for row, gold_row in zip(rows, gold_rows, strict=True) for a, b in zip(row, gold_row, strict=True)
-        )
-    (brackets, answers), (gold_brackets, golds) = (
-        ("()", list(chain(*each))) if each and 1 in (len(each), len(each[0])) else forms.sequence(text)
-        for each, text in ((rows, answer), (gold_rows, gold))
-    )
-    if len(answers) == len(golds) == 1 and "⦃" not in brackets + gold_brackets:
-        return _same_value(answers[0], golds[0], rounded)
-    names, gold_names = ([compact(m[1]) for part in parts if (m := forms.NAMED.match(part))] for parts in (answers, golds))
-    if max(len(answers), len(golds)) > MOST_ELEMENTS or (names and gold_names and {*names} != {*gold_names}):
+    if (links := _relations(answer)) and (gold_links := _relations(gold)):
+        table = [[_same_tree(a, b) for b in gold_links] for a in links]
+        if all(map(any, table)) and all(map(any, zip(*table, strict=True))):
+            return True
+    if re.search("[<>≤≥≠∈∪∩∖ℝ∅]", one + two) and (region := _region(answer)) and (gold_region := _region(gold)):
+        return len(region[0] | gold_region[0]) < 2 and _same_tree(region[1], gold_region[1])
+    if links and gold_links:
         return False
-    ordered = False
-    if not brackets and len(names) == len(answers) == len({*names}):  # a=1, b=2 is one solution; x=1, x=2 are two
-        answers = [answers[names.index(name)] for name in (gold_names or sorted(names))]
-        ordered = bool(gold_names or gold_brackets == "()")
-    answers, golds = ([forms.NAMED.sub("", part, count=1) for part in parts] for parts in (answers, golds))
-    if not ordered and {brackets, gold_brackets} <= {"", "⦃⦄"}:
+    if ("matrix" in answer) != ("matrix" in gold):  # a vector may be written as a tuple
+        answer, gold = (_VECTOR.sub(lambda m: "(" + re.sub(r"&|\\\\", ",", m[1]) + ")", text) for text in (answer, gold))
+    return _same_list(answer if "=" in gold else _SUM.sub("", answer, count=1), gold, rounded)  # m+n = 5 for 5
+
+
+def _split(text: str, separators: str) -> list[str]:
+    """Splits at single characters outside of all brackets."""
+    parts, depth = [""], 0
+    for piece in re.findall(r"\\.|.", text, re.DOTALL):
+        depth += (piece in "([{⦃") - (piece in ")]}⦄")
+        if depth == 0 and piece in separators:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return [part.strip() for part in parts]
+
+
+def _listed(text: str) -> tuple[str, set[str], list[str]]:
+    """Brackets, names and values of a list: ``x=1, x=2`` is ("", {x}, [1, 2]) and ``y=3, x=2`` the point ("()", {x, y}, [2, 3])."""
+    head = _NAMED.match(text)
+    inner = text[head.end() :] if head else text
+    enclosed = re.fullmatch(r"[(\[⦃].*[)\]⦄]", inner, re.DOTALL) is not None and len(_split(inner, ")]⦄")) == 2
+    parts = [part for part in _split(inner[1:-1] if enclosed else text, ",;∧∨") if part] or [""]
+    brackets = inner[0] + inner[-1] if enclosed and (len(parts) > 1 or inner[0] == "⦃") else ""
+    signs = (("+", "-"), ("-", "+"))
+    parts = [part.replace("±", s).replace("∓", t) for part in parts for s, t in signs[: 1 + bool(re.search("[±∓]", part))]]
+    heads = [_NAMED.match(part) for part in parts]
+    values = [part[match.end() if match else 0 :].lstrip("+ ") for part, match in zip(parts, heads, strict=True)]
+    names = _split(head[1].strip("()"), ",") if head and enclosed else [re.sub("_.*", "", compact(match[1])) for match in heads if match]
+    if 1 < len({*names}) == len(names) == len(values):
+        brackets, values = "()", [value for _, value in sorted(zip(names, values, strict=True))]
+    return brackets, {*names}, values
+
+
+def _same_list(answer: str, gold: str, rounded: int) -> bool:
+    (brackets, names, answers), (gold_brackets, gold_names, golds) = _listed(answer), _listed(gold)
+    if (names and gold_names and names != gold_names) or max(len(answers), len(golds)) > MOST_ELEMENTS:
+        return False
+    if len(answers) == len(golds) == 1 and "⦃" not in brackets + gold_brackets:
+        sides = [parse(side.strip()) for side in answers[0].split("=")]
+        if None not in sides and all(is_zero(a - b, b) for a, b in pairwise(sides)):  # 2+2 = 4, but not 1 = 2 = 5
+            answers = [answers[0].rpartition("=")[2].strip()]
+        return _same_value(answers[0].removeprefix("≈").strip(), golds[0], rounded)
+    if {brackets, gold_brackets} <= {"", "⦃⦄"}:
         table = [[_same(a, b, rounded) for b in golds] for a in answers]
         repeats = len(answers) == len(golds) or {brackets, gold_brackets} != {""}
         return repeats and all(map(any, table)) and all(map(any, zip(*table, strict=True)))
@@ -166,63 +173,128 @@ def _same_unnamed(answer: str, gold: str, rounded: int) -> bool:
     return like and len(answers) == len(golds) and all(_same(a, b, rounded) for a, b in zip(answers, golds, strict=True))
 
 
-def _same_value(answer: str, gold: str, rounded: int) -> bool:
-    import sympy
+def _region(text: str) -> tuple[set[str], Any] | None:
+    """The variable and the set of reals that a condition, an interval or a union of them states; None for anything else."""
+    given, text = text, re.sub(r"^(?:-∞\s?<|∞\s?>)\s?|\s?(?:<\s?∞|>\s?-∞)$", "", text.strip())
+    if "≠" in text:
+        text = re.sub("±(.*)", r"\1∧-\1", text)  # x ≠ ±1
+    for signs, join in (("∨", sympy.Union), ("∧,", sympy.Intersection)):
+        if len(parts := _split(text, signs)) > 1:
+            opening = re.match(r"[^=<>≤≥≠∈]+≠", text)  # x ≠ 0, 1 is x ≠ 0 and x ≠ 1
+            parts = [part if RELATION.search(part) or not opening else opening[0] + part for part in parts]
+            found = [each for part in parts if (signs == "∨" or RELATION.search(part)) and (each := _region(part))]
+            names = set().union(*(name for name, _ in found))
+            return (names, join(*(each for _, each in found))) if len(found) == len(parts) and len(names) < 2 else None
+    if match := _MEMBER.fullmatch(text):
+        name, inner = {match[1] or match[3]}, _region(match[2] or match[4])
+        return (name, inner[1]) if inner and inner[0] <= name else None
+    if text != given and re.fullmatch("[A-Za-zα-ω]", text):  # -∞ < x < ∞
+        return {text}, sympy.Reals
+    links = _relations(text)
+    symbols = [{*map(str, each.free_symbols)} for each in links]
+    if links and all(symbols) and len(set().union(*symbols)) == 1:
+        return symbols[0], sympy.Intersection(*(each.as_set() for each in links))
+    found = parse(text)
+    return (set(), found.doit()) if isinstance(found, sympy.Set) and not found.free_symbols else None
 
-    (bare, unit), (gold_bare, gold_unit) = forms.without_unit(answer), forms.without_unit(gold)
+
+def _relations(text: str) -> list[Any]:
+    """The relations between numbers in a chain; none of anything else."""
+    found = parse(text) if RELATION.search(text) else None
+    links = found.args if isinstance(found, sympy.And) else [found]
+    sides = [side for each in links for side in (each.args if isinstance(each, Relational) else [None])]
+    return [*links] if all(isinstance(side, sympy.Expr) for side in sides) else []
+
+
+def _same_tree(one: Any, two: Any) -> bool:
+    """Whether two numbers, sets, matrices or relations are equal: numbers exactly, a relation as a multiple, the rest part by part."""
+    if isinstance(one, Relational) and isinstance(two, Relational):
+        one, two = (each.reversed if ">" in each.rel_op else each for each in (one, two))
+        ratio = sympy.simplify((one.lhs - one.rhs) / (two.lhs - two.rhs)) if one.rel_op == two.rel_op else sympy.nan
+        return bool(ratio.is_number and ratio.is_finite and (ratio > 0 if "<" in one.rel_op else ratio != 0))
+    if isinstance(one, sympy.Expr) and isinstance(two, sympy.Expr):
+        return one == two if {one, two} & {sympy.oo, -sympy.oo} else bool(is_zero(one - two, two if two.is_number else 1))
+    return one == two or (
+        type(one).__name__ == type(two).__name__ and len(one.args) == len(two.args) > 0 and all(map(_same_tree, one.args, two.args))
+    )
+
+
+def _same_value(answer: str, gold: str, rounded: int) -> bool:
+    (bare, unit), (gold_bare, gold_unit) = _without_unit(answer), _without_unit(gold)
     if _is_text(gold_bare):
         one, two = (re.sub(r"[\s.'-]+", "", re.sub(r"^(?:an?|the) (?=.)", "", text.casefold())) for text in (answer, gold))
         return one == two
-    factors = [sympy.Integer(1)]
     if unit is not None and gold_unit is not None:
-        factors = [forms.ratio(unit, gold_unit)]
-    elif "π" in bare + gold_bare and (unit is not None or gold_unit is not None):  # 60° for π/3
-        factors += [factor for each, factor in ((unit, sympy.pi / 180), (gold_unit, 180 / sympy.pi)) if str(each) == "degree"]
-    percent, gold_percent, bare, gold_bare = bare.endswith("%"), gold_bare.endswith("%"), bare.rstrip("% "), gold_bare.rstrip("% ")
-    if percent != gold_percent:
-        # 50 for 50 %; and 50 % for 50, but 50 % is not the half of a per cent that a gold of 0.5 would make it.
-        large = (written := number(gold_bare)) is None or abs(written.value) > 1
-        factors = [sympy.Integer(1), sympy.Integer(100)] if gold_percent else [sympy.Rational(1, 100), sympy.Integer(1)][: 1 + large]
-    return any(factor is not None and _same_number(bare, gold_bare, factor, rounded) for factor in factors)
+        ratio = units.convert_to(unit / gold_unit, [units.meter, units.kilogram, units.second])
+        return bool(ratio.is_number) and _same_number(bare, gold_bare, ratio, rounded)
+    # Without its unit a number may be in it, or in none: 50 and 0.5 for 50 %, 60 and π/3 for 60°.
+    factors = [sympy.Integer(1), _SCALES.get(unit, sympy.Integer(1)) / _SCALES.get(gold_unit, sympy.Integer(1))]
+    small = unit == units.percent and (written := number(gold_bare)) is not None and abs(written.value) <= 1  # 0.5 % is not a gold of 0.5
+    return any(_same_number(bare, gold_bare, factor, rounded) for factor in factors[small:])
+
+
+def _without_unit(text: str) -> tuple[str, Any]:
+    """The rest of a text and its unit as sympy has it, unknown words as symbols; None where there is no unit."""
+    text = re.sub(r"\\frac\{([A-Za-z*]+)\}\{([A-Za-z*]+(?:\^\{\d\})?)\}$|/\s?\(([A-Za-z* ]+)\)$", r" \1/\2\3", text)
+    text = re.sub(r"(μ|[kMm](?=\s+Ω))\s+(?=[A-Za-zΩ])", r"\1", text)
+    match = _UNIT.fullmatch(text)
+    if (
+        match is None
+        or (match[3] == "°" and re.search(r"\\[a-z]{3}(?<!\\fra)|cis", match[1]))  # of the argument
+        or (re.fullmatch("[A-Za-zμ]", match[3]) and (not match[2] or re.search(r"(?<![\\A-Za-z])[A-Za-z]", match[1])))  # 5m, 2x m
+    ):
+        return text, None
+    written = re.sub(r"\b(sq|cu)(?:uare|bic)?\.? ([A-Za-z]+)", lambda m: f"{m[2]}^{{{2 if m[1] == 'sq' else 3}}}", match[3])
+    written = re.sub(r"[A-Za-zΩ°%]+", lambda m: _UNITS.get(m[0], m[0]), written)
+    unit, over = sympy.Integer(1), 1
+    for word, exponent in re.findall(r"(/|[A-Za-zμΩ°%]+)\.?(?:\^\{(-?\d)\})?", written):
+        if word == "/":
+            over = -1
+            continue
+        names = [_UNITS.get(name, name) for name in (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))]
+        known = next((found for name in names if type(found := getattr(units, name, None)) is units.Quantity), None)
+        if known is None and (len(word) == 1 or not match[2] or number(match[1]) is None):
+            return text, None
+        unit *= (known or sympy.Symbol(names[-1])) ** (over * int(exponent or 1))
+    return match[1].strip(), unit
 
 
 def _is_text(text: str) -> bool:
-    runs = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+|cis", " ", text))
-    # ab, xyz and mgh are products; even, odd, no and nan are words. In a formula only a long run, or one that stands alone, is one.
-    words = [
-        run for run in runs if (list(run) != sorted({*run}) or {*run.lower()} & {*"eio"}) and (not run.islower() or {*run} & {*"aeiouy"})
-    ]
+    """Whether a gold is a word: even, odd, no and nan are, products such as ab, xyz and mgh are not. In a formula only long words are."""
+    runs = re.findall(r"[A-Za-z]{2,}", _COMMAND.sub(" ", text))
+    words = [run for run in runs if ([*run] != sorted({*run}) or {*run.lower()} & {*"eio"}) and (not run.islower() or {*run} & {*"aeiouy"})]
     return any(len(word) > 3 or re.search(rf"(?:^|\s){word}(?:\s|$)", text) for word in words)
 
 
 def _same_number(answer: str, gold: str, factor: Any, rounded: int) -> bool:
-    free, gold_free = ({*re.findall(r"[a-df-hj-z]", re.sub(r"\\[A-Za-z]+|cis", "", text.lower()))} for text in (answer, gold))
-    x, y = symbolic.parse(answer), symbolic.parse(gold)
-    if x is None or y is None or not free <= gold_free:
+    letters, gold_letters = ({*re.findall(r"[a-df-hj-z]", _COMMAND.sub("", text.lower()))} for text in (answer, gold))
+    x, y = parse(answer), parse(gold)
+    if x is None or y is None or not letters <= gold_letters:
         return False  # a letter that comes to nothing, 0x10, is no number
-    x = x * factor
-    if symbolic.is_zero(x - y, y if y.is_number else 1):
+    if x.is_Matrix and y.is_Matrix:
+        return _same_tree(*(sympy.Tuple(*each.shape, *each) for each in map(sympy.Matrix, (x, y))))
+    if _same_tree(x * factor, y):
         return True
-    constants = x.is_number and y.is_number and x.is_extended_real and y.is_extended_real and x.is_finite and y.is_finite
-    return bool(constants and _close(x.evalf(60), y.evalf(60), number(answer) or Number(Fraction(0)), number(gold), rounded))
-
-
-def _close(value: Any, gold_value: Any, answer: Number, gold: Number | None, rounded: int) -> bool:
-    difference = abs(value - gold_value)
-    if gold and gold.digits >= EXACT_DIGITS:
+    if not all(each.is_number and each.is_extended_real and each.is_finite for each in (x, y)):
+        return False
+    difference = abs((x * factor).evalf(60) - y.evalf(60))
+    written, gold_written = (number(text) or Number(Fraction(0)) for text in (answer, gold))
+    if gold_written.digits >= EXACT_DIGITS:
         # What the gold's own last digit leaves open. An answer with fewer digits is another rounding.
-        return bool(difference <= gold.half and answer.half <= gold.half)
-    if not rounded or answer.digits < rounded or (gold and (gold.digits or (gold.value / answer.half / 2).denominator == 1)):
+        return bool(difference <= gold_written.half and written.half <= gold_written.half)
+    if not rounded or written.digits < rounded or gold_written.digits or (y.is_Rational and (y / written.half / 2).is_integer):
         return False  # 4.9999 is not 5: an exact gold with an expansion of that length is to be met exactly
-    return bool(difference <= answer.half)
+    return bool(difference <= written.half)
 
 
-_STATED = re.compile(r"(?:[=:]|\b(?:is|are|equals|get|gives|answer|makes)|\\to|->|boxed\s?\{)\s?[\\{($*]*\s?$")
-_GOES_ON = re.compile(r"\s?[-+*/^=]")
-_DRESSED = re.compile(
-    r"(?<=\d)(?:,|\\,|\\ |\{,\}|~|[\xa0\u2009\u202f])(?=\d{3}(?!\d))"
-    r"|\\(?:left|right|text|mathrm|textbf|mathbf)(?![a-z])|\\[,!;:]|\$|\*\*|(?<=\\)[dt](?=frac)"
+# Patterns open with a letter or a digit, look around only then, and never try twice, which keeps them fast on any text.
+_STATED = (
+    r"(?:[=:]|->|\\to|boxed\s?\{|is(?<!\wis)|are(?<!\ware)|get(?<!\wget)|gives(?<!\wgives)|equals(?<!\wequals)|makes(?<!\wmakes)"
+    r"|answer(?<!\wanswer))\s?+[\\{(]*+\s?+"
 )
+_DRESSING = dict.fromkeys(("$", "**", r"\,", r"\!", r"\;", r"\:", r"\left", r"\right", r"\textbf", r"\text", r"\mathrm", r"\mathbf"), "")
+_DRESSING |= {r"\ ": "~", "{,}": ",", r"\dfrac": r"\frac", r"\tfrac": r"\frac"}
+_SEPARATOR = re.compile("[,~\xa0\u2009\u202f](?<=\\d.)(?=\\d{3}(?!\\d))")
 
 
 def leaks(reply: str, gold: str, known: str) -> bool:
@@ -233,30 +305,40 @@ def leaks(reply: str, gold: str, known: str) -> bool:
     short gold slip through in other wordings; the other error would mask most replies of a task with small answers.
     """
     gold = (last_box(gold) or only(gold))[: 2 * LONGEST]
-    target = form if re.fullmatch(r"[\w .,/-]+", form := plain(gold), re.ASCII) else _DRESSED.sub("", gold).strip()
+    target = form if re.fullmatch(r"[\w .,/-]+", form := plain(gold), re.ASCII) else _undressed(gold)
     short = len(target.lstrip("-")) <= 2
-    tokens = re.findall(r"\\[A-Za-z]+|[A-Za-z0-9]+|\S", target)
-    pattern = _numeral(written) if (written := number(form)) else r"(?<![\w\\])" + r"\s?".join(map(re.escape, tokens)) + r"(?!\w)"
-    compiled = re.compile(pattern, re.ASCII if short or written else re.ASCII | re.IGNORECASE)
-    return _states(reply, compiled, target, short) and not _states(known, compiled, target, short=False)
+    patterns = _patterns(target if short else target.lower(), number(form))
+
+    def states(text: str, result: bool) -> bool:
+        if len(text := _undressed(text)) < 2 * LONGEST and compact(text).strip("([{)]}. ") == compact(target):
+            return True
+        text = text if short else text.lower()
+        found = [pattern for pattern in patterns if re.search(pattern, text, re.ASCII)]
+        return any(not result or re.search(rf"{_STATED}{pattern}(?!\s?[-+*/^=])", text, re.ASCII) for pattern in found)
+
+    return target != "" and states(reply, short) and not states(known, False)
 
 
-def _states(text: str, pattern: re.Pattern[str], target: str, short: bool) -> bool:
-    text = _DRESSED.sub("", text)
-    if len(text) < 2 * LONGEST and compact(text).strip("([{)]}. ") == compact(target):
-        return True
-    found = pattern.finditer(text)
-    return any(not short or (_STATED.search(text, max(0, m.start() - 24), m.start()) and not _GOES_ON.match(text, m.end())) for m in found)
+def _undressed(text: str) -> str:
+    for mark, meaning in _DRESSING.items():
+        text = text.replace(mark, meaning) if mark[0] in text else text
+    return _SEPARATOR.sub("", text).strip()
 
 
-def _numeral(written: Number) -> str:
-    """A pattern of a number in digits, as a decimal or a fraction, whatever zeros stand before and after."""
-    top, bottom = abs(written.value.numerator), written.value.denominator
-    forms = [rf"{top}\s?/\s?{bottom}", rf"\\frac\s?\{{{top}\}}\{{{bottom}\}}"]
-    if places := next((str(n) for n in range(20) if 10**n % bottom == 0), ""):
-        digits = str(top * 10 ** int(places) // bottom).zfill(int(places) + 1)
-        whole, rest = digits[: len(digits) - int(places)], digits[len(digits) - int(places) :]
-        forms.append(f"0*{whole if whole != '0' or not rest else ''}" + (rf"\.{rest}0*" if rest else r"(?:\.0*)?"))
+def _patterns(target: str, written: Number | None) -> list[str]:
+    """Of a number in digits, as a decimal or a fraction; else of the target's words, however they are spaced."""
+    if written is None:
+        first, *tokens = (re.escape(token) for token in re.findall(r"\\[A-Za-z]+|[A-Za-z0-9]+|\S", target or "$"))
+        rest = "".join(rf"\s?{token}" for token in tokens) + r"(?!\w)"
+        return [rf"{first}(?={rest})(?<![\w\\]{first}){rest}"]
+    sign, top, bottom = "-" * (written.value < 0), abs(written.value.numerator), written.value.denominator
+    places = next((n for n in range(20) if 10**n % bottom == 0), None)
+    forms = [(f"{sign}{top}", rf"\s?/\s?{bottom}"), (rf"{sign}\\frac", rf"\s?\{{{top}\}}\{{{bottom}\}}")] if bottom > 1 else []
+    if places is not None:
+        whole, rest = divmod(top * 10**places // bottom, 10**places)
+        forms.append((f"{sign}{whole}", rf"\.{rest:0{places}}0*" if rest else r"(?:\.0*)?"))
+        forms += [(rf"{sign}\.", f"{rest:0{places}}0*")] * (whole == 0 and rest > 0)
     # A minus after a word or a bracket is one of a difference.
-    sign = r"(?<![\w)}]-)(?<![\w)}] -)(?<=-)" if written.value < 0 else r"(?:(?<!-)|(?<=[\w)}]-)|(?<=[\w)}] -))"
-    return rf"(?<![\w.,/]){sign}(?:{'|'.join(forms)})(?![\w/]|[.,]\d)"
+    signed = r"(?<![\w)}}]{0})(?<![\w)}}] {0})" if sign else r"(?:(?<!-{0})|(?<=[\w)}}]-{0})|(?<=[\w)}}] -{0}))"
+    forms = [(first, rf"{rest}(?![\w/]|[.,]\d)") for first, rest in forms]
+    return [rf"{first}(?<![\w.,/]{first})(?={rest}){signed.format(first)}{rest}" for first, rest in forms]

@@ -6,112 +6,83 @@ colours, spacing and separators of thousands are gone. Untrusted text handled as
 
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 
 LONGEST = 512
-FUNCTIONS = "sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|lcm|gcd"
-
-_UNSEEN = re.compile(
-    "[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
-_ALIKE = str.maketrans(
-    dict(zip("−‐‑‒–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩〈〉º⌀\u2800", "------///*****≤≤≥≥≈≈''''\"\"|:()()°∅ ", strict=True))
-    | {"ℝ": r"\mathbb{R}", "√": r"\sqrt "}
-)
-_COMMANDS = {
+_FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot csc log ln exp lcm gcd"
+_ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅") | {ord("ℝ"): r"\mathbb{R}"}
+_MEANINGS = {
     name: meaning
-    for names, meaning in {
-        "le leq leqslant leqq": "≤", "ge geq geqslant geqq": "≥", "ne neq": "≠", "lt": "<", "gt": ">", "approx simeq": "≈", "in": "∈", "pm": "±",  # noqa: E501
-        "cdot times ast": "*", "div": "/", "mp": "∓", "infty": "∞", "pi uppi": "π", "mu upmu": "μ", "Omega upOmega": "Ω", "degree": "°",
-        "cup bigcup": "∪", "cap bigcap": "∩", "setminus smallsetminus backslash": "∖", "emptyset varnothing": "∅", "lor vee": "∨", "land wedge": "∧",  # noqa: E501
-        "lbrace": "⦃", "rbrace": "⦄", "langle": "(", "rangle": ")", "lbrack": "[", "rbrack": "]", "mid vert lvert rvert": "|", "colon": ":",
-        "dfrac tfrac cfrac sfrac nicefrac": r"\frac", "tg": r"\tan ", "ctg": r"\cot ", "arctg": r"\arctan ", "imath": "i", "jmath": "j",
-        "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr negthinspace nobreak limits nolimits": "",
-        """quad qquad space nobreakspace displaystyle textstyle scriptstyle scriptscriptstyle bf it rm sf tt sl sc em cal
-        bfseries itshape rmfamily sffamily ttfamily mdseries upshape normalfont boldmath centering nonumber notag
-        strut mathstrut relax hfill tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge""": " ",
-    }.items()
+    for names, meaning in [
+        (r"\le \leq \leqslant \leqq", "≤"), (r"\ge \geq \geqslant \geqq", "≥"), (r"\ne \neq", "≠"), (r"\lt", "<"), (r"\gt", ">"),
+        (r"\approx", "≈"), (r"\in", "∈"), (r"\pm", "±"), (r"\mp", "∓"), (r"\cdot \times \ast", "*"), (r"\div", "/"),
+        (r"\mid \vert \lvert \rvert", "|"), (r"\colon", ":"), (r"\infty infinity infty inf", "∞"), (r"\pi \uppi pi", "π"),
+        (r"\mu \upmu", "μ"), (r"\Omega \upOmega", "Ω"), (r"\circ \degree degree degrees", "°"), ("percent", "%"), (r"\imath", "i"),
+        (r"\cup \bigcup", "∪"), (r"\cap \bigcap", "∩"), (r"\setminus \smallsetminus \backslash", "∖"), (r"\emptyset \varnothing", "∅"),
+        (r"\lor \vee or", "∨"), (r"\land \wedge and", "∧"), (r"\lbrace", r"\{"), (r"\rbrace", r"\}"), (r"\langle", "("), (r"\rangle", ")"),
+        (r"\dfrac \tfrac \cfrac", r"\frac"), (r"\tg tg", r"\tan "), (r"\left. \right. \left \right \middle \big \Big \bigl \bigr", ""),
+        (r"\quad \qquad \thinspace \medspace \thickspace \displaystyle \textstyle \bf \it \rm \sf \tt \tiny \scriptsize \footnotesize"
+         r" \small \normalsize \large \Large \LARGE \huge \Huge", " "),
+        *((function, rf"\{function} ") for function in _FUNCTIONS.split()),
+    ]
     for name in names.split()
 }  # fmt: skip
-_FONT = (
-    r"\\(?:text(?:rm|bf|it|sf|tt|up|md|sc|sl|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|normal|ord|op|bin|rel)|[mhf]box|boxed|operatorname\*?"
-    r"|boldsymbol|bm|pmb|bold|emph|uline|underline|ensuremath|smash)\s*\{|\{\s*\\(?:rm|bf|it|sf|tt)(?![A-Za-z])"
-)
-_HARD = r"(?:\{[, ]\}|'|\s)"
-_THOUSANDS = re.compile(
-    rf"(?<![\d.\\])(?:\d{{1,3}}(?:{_HARD}\d{{3}})+(?!\d)(?:\.\d{{3}}(?:{_HARD}\d{{1,3}})+(?!\d))?|\d+\.\d{{3}}(?:{_HARD}\d{{3}})+(?!\d))"
-)
 _BRACED = r"(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})"
-_END, _BEGIN = "(?![A-Za-z])", r"(?<![\\A-Za-z])"
-
-
-def _rules(*rules: tuple[str, str]) -> list[tuple[re.Pattern[str], str]]:
-    return [(re.compile(pattern), replacement) for pattern, replacement in rules]
-
-
-_SPACING = _rules(
-    (r"\\(?:text|page|f)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}(?:\s*\{[A-Za-z!\d]*\}(?=\s*\{))?|\\[!/]\s?|\\(?:left|right)\s*\.", ""),  # noqa: E501
-    (r"(?<!\\)\\[,:;> ]|~|\\(?:thin|med|thick|en)space(?![a-z])|\\[hv]space\*?\s*\{[^{}]*\}|\\(?:[hm]skip|m?kern)\s*-?[\d.]+\s?[a-z]{2}", " "),  # noqa: E501
-    (r"\\[hv]?phantom\s*\{[^{}]*\}|(?<!\\)\\[()\[\]]", " "), (r"\s+", " "),
-)  # fmt: skip
-_COMMANDED = _rules(
-    (rf"\^\s*(?:\{{\s*(?:\\circ|°)\s*\}}|\\circ{_END}|°)", "°"), (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
-    (r"\\([%&#_])", r"\1"), (rf"\\not\s?(?==|\\in{_END})=?", "≠"), (r"(?<=\d)\{[.,]\}(?=\d)", "."),
-    (r"\\(begin|end)\s*\{array\}(?:\s*\{[lcr| ]*\})?", r"\\\1{matrix}"), (rf"\{{([^{{}}\\]*)\\over{_END}([^{{}}\\]*)\}}", r"\\frac{\1}{\2}"),  # noqa: E501
-    (_FONT, "\0{"),
-)  # fmt: skip
-_WRITTEN = _rules(
-    (rf"{_BEGIN}({FUNCTIONS}){_END}", r"\\\1 "), (rf"{_BEGIN}(max|min)(?=\s?[({{])", r"\\\1"), (r"\\log_(\w)\s?", r"\\log_{\1} "),
-    (rf"{_BEGIN}(?:infinity|infty|inf){_END}", "∞"), (rf"{_BEGIN}pi{_END}", "π"), (rf"{_BEGIN}(?:percent|per cent){_END}", "%"),
-    (rf"{_BEGIN}degrees?{_END}", "°"), (rf"\s*[,;]?\s*{_BEGIN}or{_END}\s*", " ∨ "), (rf"\s*[,;]?\s*{_BEGIN}and{_END}\s*", " ∧ "),
-    (r"(?<=[\w)}])\s?\*\*\s?(?=[\w({-])", "^"), (r"\s+(?=[\^_°%])|(?<=[\^_])\s+", ""), (r"\^\s?\(([^()]*)\)", r"^{\1}"),
-    (r"\^(-?\d{2,}|-\d|[A-Za-z])", r"^{\1}"), (r"<=|=<", "≤"), (r">=|=>", "≥"), (r"(?:(?<![\w)}!])|(?<=\s)|(?<=[A-Za-z]))!=|/=", "≠"), ("==", "="),  # noqa: E501
-    (r"(\\(?:frac|sqrt|binom)|(?<=\\frac)\{[^{}]*\})\s+", r"\1"), (r"\\frac([\dA-Za-zπ])", r"\\frac{\1}"),
-    (rf"\\frac{_BRACED}\s?([\dA-Za-zπ])", r"\\frac\1{\2}"), (r"\\sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}"),
+_GAP = r"(?:\{[, ]\}|'|\s)"
+Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
+_COMMANDS: Rules = [
+    (r"^\s*\*\*(.+)\*\*\s*$", r"\1"), (r"\\(?:left|right)\s?\.|\\?[A-Za-z]+", lambda m: _MEANINGS.get(m[0], m[0])),
+    (r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|(?<!\\)\\[!/]", ""),
+    (r"(?<!\\)\\[,:;> ()[\]]|~|\\[hv]?(?:space|phantom)\*?\s*\{[^{}]*\}|\s+", " "),
+    # Digits in groups of three, before the point and after it.
+    (rf"(?<![\d.\\])\d{{1,3}}(?:{_GAP}\d{{3}})+(?!\d)|(?<=\d\.)\d{{3}}(?:{_GAP}\d{{3}})*{_GAP}\d{{1,3}}(?!\d)",
+     lambda m: re.sub(r"\D", "", m[0])),
+    (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\([%&#_])", r"\1"), (r"\\?[$£€]", ""),
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\\(begin|end)\s*\{(?:array|[pbB]?matrix)\}(?:\s*\{[lcr| ]*\})?", r"\\\1{pmatrix}"),
+    (r"\\(?:text(?:rm|bf|it|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|operatorname\*?|[hm]box|f(?:rame)?box|boxed|boldsymbol"
+     r"|bm|bold|emph|underline|ensuremath)(?![A-Za-z])\s*", "\0"),
+]  # fmt: skip
+_WRITTEN: Rules = [
+    (r"\^\s?(?:\{\s?°\s?\}|°)", "°"), (r"\s+(?=[\^_°%}])|(?<=[\^_{])\s+", ""), (r"(?<=[\w)}])\s?\*\*\s?(?=[\w({-])", "^"),
+    (r"\^\(([^()]*)\)", r"^{\1}"), (r"\^(-?(?:\d*\.)?\d+|[A-Za-zπ])", r"^{\1}"), (r"\\log_(\w)\s?", r"\\log_{\1}"),
+    ("<=|=<", "≤"), (">=|=>", "≥"), (r"(?<![\d)}!])!=", "≠"), ("==", "="), (r"(?<![\\A-Za-z])(max|min|sec)(?=\s?[({⦃\\xθα])", r"\\\1 "),
     # TeX would end the root of \sqrt 51 after the 5; whoever writes it does not mean that.
-    (r"\\sqrt(\d+|[A-Za-zπ])", r"\\sqrt{\1}"), (r"(^|[(\[{⦃,;:|=<>≤≥≠≈∈∨∧∪*/])\s*\+\s*(?=[\w(\\∞π.])", r"\1"),
-    (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"), (r"⦃\s*⦄", "∅"),
-)  # fmt: skip
+    (r"√|\\sqrt\s*", r"\\sqrt"), (r"\\sqrt\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt(\d+|[A-Za-zπ])", r"\\sqrt{\1}"),
+    (r"\\(frac|binom)\s*([\dA-Za-zπ])", r"\\\1{\2}"), (rf"\\(frac|binom)\s*{_BRACED}\s*([\dA-Za-zπ])", r"\\\1\2{\3}"),
+    (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"),
+]  # fmt: skip
 
 
 def plain(text: str) -> str:
     r"""Brings an answer or a claim to its plain form.
 
     >>> plain(r"$\dfrac12$."), plain("x²"), plain("1½ cm"), plain(r"\boldsymbol{12\,345}\text{ and }+\infty")
-    ('\\frac{1}{2}', 'x^{2}', '1\\frac{1}{2} cm', '12345 ∧∞')
+    ('\\frac{1}{2}', 'x^{2}', '1 1/2 cm', '12345 ∧ +∞')
     """
-    text = _UNSEEN.sub("", text)
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
     # Before NFKC, which turns x² into x2 and 1½ into 11⁄2.
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")), text)  # noqa: UP031
-    text = unicodedata.normalize("NFKC", text.translate(_ALIKE)).translate(_ALIKE)
-    text = re.sub(r"^\s*\*\*(.+)\*\*\s*$", r"\1", text)
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text.translate(_ALIKE)))
+    text = unicodedata.normalize("NFKC", text).translate(_ALIKE)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # they delimit mathematics; an odd one, or one after a backslash, is money
         text = re.sub(r"(?<!\\)\$", "", text)
-    text, money = re.subn(r"(?:US)?\\?[$£€]\s*", "", text)
-    text = _applied(_SPACING, text)
-    text = _applied(_COMMANDED, _THOUSANDS.sub(lambda m: re.sub(r"[^\d.]", "", m[0]), text))
-    text = _ungrouped(re.sub(r"\\([A-Za-z]+)\s?", lambda m: _COMMANDS.get(m[1], m[0]), text))
-    text = " ".join(_applied(_WRITTEN, text).split()).rstrip(".,;: ")
-    return f"{text} dollar" if money == 1 and text[-1:].isdigit() else text
+    return " ".join(rewritten(_ungrouped(rewritten(text, _COMMANDS)), _WRITTEN).split()).rstrip(".,;: ")
 
 
-def _applied(rules: list[tuple[re.Pattern[str], str]], text: str) -> str:
+def rewritten(text: str, rules: Rules) -> str:
     for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     return text
 
 
 def _ungrouped(text: str) -> str:
     """Takes out the braces that are no argument of a command, an exponent or an index: those of fonts (marked by a zero) and bare ones."""
-    while (group := re.search(r"\0?\{([^{}]*)\}", text)) is not None:
-        before = re.search(r"(\\(?:frac|binom))\s*$|\\[A-Za-z]+\s*$|\\sqrt\s?\[[^\]]*\]\s*$|[\^_\3]\s*$", text[: group.start()])
-        # An argument's closing brace is kept as \2, or as \3 where one more argument is to come.
-        held = f" {group[1]} " if before is None else f"\1{group[1]}{chr(3) if before[1] else chr(2)}"
-        text = text[: group.start()].rstrip(" " if before else "") + held + text[group.end() :]
-    return text.replace("\0", "").replace("\1", "{").replace("\2", "}").replace("\3", "}")
+    while (match := re.search(r"(\\[A-Za-z]+ ?|[\^_\2\]] ?)?\{([^{}]*)\}", text)) is not None:
+        group = f"{match[1].rstrip()}\1{match[2]}\2" if match[1] else f" {match[2]} "
+        text = text[: match.start()] + group + text[match.end() :]
+    return text.translate({0: " ", 1: "{", 2: "}"})
 
 
 def compact(text: str) -> str:
@@ -124,11 +95,6 @@ def without_commas(text: str) -> str:
     return re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
 
 
-_FRACTION = re.compile(r"(-?)\s?(?:(\d+)\s?)?(?:\\frac\{\s?(-?\d+)\s?\}\{\s?(-?\d+)\s?\}|(?:(?<!\d)|(?<=\s))(\d+)\s?/\s?(\d+))")
-_DECIMAL = re.compile(r"(-?)\s?(?:(?=\.?\d)(\d*)\.?(\d*)(?:(?:[eE]|\s?\*\s?10\^)\{?([-+]?\d{1,3})\}?)?|10\^\{?(-?\d{1,3})\}?)")
-_REPEATING = re.compile(r"(?<![\d.,}])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s?\{(\d{1,9})\}(?![\d.,{])")
-
-
 @dataclass(frozen=True, slots=True)
 class Number:
     """A number as it was written: its value, and for a decimal its significant digits and half of its last place."""
@@ -138,34 +104,28 @@ class Number:
     half: Fraction = Fraction(0)
 
 
+_FRACTION = r"(?:(?P<mixed>\d+) )? ?(?P<top>-?\d+) ?/ ?(?P<bottom>-?0*[1-9]\d*)"
+_DECIMAL = r"(?=\.?\d)(?P<whole>\d*)\.?(?P<places>\d*)(?:\\(?:overline|bar|dot)\{(?P<period>\d+)\})?(?:[eE](?P<power>[-+]?\d{1,3}))?"
+_NUMBER = re.compile(rf"(?P<sign>[-+]?) ?(?:{_FRACTION}|{_DECIMAL})", re.ASCII)
+
+
 def number(text: str) -> Number | None:
     r"""Reads a text in plain form as one number: an integer, decimal, fraction, mixed or scientific number; None for anything else.
 
-    >>> number("1,250.5").value, number(r"-2\frac{1}{2}").value, number("1.5*10^{3}").half
-    (Fraction(2501, 2), Fraction(-5, 2), Fraction(50, 1))
+    >>> number("1,250.5").value, number(r"-2\frac{1}{2}").value, number("1.5*10^{3}").half, number(r"0.1\overline{6}").value
+    (Fraction(2501, 2), Fraction(-5, 2), Fraction(50, 1), Fraction(1, 6))
     """
-    text = repeating(without_commas(re.sub(r"^\((.*)\)$", r"\1", text.strip()[: LONGEST + 1])))
-    if len(text) > LONGEST:
+    text = re.sub(r"\\frac\{(-?\d+)\}\{(-?\d+)\}", r" \1/\2", without_commas(re.sub(r"^\((.*)\)$", r"\1", text))).strip()
+    match = _NUMBER.fullmatch(re.sub(r" ?\* ?10\^\{?(-?\d+)\}?$", r"e\1", text))
+    if match is None or len(text) > LONGEST:
         return None
-    if match := _FRACTION.fullmatch(text):
-        top, bottom = int(match[3] or match[5]), int(match[4] or match[6])
-        found = Number(Fraction(top, bottom) + int(match[2] or 0)) if bottom else None
-    elif match := _DECIMAL.fullmatch(text):
-        _, whole, places, power, ten = match.groups(default="")
-        scale = Fraction(10) ** (int(power or ten or 0) - len(places))
-        found = Number(int(whole + places or 1) * scale)
-        if places:
-            found = replace(found, digits=max(1, len((whole + places).lstrip("0"))), half=scale / 2)
+    part = match.groupdict(default="")
+    if part["bottom"]:
+        value, last = Fraction(int(part["top"]), int(part["bottom"])) + int(part["mixed"] or 0), Fraction(0)
     else:
-        return None
-    return replace(found, value=-found.value) if found and match[1] else found
-
-
-def repeating(text: str) -> str:
-    r"""Writes repeating decimals as fractions: ``0.1\overline{6}`` is 15/90."""
-
-    def fraction(match: re.Match[str]) -> str:
-        whole, fixed, period = match.groups()
-        return f"\\frac{{{int(whole + fixed + period) - int(whole + fixed or 0)}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
-
-    return _REPEATING.sub(fraction, text)
+        last = Fraction(10) ** (int(part["power"] or 0) - len(part["places"]))
+        value = (int(part["whole"] + part["places"] or 0) + Fraction(int(part["period"] or 0), 10 ** len(part["period"] or "1") - 1)) * last
+    value = -value if part["sign"] == "-" else value
+    if not part["places"] or part["period"]:
+        return Number(value)
+    return Number(value, max(1, len((part["whole"] + part["places"]).lstrip("0"))), last / 2)
