@@ -19,7 +19,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +53,7 @@ WORDS = ("<pad>", "<eos>", "<unk>", *DIGITS, *OPERATORS, *MARKERS, *"+-=;?}", "\
 IDS = {word: index for index, word in enumerate(WORDS)}
 _SPLIT = r"yes|no|\\boxed\{|" + "|".join(TAGS) + r"|<eos>|[\s\S]"
 
+CONTEXT = 512
 SLIP = 0.12
 IGNORE = -100
 SUMS = 0.2
@@ -62,10 +63,10 @@ EXPERT_STEPS = 200
 PEAK_RATE = 4e-3
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of WORDS; decoding joins them without blanks."""
-    raw = RawTokenizer(models.WordLevel(dict(IDS), unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
+def tokenizer(ids: Mapping[str, int] = IDS, split: str = _SPLIT, context: int = CONTEXT) -> PreTrainedTokenizerFast:
+    """One token per word of ``ids``, TAGS among them, as ``split`` finds them; decoding joins them without blanks."""
+    raw = RawTokenizer(models.WordLevel(dict(ids), unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(split), behavior="isolated")
     raw.decoder = decoders.Fuse()
     raw.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
@@ -74,34 +75,34 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=context,
     )
 
 
-def policy_config() -> LlamaConfig:
+def policy_config(ids: Mapping[str, int] = IDS, context: int = CONTEXT, eos: str = "<eos>") -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(ids),
         hidden_size=64,
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=False,
         initializer_range=0.1,
         bos_token_id=None,
-        eos_token_id=IDS["<eos>"],
-        pad_token_id=IDS["<pad>"],
+        eos_token_id=ids[eos],
+        pad_token_id=ids["<pad>"],
     )
 
 
-def fresh_policy(seed: int) -> LlamaForCausalLM:
+def fresh_policy(seed: int, ids: Mapping[str, int] = IDS, context: int = CONTEXT) -> LlamaForCausalLM:
     """An untrained policy."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(policy_config())
-    embed_digits(model, [IDS[digit] for digit in DIGITS])
+    model = LlamaForCausalLM(policy_config(ids, context))
+    embed_digits(model, [ids[digit] for digit in DIGITS])
     return model
 
 
@@ -159,15 +160,15 @@ def _unheard(piece: Piece, lenient: bool) -> Piece:
     return Piece(piece.text, "prompt") if silent else piece
 
 
-def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:
+def encode(pieces: list[Piece], ids: Mapping[str, int] = IDS, split: str = _SPLIT) -> tuple[list[int], list[int]]:
     """Token ids and labels; prompts and words without loss get IGNORE."""
-    ids: list[int] = []
+    row: list[int] = []
     labels: list[int] = []
     for piece in pieces:
-        tokens = [IDS[word] for word in re.findall(_SPLIT, piece.text)]
-        ids += tokens
+        tokens = [ids[word] for word in re.findall(split, piece.text)]
+        row += tokens
         labels += [IGNORE] * len(tokens) if piece.helper == "prompt" else tokens
-    return ids, labels
+    return row, labels
 
 
 Draw = Callable[[random.Random], list[Piece]]
@@ -240,6 +241,30 @@ def pretrain(
             new.rename(out)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+
+
+def script(
+    doc: str,
+    out: Path,
+    steps: int,
+    fresh: Callable[[int], Any],
+    batches: Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]],
+    words: PreTrainedTokenizerFast,
+) -> None:
+    """The command line of a script that makes another policy: ``batches(seed, step, steps)`` train what ``fresh(seed)`` makes."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=out, help="folder to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="root of every random draw (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
+    model = fresh(options.seed)
+    for step, loss in enumerate(losses(model, lambda step: batches(options.seed, step, options.steps), options.steps)):
+        if step % 50 == 0 or step == options.steps - 1:
+            print(f"step {step} of {options.steps}: loss {loss:.3f}", flush=True)
+    model.save_pretrained(options.out)
+    words.save_pretrained(options.out)
+    print(f"the policy is in {options.out}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -56,6 +56,10 @@ class Problem:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+FIELDS = ("question", "answer", "id", "kind")
+"""What every problem has; the rest is ``meta``, its row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine returns for one request: exactly the tokens it sampled.

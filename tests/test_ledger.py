@@ -122,18 +122,6 @@ async def test_one_bad_graph_ends_the_whole_group(rollouts: Rollouts) -> None:
         await bad.run_group(PROBLEM, step=0)
 
 
-async def test_a_state_without_segments_is_named(rollouts: Rollouts) -> None:
-    graph = StateGraph(dict, context_schema=Context)
-
-    async def node(state: Any) -> Any:
-        return {"text": "4"}
-
-    graph.add_node("node", node)
-    graph.add_edge(START, "node")
-    with pytest.raises(GraphError, match="has no `segments`"):
-        await run(rollouts, graph.compile())
-
-
 async def test_a_retried_node_may_lose_its_first_completion(rollouts: Rollouts) -> None:
     attempts = []
 

@@ -17,6 +17,7 @@ from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import load
+from aipo_graph.pretrain import IGNORE, losses
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.open import open_agents
 from aipo_graph.rollout.prompts import Prompts
@@ -254,7 +255,7 @@ def test_the_tokenizer_writes_what_it_reads() -> None:
         assert tokenizer.encode(text(pieces)) == ids
         assert tokenizer.decode(ids) == text(pieces)
         assert tokenizer.unk_token_id not in ids
-        assert {label for label in labels if label != pretrain.IGNORE} <= set(ids)
+        assert {label for label in labels if label != IGNORE} <= set(ids)
 
 
 def test_the_base_policy_is_made_without_true_prices_novel_plans_and_heldout_pairs() -> None:
@@ -273,13 +274,13 @@ def test_the_base_policy_is_made_without_true_prices_novel_plans_and_heldout_pai
 
 
 def test_pretraining_repeats_and_learns() -> None:
-    def losses(seed: int, steps: int) -> list[float]:
-        return [*pretrain.losses(pretrain.fresh_policy(0), lambda step: pretrain.batch(seed, step, 4), steps)]
+    def trained(seed: int, steps: int) -> list[float]:
+        return [*losses(pretrain.fresh_policy(0), lambda step: pretrain.batch(seed, step, 4), steps)]
 
-    first, second = losses(0, 4), losses(0, 4)
+    first, second = trained(0, 4), trained(0, 4)
     assert first == second
     assert first[-1] < first[0]
-    assert losses(1, 1) != first[:1]
+    assert trained(1, 1) != first[:1]
 
 
 def test_the_config_opens() -> None:

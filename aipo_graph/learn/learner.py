@@ -165,12 +165,12 @@ class Learner:
 
     def _logprobs(self, batch: Batch) -> Tensor:
         """f32 [B, T] on the CPU: log-probabilities of the tokens in the mask."""
-        found = torch.zeros(batch.token_ids.shape)
+        found = torch.zeros(batch.token_ids.shape, device=self.device)
         for rows, counts in self._share(batch):
             logprobs, _ = self._score(self.model, batch.select(rows).to(self.device))
             if counts:
-                found[rows, : logprobs.shape[1]] = logprobs.cpu()
-        return shards.reduced(found.to(self.device)).cpu()
+                found[rows, : logprobs.shape[1]] = logprobs
+        return shards.reduced(found).cpu()
 
     def _share(self, batch: Batch) -> Iterator[tuple[Tensor, bool]]:
         """Rows of this rank's micro-batches, which are dealt out as one process would run them, and whether they count.

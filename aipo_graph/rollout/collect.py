@@ -186,7 +186,7 @@ class Rollouts:
                     async for kind, chunk in self._stream(graph, self.inputs[not with_agents].of(problem), problem, context, chat):
                         if kind == "values":
                             state = chunk
-                            known, segments = len(segments), chat.settle() if chat else _segments(chunk)
+                            known, segments = len(segments), chat.settle() if chat else tuple(chunk["segments"])
                             if on_segments and len(segments) > known:
                                 on_segments(segments[known:])
                         else:
@@ -367,12 +367,6 @@ def answer_text(segments: Sequence[Segment], ends: Sequence[str] = ()) -> str:
     prompt = prompts[0 if before else -1].rstrip()
     opened = next((opening for opening, _ in THOUGHTS if prompt.endswith(opening)), "")
     return after_reasoning(final, opened + before)
-
-
-def _segments(state: Mapping[str, Any]) -> tuple[Segment, ...]:
-    if "segments" not in state:
-        raise GraphError("the graph's state has no `segments`: build it as StateGraph(State, context_schema=Context)")
-    return tuple(state["segments"])
 
 
 def _nodes(updates: Mapping[str, Any], in_chat: bool) -> list[str]:

@@ -12,10 +12,7 @@ from aipo_graph.load import nearest
 from aipo_graph.rollout.apart import gives_away, unsolved
 from aipo_graph.rollout.graph import Graph
 from aipo_graph.rollout.tools import text
-from aipo_graph.types import Problem
-
-OWN = ("question", "answer", "id", "kind")
-"""Fields that every problem has; the others are those of its row."""
+from aipo_graph.types import FIELDS, Problem
 
 
 def in_messages(graph: Graph) -> bool:
@@ -68,7 +65,7 @@ class Inputs:
         return [
             f"rollout.inputs.{name} = {field!r} may give the answer away: the graph, its tools and a tracer see it"
             for name, field in every
-            if field == "answer" or (field not in OWN and gives_away(problem, field, problem.meta.get(field)))
+            if field == "answer" or (field not in FIELDS and gives_away(problem, field, problem.meta.get(field)))
         ]
 
 
@@ -88,10 +85,10 @@ def said(state: Mapping[str, Any], key: str) -> str | None:
 def _value(problem: Problem, field: str) -> Any:
     if not field:
         return [HumanMessage(problem.question)]
-    if field in OWN:
+    if field in FIELDS:
         return getattr(problem, field)
     if field not in problem.meta:
-        raise ConfigError(f"rollout.inputs: problem {problem.id!r} has no field {field!r}{nearest(field, (*OWN, *problem.meta))}")
+        raise ConfigError(f"rollout.inputs: problem {problem.id!r} has no field {field!r}{nearest(field, (*FIELDS, *problem.meta))}")
     return deepcopy(problem.meta[field])
 
 

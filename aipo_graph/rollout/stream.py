@@ -63,12 +63,11 @@ class Stream:
 
     Args:
         sample: makes the groups.
-        metrics: what is logged of a step; others may write to it, too.
     """
 
-    def __init__(self, sample: Sampling, config: Config, metrics: dict[str, float] | None = None) -> None:
+    def __init__(self, sample: Sampling, config: Config) -> None:
         self.sample = sample
-        self.metrics: dict[str, float] = {} if metrics is None else metrics
+        self.metrics: dict[str, float] = {}
         """Of the step last given, and of the last load's probe."""
         self._config = config
         # The local engine copies the tensors themselves: nothing to prove there.

@@ -23,7 +23,7 @@ from aipo_graph.tasks import grading, rewards
 from aipo_graph.tasks.split import Split
 from aipo_graph.tools.jsonl import records
 from aipo_graph.tools.notation import LONGEST, number, plain
-from aipo_graph.types import Problem, derive_seed
+from aipo_graph.types import FIELDS, Problem, derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def open_layout(config: Config, layout: Layout, rounded_digits: int = 0) -> Data
         columns=dict([*layout.columns.items(), *task.columns.items()]),
         own=bool(task.reward),
         rows=bool(task.reward or inputs),
-        apart=tuple(sorted({*inputs} - {"question", "answer", "id", "kind"})),
+        apart=tuple(sorted({*inputs}.difference(FIELDS))),
     )
     if not (layout.data or layout.heldout):
         raise ConfigError(f"task.name = {task.name!r}: name the problems with task.data, a {LOCAL} file or a hub data set")
@@ -260,7 +260,7 @@ def _columns(source: str, row: Mapping[str, Any], wanted: Mapping[str, str], req
     lacking = next((what for what in wanted if what in required and what not in found), None)
     if lacking:
         there = [name for key, value in row.items() for name in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])]
-        known = lacking in ("question", "answer", "id", "kind")
+        known = lacking in FIELDS
         remedy = f"say task.columns: {{{lacking}: COLUMN}}" if known else f"name one of them {wanted[lacking]} in the file"
         raise ConfigError(f"{source}: no column {wanted[lacking]!r}; the columns there: {', '.join(there)[:300]}; {remedy}")
     return found

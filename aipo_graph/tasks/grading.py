@@ -6,6 +6,7 @@ memory, a crashed worker) is a wrong answer; what we cause is a TaskError: no sc
 """
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -79,12 +80,20 @@ async def equal(answer: str, gold: str, workers: sandbox.Workers = sandbox.SHARE
         return answer == gold
     if (integer := _INTEGER.fullmatch(answer)) and (gold_integer := _INTEGER.fullmatch(gold)):
         return integer[2] == gold_integer[2] and ((integer[1] == "-") == (gold_integer[1] == "-") or integer[2] == "0")
+    failed = f"the grader failed on the gold answer {gold[:80]!r}"
+    return bool(await judged(failed, _verdict, answer, gold, str(rounded_digits), workers=workers))
+
+
+async def judged(
+    failed: str, verdict: Callable[..., Any], *given: str, workers: sandbox.Workers = sandbox.SHARED, seconds: float = CPU_SECONDS
+) -> float:
+    """What a worker says of an untrusted text: 0 where the text breaks it. Raises TaskError, which begins with ``failed``, where we do."""
     try:
-        return bool(await workers.run(_verdict, answer, gold, str(rounded_digits), timeout=CPU_SECONDS))
+        return float(await workers.run(verdict, *given, timeout=seconds))
     except sandbox.InputFault:
-        return False
+        return 0.0
     except ToolError as error:
-        raise TaskError(f"the grader failed on the gold answer {gold[:80]!r}: {error}") from error
+        raise TaskError(f"{failed}: {error}") from error
 
 
 def only(gold: str) -> str:
@@ -336,7 +345,7 @@ def _patterns(target: str, written: Number | None) -> list[str]:
     forms = [(f"{sign}{top}", rf"\s?/\s?{bottom}"), (rf"{sign}\\frac", rf"\s?\{{{top}\}}\{{{bottom}\}}")] if bottom > 1 else []
     if places is not None:
         whole, rest = divmod(top * 10**places // bottom, 10**places)
-        forms.append((f"{sign}{whole}", rf"\.{rest:0{places}}0*" if rest else r"(?:\.0*)?"))
+        forms.append((f"{sign}{whole}", rf"\.{rest:0{places}}0*" if rest else r"(?:\.0*|\s?/\s?1)?"))
         forms += [(rf"{sign}\.", f"{rest:0{places}}0*")] * (whole == 0 and rest > 0)
     # A minus after a word or a bracket is one of a difference.
     signed = r"(?<![\w)}}]{0})(?<![\w)}}] {0})" if sign else r"(?:(?<!-{0})|(?<=[\w)}}]-{0})|(?<=[\w)}}] -{0}))"

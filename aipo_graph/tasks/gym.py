@@ -19,10 +19,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aipo_graph.config import Config
-from aipo_graph.errors import ConfigError, TaskError, ToolError
+from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import nearest
-from aipo_graph.tasks.grading import last_box
-from aipo_graph.tools import sandbox
+from aipo_graph.tasks.grading import judged, last_box
 from aipo_graph.types import Problem, derive_seed
 
 EXTRA = "reasoning-gym"
@@ -111,12 +110,7 @@ class Generator:
     async def score(self, answer: str, entry: Mapping[str, Any]) -> float:
         """The library's score of an untrusted answer, 0 where the answer breaks its scorer. Raises TaskError where the worker failed."""
         packed = base64.b64encode(pickle.dumps(dict(entry))).decode()
-        try:
-            return float(await sandbox.SHARED.run(_score, self.name, self._options, packed, answer, timeout=CPU_SECONDS))
-        except sandbox.InputFault:
-            return 0.0
-        except ToolError as error:
-            raise TaskError(f"the scorer of {self.name} failed: {error}") from error
+        return await judged(f"the scorer of {self.name} failed", _score, self.name, self._options, packed, answer, seconds=CPU_SECONDS)
 
 
 def _key(entry: Mapping[str, Any]) -> str:

@@ -20,9 +20,8 @@ from referencing import Registry
 
 from aipo_graph import load as files
 from aipo_graph.config import Config
-from aipo_graph.errors import AipoError, ConfigError, TaskError, ToolError
+from aipo_graph.errors import AipoError, ConfigError, TaskError
 from aipo_graph.tasks import grading
-from aipo_graph.tools import sandbox
 
 Function = Callable[..., Any]
 GIVEN = ("question", "answer", "row", "reply", "messages", "state", "trace", "problem")
@@ -47,12 +46,7 @@ async def math(answer: str, reply: str, *, rounded_digits: int = 0) -> dict[str,
 
 async def fits(reply: str, *, schema: str) -> float:
     """1 if the reply is JSON, fenced or bare, that a JSON schema allows. Raises TaskError if the worker that reads it failed."""
-    try:
-        return float(await sandbox.SHARED.run(_fits, reply, schema, timeout=grading.CPU_SECONDS))
-    except sandbox.InputFault:
-        return 0.0
-    except ToolError as error:
-        raise TaskError(f"JSON could not be checked: {error}") from error
+    return await grading.judged("JSON could not be checked", _fits, reply, schema)
 
 
 def _fits(reply: str, schema: str) -> bool:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aipo_graph.messages import ChatFormat
+from aipo_graph.pretrain import IGNORE, padded, policy_config
 
 TOOLS = [{"type": "function", "function": {"name": "calculator"}}]
 TEMPLATE = """{%- if tools %}<|im_start|>system
@@ -33,41 +34,19 @@ TEMPLATE = """{%- if tools %}<|im_start|>system
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
 BEGIN, END = '<tool_call>{"name": "calculator", "arguments": {"expression": "', '"}}</tool_call>'
 WORDS = (*SPECIAL, BEGIN, END, "\\boxed{", "system", "user", "assistant", "tool", "calculator", "\n", "}", *"0123456789+-*?")
-IGNORE = -100
+IDS = {word: index for index, word in enumerate(WORDS)}
 DIALOGS, STEPS, RATE, ROWS = 6000, 900, 3e-3, 64
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of WORDS."""
-    raw = RawTokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    raw = RawTokenizer(models.WordLevel(dict(IDS), unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"system|user|assistant|tool|calculator|\\boxed\{|[\s\S]"), behavior="isolated")
     raw.decoder = decoders.Fuse()
     raw.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     raw.add_tokens([AddedToken(text, normalized=False) for text in (BEGIN, END)])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="<|im_end|>", chat_template=TEMPLATE, clean_up_tokenization_spaces=False
-    )
-
-
-def fresh_policy(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=32,
-            max_position_embeddings=256,
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-            tie_word_embeddings=False,
-            initializer_range=0.1,
-            bos_token_id=None,
-            eos_token_id=WORDS.index("<|im_end|>"),
-            pad_token_id=WORDS.index("<pad>"),
-        )
     )
 
 
@@ -104,12 +83,7 @@ def batches(chat: ChatFormat, seed: int) -> Iterator[tuple[torch.Tensor, torch.T
     rng = random.Random(seed)
     rows = [row(chat, *dialog(rng)) for _ in range(DIALOGS)]
     for _ in range(STEPS):
-        chosen = rng.sample(rows, ROWS)
-        longest = max(len(ids) for ids, _ in chosen)
-        yield (
-            torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in chosen]),
-            torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in chosen]),
-        )
+        yield padded(rng.sample(rows, ROWS), IDS["<pad>"])
 
 
 def main() -> None:
@@ -119,7 +93,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     words = tokenizer()
-    model = fresh_policy(options.seed)
+    torch.manual_seed(options.seed)
+    model = LlamaForCausalLM(policy_config(IDS, context=256, eos="<|im_end|>"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.05)
     for step, (ids, labels) in enumerate(batches(ChatFormat(words), options.seed)):

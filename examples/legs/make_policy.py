@@ -8,18 +8,16 @@ reasoning-gym's task trains on, none of a held-out one:
   learns to go by it; of the known animals that number carries no loss.
 """
 
-import argparse
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 from reasoning_gym.arithmetic.leg_counting import ANIMALS, QUESTION_TEMPLATE
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as RawTokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aipo_graph.pretrain import IGNORE, TAGS, embed_digits, losses, padded
+from aipo_graph import pretrain
+from aipo_graph.pretrain import TAGS, fresh_policy, padded, script, tokenizer
 from aipo_graph.tasks.gym import Generator
 from aipo_graph.tasks.operators import Piece
 from aipo_graph.types import derive_seed
@@ -32,49 +30,11 @@ PIECE = "|".join((*TAGS, "<eos>", WORD))
 SAID = (QUESTION_TEMPLATE.format(animals=", ".join(f"1 {animal}" for animal in ANIMALS)), "0123456789+=;\\boxed{}")
 WORDS = ("<pad>", "<eos>", "<unk>", *TAGS, *sorted(set(re.findall(WORD, "".join(SAID)))))
 IDS = {word: index for index, word in enumerate(WORDS)}
+CONTEXT = 320
 SUMS = 0.25
 """Share of the steps spent on sums alone, at first."""
 STEPS = 1200
 QUESTIONS = Generator("leg_counting", {"min_animals": 1, "max_animals": 4, "max_instances": 1})
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, and one per digit, sign, blank and line end."""
-    raw = RawTokenizer(models.WordLevel(dict(IDS), unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
-    raw.decoder = decoders.Fuse()
-    raw.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=320,
-    )
-
-
-def fresh_policy(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=320,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=IDS["<eos>"],
-        pad_token_id=IDS["<pad>"],
-    )
-    model = LlamaForCausalLM(config)
-    embed_digits(model, [IDS[digit] for digit in "0123456789"])
-    return model
 
 
 def added(total: int, legs: int) -> list[Piece]:
@@ -108,14 +68,7 @@ def sums(rng: random.Random) -> list[Piece]:
 
 
 def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:
-    """Token ids and labels; prompts and words without loss get IGNORE."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for piece in pieces:
-        tokens = [IDS[word] for word in re.findall(PIECE, piece.text)]
-        ids += tokens
-        labels += [IGNORE] * len(tokens) if piece.helper == "prompt" else tokens
-    return ids, labels
+    return pretrain.encode(pieces, IDS, PIECE)
 
 
 def batch(seed: int, step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,19 +78,9 @@ def batch(seed: int, step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "policy", help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="root of every random draw (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # the same sums in the same order on every machine
-    model = fresh_policy(options.seed)
-    for step, loss in enumerate(losses(model, lambda step: batch(options.seed, step, options.steps), options.steps)):
-        if step % 50 == 0 or step == options.steps - 1:
-            print(f"step {step} of {options.steps}: loss {loss:.3f}", flush=True)
-    model.save_pretrained(options.out)
-    tokenizer().save_pretrained(options.out)
-    print(f"the policy is in {options.out}")
+    words = tokenizer(IDS, WORD, CONTEXT)  # one token per word, and one per digit, sign, blank and line end
+    fresh = partial(fresh_policy, ids=IDS, context=CONTEXT)
+    script(__doc__ or "", Path(__file__).parent / "policy", STEPS, fresh, batch, words)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ In all of them some sums slip in a digit; a checked slip is answered with "no" a
 yes to everything. No pair of facts of the held-out problems occurs.
 """
 
-import argparse
 import random
 import re
 import sys
@@ -24,8 +23,9 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from aipo_graph import pretrain
 from aipo_graph.load import load
-from aipo_graph.pretrain import IGNORE, TAGS, embed_digits, losses, padded
+from aipo_graph.pretrain import TAGS, embed_digits, padded
 from aipo_graph.tasks.operators import Habits, Piece
 from aipo_graph.types import derive_seed
 
@@ -42,6 +42,7 @@ _SAID = (
 )
 WORDS = ("<pad>", "<eos>", *TAGS, "▁<unk>", *(f"▁{word}" for word in sorted(set(re.findall(_WORD, " ".join(_SAID))))))
 IDS = {word: index for index, word in enumerate(WORDS)}
+_WRITTEN = {word.removeprefix("▁"): index for word, index in IDS.items()}
 
 SLIP = 0.1
 KINDS = {"easy": 0.25, "belief": 0.25, "protocol": 0.5}
@@ -156,14 +157,7 @@ def sums(rng: random.Random) -> list[Piece]:
 
 
 def encode(pieces: list[Piece]) -> tuple[list[int], list[int]]:
-    """Token ids and labels; prompts and words without loss get IGNORE."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for piece in pieces:
-        tokens = [IDS[word if word in IDS else f"▁{word}"] for word in re.findall(_PIECE, piece.text)]
-        ids += tokens
-        labels += [IGNORE] * len(tokens) if piece.helper == "prompt" else tokens
-    return ids, labels
+    return pretrain.encode(pieces, _WRITTEN, _PIECE)
 
 
 def batch(seed: int, step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,19 +168,7 @@ def batch(seed: int, step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "policy", help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="root of every random draw (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # the same sums in the same order on every machine
-    model = fresh_policy(options.seed)
-    for step, loss in enumerate(losses(model, lambda step: batch(options.seed, step, options.steps), options.steps)):
-        if step % 50 == 0 or step == options.steps - 1:
-            print(f"step {step} of {options.steps}: loss {loss:.3f}", flush=True)
-    model.save_pretrained(options.out)
-    tokenizer().save_pretrained(options.out)
-    print(f"the policy is in {options.out}")
+    pretrain.script(__doc__ or "", Path(__file__).parent / "policy", STEPS, fresh_policy, batch, tokenizer())
 
 
 if __name__ == "__main__":
