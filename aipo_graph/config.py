@@ -277,8 +277,8 @@ class Loss(Section):
     """Smallest coefficient of an agent token in a trace with positive advantage."""
     ceiling: PositiveFloat = 2.0
     """Largest coefficient of an agent token."""
-    negative: NonNegativeFloat = 1.0
-    """aipo: factor of an agent token's coefficient in a trace with negative advantage; 0 blames no reply for a failed trace."""
+    negative: NonNegativeFloat = 0.0
+    """aipo: factor of an agent token's ratio in a trace with negative advantage: 0 blames no reply for a failed trace, 1 blames by the ratio."""
     behaviour: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability assumed for agent tokens whose helper recorded none (mu)."""
     gamma: PositiveFloat = 0.1

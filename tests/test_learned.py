@@ -27,7 +27,7 @@ def learned(folder: Path, groups: list[TraceGroup], **loss: object) -> list[tupl
 
 
 def test_the_coefficient_of_agent_tokens_is_the_clipped_ratio(tmp_path: Path) -> None:
-    [[good, bad]] = learned(tmp_path, [two_traces()], algorithm="dapo", agent="aipo", floor=0.3, ceiling=1.0)
+    [[good, bad]] = learned(tmp_path, [two_traces()], algorithm="dapo", agent="aipo", floor=0.3, ceiling=1.0, negative=1)
     assert good is not None
     assert bad is not None
     agent, policy, context = slice(4, 7), (2, 3, 7, 8), (0, 1)

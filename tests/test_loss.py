@@ -115,7 +115,7 @@ def test_sequence_ratios_have_the_gradient_of_the_sequence_form(name: str, form:
     [
         # rho of the two agent tokens: exp(-3 + 2) = .368 with the recorded mu, exp(-1 - log .5) = .736 with the constant
         ("aipo", 0.8, -(0.5 * 0.8 * -3 + math.exp(-1) / 0.5 * 0.8 * -1) / 2),
-        ("aipo", -0.6, -(math.exp(-1) * -0.6 * -3 + math.exp(-1) / 0.5 * -0.6 * -1) / 2),
+        ("aipo", -0.6, 0.0),
         ("mask", 0.8, 0.0),
         ("ppo", 0.8, -(math.exp(-1) * 0.8 + math.exp(-1) / 0.5 * 0.8) / 2),
         ("ppo", -0.6, -(0.8 * -0.6 + 0.8 * -0.6) / 2),
@@ -166,8 +166,8 @@ def weights_of_agent_tokens(rho: list[float], a: float, loss: Loss) -> list[floa
 def test_agent_gradient_is_weight_times_advantage_times_score(a: float) -> None:
     rho = [1e-4, 0.05, 0.1, 0.3, 0.9]
     floor = 0.1 if a > 0 else 0.0
-    assert weights_of_agent_tokens(rho, a, Loss(floor=0.1)) == pytest.approx([max(p, floor) for p in rho], rel=1e-3)
-    assert weights_of_agent_tokens(rho, a, Loss(floor=0.1, ceiling=0.25)) == pytest.approx(
+    assert weights_of_agent_tokens(rho, a, Loss(floor=0.1, negative=1)) == pytest.approx([max(p, floor) for p in rho], rel=1e-3)
+    assert weights_of_agent_tokens(rho, a, Loss(floor=0.1, ceiling=0.25, negative=1)) == pytest.approx(
         [min(max(p, floor), 0.25) for p in rho], rel=1e-3
     )
     assert weights_of_agent_tokens(rho, a, Loss(agent="sft")) == pytest.approx([1.0] * 5, rel=1e-3)
@@ -179,14 +179,14 @@ def test_agent_gradient_is_weight_times_advantage_times_score(a: float) -> None:
 def test_negative_scales_what_a_failed_trace_says_of_its_replies() -> None:
     rho = [1e-4, 0.05, 0.9]
     assert weights_of_agent_tokens(rho, -0.5, Loss(negative=0.3, ceiling=0.5)) == pytest.approx([0.3 * min(p, 0.5) for p in rho], rel=1e-3)
-    assert weights_of_agent_tokens(rho, -0.5, Loss(negative=0)) == [0, 0, 0]
-    assert weights_of_agent_tokens(rho, 0.5, Loss(negative=0)) == weights_of_agent_tokens(rho, 0.5, Loss())
+    assert weights_of_agent_tokens(rho, -0.5, Loss()) == [0, 0, 0]
+    assert weights_of_agent_tokens(rho, 0.5, Loss(negative=1)) == weights_of_agent_tokens(rho, 0.5, Loss())
 
 
 def test_the_exact_ratio_vanishes_where_the_floor_does_not() -> None:
     assert weights_of_agent_tokens([1e-6], 1.0, Loss(agent="ppo"))[0] < 1e-5
     assert weights_of_agent_tokens([1e-6], 1.0, Loss(floor=0.1))[0] == pytest.approx(0.1)
-    assert weights_of_agent_tokens([1e-6], -1.0, Loss())[0] < 1e-5
+    assert weights_of_agent_tokens([1e-6], -1.0, Loss(negative=1))[0] < 1e-5
 
 
 @pytest.mark.parametrize("algorithm", SURROGATES)
