@@ -278,7 +278,7 @@ class Loss(Section):
     ceiling: PositiveFloat = 2.0
     """Largest coefficient of an agent token."""
     negative: NonNegativeFloat = 0.0
-    """aipo: factor of an agent token's ratio in a trace with negative advantage: 0 blames no reply for a failed trace, 1 blames by the ratio."""
+    """aipo: factor of an agent token's ratio in a trace with negative advantage: 0 blames no reply for a failure, 1 by the ratio."""
     behaviour: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability assumed for agent tokens whose helper recorded none (mu)."""
     gamma: PositiveFloat = 0.1

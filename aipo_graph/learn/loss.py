@@ -98,9 +98,9 @@ def _aipo(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> 
     """w A log pi with w = clip(sg[rho], floor, ceiling) where A > 0, else negative * min(sg[rho], ceiling).
 
     Our reconstruction of the "tailored importance sampling coefficient together with a clipping strategy" of arXiv 2605.08401. The exact
-    ratio vanishes on the tokens that the policy did not know: the floor keeps their gradient alive at a bounded bias. The ceiling bounds the
-    variance. A failed trace says not which of its replies was wrong: by default (negative 0) it blames none. Else there is no floor for
-    A < 0, where pushing down a token of probability near 0 would blow up.
+    ratio vanishes on the tokens that the policy did not know: the floor keeps their gradient alive at a bounded bias. The ceiling bounds
+    the variance. A failed trace says not which of its replies was wrong: by default (negative 0) it blames none. Else there is no floor
+    for A < 0, where pushing down a token of probability near 0 would blow up.
     """
     rho = _exp(log_rho.detach()).clamp(max=loss.ceiling)
     weight = torch.where(advantages > 0, rho.clamp(min=loss.floor), loss.negative * rho)
