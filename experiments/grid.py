@@ -33,6 +33,8 @@ class Experiment:
     """Of all its variants."""
     bases: Mapping[str, str] = field(default_factory=dict)
     """First part of a variant's name -> its base policy in study.BASES, "*" for all others; default: the policy that the config names."""
+    helper: str = ""
+    """The one of study.BASES that is a helper here."""
     policies_of: str = ""
     """Evaluates what this other experiment trained under the same variants and seeds, and trains nothing."""
     kinds: Sequence[str] = ()
@@ -75,7 +77,7 @@ CHANGES: Mapping[str, Settings] = (
 
 WORDY_VARIANTS: dict[str, Settings] = (
     {"base": WORDY}
-    | {name: agent(name) | WORDY for name in ("aipo", "signed", "gated", "sft", "luffy", "mask")}
+    | {name: agent(name) | WORDY for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo")}
     | {"aipo_mu": agent("aipo") | WORDY_MU}
     | {"counterfactual": agent("signed") | COUNTERFACTUAL | WORDY}
 )
@@ -108,7 +110,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         {
             f"{name}@{level}": agent(name) | helpers(knowledge=factory)
             for level, factory in LEVELS.items()
-            for name in ("aipo", "signed", "gated", "sft", "luffy")
+            for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo")
         }
         | {f"counterfactual@{level}": agent("signed") | COUNTERFACTUAL | helpers(knowledge=factory) for level, factory in LEVELS.items()}
     ),
@@ -117,6 +119,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         WORDY_VARIANTS | {"aipo_lambda_0.1": agent("aipo") | WORDY | {"loss.agent_weight": "0.1"}},
         settings={"rollout.max_tokens": "240"},
         bases={"*": "reader"},
+    ),
+    "language_model": Experiment(
+        {"base": {}}
+        | {name: agent(name) for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo")}
+        | {"aipo_no_mu": agent("aipo") | helpers(knowledge="expert_no_mu")},
+        settings=helpers(knowledge="expert"),
+        helper="expert",
     ),
     "ablations": Experiment(
         {name: helpers(**{name.removeprefix("no_"): name}) for name in ("no_verify", "no_knowledge", "no_reasoning")}
@@ -153,6 +162,11 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         config="experiments/shopping/config.yaml",
         bases={"*": "shopping"},
     ),
+    "third": Experiment(
+        {"base": {}, "aipo": agent("aipo"), "signed": agent("signed"), "gated": agent("gated"), "mask": agent("mask"), "grpo": ALONE},
+        config="examples/legs/config.yaml",
+        bases={"*": "legs"},
+    ),
     "lag": Experiment(
         {f"lag_{lag}": {"rollout.max_lag": str(lag)} for lag in (0, 1, 2, 4)}
         | {f"lag_{lag}_uncapped": {"rollout.max_lag": str(lag), "loss.mismatch_cap": "1e9"} for lag in (2, 4)},
@@ -164,7 +178,29 @@ REPORTED = (1, 2, 3, 4, 5)
 CHOOSING = ("tuning", "choice")
 """Experiments that chose settings; every other one reports."""
 ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
-    ("choice", ("same30/aipo", "wordy/aipo", "clean/aipo", "same30/signed", "wordy/signed"), (100,)),
+    ("choice", ("same30/floor_1", "same30/ceiling_1", "same30/lambda_3", "same30/signed"), (100,)),
+    ("faulty", ("aipo@same30",), (1, 2)),
+    ("coefficients", ("aipo",), (1, 2)),
+    ("verbose", ("aipo",), (1, 2)),
+    ("faulty", ("aipo@same30",), (3,)),
+    ("coefficients", ("aipo",), (3,)),
+    ("verbose", ("aipo",), (3,)),
+    ("faulty", ("aipo@25", "aipo@50", "gated@50"), (1,)),
+    ("boundary", ("aipo",), (1, 2, 3)),
+    ("third", ("base", "aipo", "grpo", "mask"), (1,)),
+    ("language_model", ("base", "aipo", "gated", "aipo_no_mu"), (1,)),
+    ("lag", ("lag_0", "lag_1", "lag_2", "lag_4", "lag_4_uncapped"), (1,)),
+    ("second", ("aipo",), (1, 2, 3)),
+    ("faulty", ("aipo@25", "aipo@50", "gated@50", "gated@25"), (2, 3)),
+    ("third", ("aipo", "grpo", "mask", "gated"), (2, 3)),
+    ("language_model", ("aipo", "gated", "aipo_no_mu"), (2, 3)),
+    ("faulty", ("aipo@same30",), REPORTED),
+    ("coefficients", ("aipo",), REPORTED),
+    ("verbose", ("aipo",), REPORTED),
+    ("lag", ("lag_0", "lag_1", "lag_2", "lag_4", "lag_4_uncapped"), (2, 3)),
+    ("faulty", ("aipo@same40", "gated@same40", "aipo@10", "gated@10"), (1, 2, 3)),
+    ("ablations", ("no_verify", "no_knowledge", "no_reasoning"), (1, 2, 3)),
+    ("generality", ("qwen3/grpo/aipo", "gemma3/grpo/aipo", "llama/dapo/aipo", "llama/gspo/aipo"), (1,)),
     ("choice", ("same30/floor_1", "wordy/floor_1", "same30/floor_0.1", "wordy/floor_0.1"), (100,)),
     ("choice", ("same30/ceiling_1", "wordy/ceiling_1", "same30/lambda_3", "wordy/lambda_3", "same30/lambda_0.3"), (100,)),
     ("choice", ("clean/floor_1", "clean/floor_0.1", "clean/ceiling_1", "clean/lambda_3"), (100,)),
@@ -222,6 +258,8 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("tuning", tuple(EXPERIMENTS["tuning"].variants), TUNING_SEEDS),
     ("choice", tuple(EXPERIMENTS["choice"].variants), TUNING_SEEDS),
     ("lag", tuple(EXPERIMENTS["lag"].variants), (1, 2, 3)),
+    ("language_model", tuple(EXPERIMENTS["language_model"].variants), (1, 2, 3)),
+    ("third", tuple(EXPERIMENTS["third"].variants), (1, 2, 3)),
 )
 """By worth, first to last: where the time ends, what stands last is missing."""
 

@@ -7,10 +7,16 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from aipo_graph import load
 from aipo_graph.config import Config
-from aipo_graph.pretrain import encode
+from aipo_graph.learn.model import load_model
+from aipo_graph.pretrain import IDS, WORDS, encode
 from aipo_graph.rollout import Agent
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.tasks.operators import RULES, UNKNOWN, Piece
@@ -19,6 +25,11 @@ from aipo_graph.types import Reply, Request, derive_seed
 Change = Callable[[random.Random, str, Reply], Reply]
 """The draw of this consult, its query and the honest reply -> the reply that is given."""
 
+EXPERT = Path("runs/study/bases/expert")
+HEAT = 1.5
+"""The expert's temperature: one reply in nine is wrong."""
+RULE = 5
+"""Tokens of a rule."""
 SIGNS = "@%&;?="
 WORDY = 4
 """Signs on either side of a wordy reply."""
@@ -124,6 +135,38 @@ def wordy_knowledge_mu(config: Config) -> Agent:
 
 def wordy_reasoning_mu(config: Config) -> Agent:
     return _wordy("reasoning", config, mu=True)
+
+
+def expert(config: Config) -> Agent:
+    """A language model of the policy's tokenizer that knows the rules, with the true chance of each of its tokens recorded."""
+    return _changed("knowledge", config, lambda rng, query, reply: _said(rng, query) if query in RULES else reply)
+
+
+def expert_no_mu(config: Config) -> Agent:
+    return _changed("knowledge", config, lambda rng, query, reply: Reply(_said(rng, query).text) if query in RULES else reply)
+
+
+def _said(rng: random.Random, query: str) -> Reply:
+    asked, ids, chances = encode([Piece(f"{query}?")])[0], list[int](), list[float]()
+    while len(ids) < RULE:
+        each = _next(tuple(asked + ids))
+        token = rng.choices(range(len(each)), each)[0]
+        if token == IDS["<eos>"]:
+            break
+        ids.append(token)
+        chances.append(math.log(each[token]))
+    return Reply("".join(WORDS[token] for token in ids), tuple(ids), tuple(chances))
+
+
+@cache
+def _next(ids: tuple[int, ...]) -> list[float]:
+    with torch.no_grad():
+        return list(_expert()(torch.tensor([ids])).logits[0, -1].double().div(HEAT).softmax(-1).tolist())
+
+
+@cache
+def _expert() -> Any:
+    return load_model(EXPERT)
 
 
 def no_verify(config: Config) -> Agent:

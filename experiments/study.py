@@ -48,6 +48,8 @@ BASES: Mapping[str, Sequence[str]] = {
     "qwen3": ("-m", "experiments.bases", "qwen3"),
     "gemma3": ("-m", "experiments.bases", "gemma3"),
     "shopping": ("experiments/shopping/pretrain.py",),
+    "legs": ("examples/legs/make_policy.py",),
+    "expert": ("-m", "aipo_graph.pretrain", "--expert"),
 }
 """Base policy -> the command that makes it, with --out."""
 CURVE = (
@@ -208,7 +210,8 @@ def work(left: Sequence[Run], extra: Mapping[str, str], given: argparse.Namespac
             while waiting and len(running) < given.workers and time.monotonic() < deadline:
                 run = waiting.pop(0)
                 try:
-                    make_base(run.base, console)
+                    for base in (run.base, run.of.helper):
+                        make_base(base, console)
                 except ConfigError as error:
                     progress.advance(bar)
                     console.print(f"{run.name} failed: {error}")
