@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from aipo_graph.errors import TaskError, ToolError
-from aipo_graph.tasks.grading import equal, grade, last_box, leaks
+from aipo_graph.tasks.grading import equal, last_box, leaks
+from aipo_graph.tasks.rewards import math
 from aipo_graph.tools import sandbox
 
 # (answer, gold) that say the same: numbers, fractions, radicals, intervals, tuples, sets, units, percent, choices, plus-minus, algebra.
@@ -238,7 +239,7 @@ async def test_a_gold_of_a_list_of_one_is_read(workers):
 
 def test_the_tables_agree_with_what_they_are_said_to_hold():
     assert len(SAME) + len(DIFFERENT) >= 100
-    assert sum(len(case["same"]) + len(case["different"]) for case in CASES) >= 1014
+    assert sum(len(case["same"]) + len(case["different"]) for case in CASES) >= 1130
     assert not set(SAME) & set(DIFFERENT)
 
 
@@ -267,12 +268,10 @@ def test_the_last_box(text, box):
     assert last_box(text) == box
 
 
-async def test_only_the_last_box_counts(workers):
-    assert await grade(r"\boxed{6}, no, \boxed{5}", "5", workers)
-    assert not await grade(r"\boxed{5} or \boxed{6}", "5", workers)
-    assert not await grade(r"\boxed{5} or \boxed{6", "5", workers)
-    assert not await grade("the answer is 5", "5", workers)
-    assert not await grade(r"\boxed{5 \text{ or } 6}", "5", workers)
+async def test_only_the_last_box_counts():
+    assert (await math("5", r"\boxed{6}, no, \boxed{5}"))["reward"] == 1
+    for reply in (r"\boxed{5} or \boxed{6}", r"\boxed{5} or \boxed{6", "the answer is 5", r"\boxed{5 \text{ or } 6}"):
+        assert (await math("5", reply))["reward"] == 0
 
 
 async def test_bombs_are_wrong_and_honest_verdicts_beside_them_are_as_without_them(workers):
@@ -289,7 +288,7 @@ async def test_code_in_an_answer_never_runs(tmp_path, workers):
     call = f"__import__('os').system('touch {canary}')"
     for code in (call, f'f"{{{call}}}"', f"sin.eval.__globals__['__builtins__']['eval'](\"{call}\")", rf"\text{{{call}}}", f"'{call}'"):
         for gold in ("1", r"\sqrt{2}", "x^2"):
-            assert not await grade(rf"\boxed{{{code}}}", gold, workers)
+            assert not await equal(rf"\boxed{{{code}}}", gold, workers)
     assert not canary.exists()
 
 

@@ -6,7 +6,7 @@ memory, a crashed worker) is a wrong answer; what we cause is a TaskError: no sc
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from sympy.physics import units
 
 from aipo_graph.errors import TaskError, ToolError
 from aipo_graph.tools import sandbox
-from aipo_graph.tools.notation import LONGEST, Number, compact, number, plain, without_commas
+from aipo_graph.tools.notation import LONGEST, Number, Rules, compact, number, plain, rewritten, without_commas
 from aipo_graph.tools.symbolic import RELATION, is_zero, parse
 
 CPU_SECONDS = 1.0
@@ -25,7 +25,7 @@ MOST_ELEMENTS = 32
 EXACT_DIGITS = 3
 """A decimal gold of fewer significant digits is exact; one of more accepts what rounds to it."""
 _BOX = re.compile(r".*\\(?:boxed|fbox)\s*\{", re.DOTALL)
-_INTEGER = re.compile(r"([-+]?)0*(\d+)", re.ASCII)
+_INTEGER = re.compile(r"[-+]?\d+", re.ASCII)
 _CHOICE = re.compile(
     r"(?:(?:the )?(?:option|choice|(?:correct |final )?answer)(?: is|\s*:)?)?\s*(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))\s*(.*)",
     re.IGNORECASE | re.DOTALL,
@@ -40,10 +40,16 @@ _SUM = re.compile(r"[a-z](?:\s?[-+]?\s?[a-z]){1,5}\s?=")
 _VECTOR = re.compile(r"\\begin\{pmatrix\}([^&]*?|[^\\]*?)\\end\{pmatrix\}")
 _MEMBER = re.compile(r"⦃\s?([A-Za-zα-ω])\s?(?:∈\s?ℝ\s?)?[|:]\s?(.*)⦄|(\\?[A-Za-zα-ω]+)\s?∈\s?(.*)")
 _COMMAND = re.compile(r"\\[A-Za-z]+|pmatrix|cis")
-_UNIT = re.compile(r"(.*?[\d})π.])(\s*)((?:[A-Za-zμΩ°%]+\.?(?:\^\{-?\d\})?|\s*[*/]\s*|\s+)+)", re.DOTALL)
+_UNIT = re.compile(r"(.*?[\d})π.])(\s*)((?:[A-Za-zμΩÅ°%]+\.?(?:\^\{-?\d\})?|\s*[*/]\s*|\s+)+)", re.DOTALL)
+_OF_UNITS: Rules = [
+    (r"\\frac\{([A-Za-z*]+)\}\{([A-Za-z*]+(?:\^\{\d\})?)\}$|/\s?\(([A-Za-z* ]+)\)$", r" \1/\2\3"),
+    (r"(μ|[kMm](?=\s+Ω))\s+(?=[A-Za-zΩ])", r"\1"),
+    (r"\bsq(?:uare)?\.? ([A-Za-z]+)", r"\1^{2}"),
+    (r"\bcu(?:bic)?\.? ([A-Za-z]+)", r"\1^{3}"),
+]
 _UNITS = {
     "mph": "mi/h", "kph": "km/h", "kmh": "km/h", "cc": "cm^{3}", "mi": "mile", "in": "inch", "min": "minute", "hr": "hour", "sec": "second",
-    "feet": "foot", "inches": "inch", "Ω": "ohm", "°": "degree", "%": "percent", "per": "/",
+    "feet": "foot", "inches": "inch", "Ω": "ohm", "Å": "angstrom", "°": "degree", "%": "percent", "per": "/",
 }  # fmt: skip
 _SCALES = {units.percent: sympy.Rational(1, 100), units.degree: sympy.pi / 180}
 
@@ -62,12 +68,6 @@ def last_box(text: str) -> str | None:
     return None
 
 
-async def grade(text: str, gold: str, workers: sandbox.Workers = sandbox.SHARED, *, rounded_digits: int = 0) -> bool:
-    """Whether the last box of ``text``, the policy's own final words, holds the gold answer. Raises TaskError as `equal` does."""
-    answer = last_box(text)
-    return answer is not None and await equal(answer, gold, workers, rounded_digits=rounded_digits)
-
-
 async def equal(answer: str, gold: str, workers: sandbox.Workers = sandbox.SHARED, *, rounded_digits: int = 0) -> bool:
     """Whether an untrusted answer states the gold one. Raises TaskError on an empty gold answer, or if the grader itself failed.
 
@@ -78,8 +78,8 @@ async def equal(answer: str, gold: str, workers: sandbox.Workers = sandbox.SHARE
         raise TaskError("the gold answer is empty: correct the data set")
     if not answer or answer == gold or max(len(answer), len(gold)) > 2 * LONGEST:
         return answer == gold
-    if (integer := _INTEGER.fullmatch(answer)) and (gold_integer := _INTEGER.fullmatch(gold)):
-        return integer[2] == gold_integer[2] and ((integer[1] == "-") == (gold_integer[1] == "-") or integer[2] == "0")
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
+        return int(answer) == int(gold)
     failed = f"the grader failed on the gold answer {gold[:80]!r}"
     return bool(await judged(failed, _verdict, answer, gold, str(rounded_digits), workers=workers))
 
@@ -98,8 +98,8 @@ async def judged(
 
 def only(gold: str) -> str:
     """Reads a gold answer that is written as a list of one: ``["70"]`` is 70."""
-    match = re.fullmatch(r"\s*\[\s*(?:\"([^\"]*)\"|'([^']*)')\s*\]\s*", gold)
-    return (match[1] or match[2] or "") if match else gold
+    match = re.fullmatch(r"""\s*\[\s*(["'])(.*)\1\s*\]\s*""", gold)
+    return gold if match is None or match[1] in match[2] else match[2]
 
 
 # What follows, down to `leaks`, runs in a worker only.
@@ -122,10 +122,9 @@ def _same(answer: str, gold: str, rounded: int) -> bool:
     if based := _BASED.fullmatch(two):  # without its base a numeral is in the gold's, which the question names
         values = [int(m[1], int(_BASES.get(m[2].lower(), m[2]))) if m else -1 for m in (_BASED.fullmatch(one), based)]
         return values[0] == values[1] or one.upper() == based[1].upper()
-    if (links := _relations(answer)) and (gold_links := _relations(gold)):
-        table = [[_same_tree(a, b) for b in gold_links] for a in links]
-        if all(map(any, table)) and all(map(any, zip(*table, strict=True))):
-            return True
+    links, gold_links = _relations(answer), _relations(gold)
+    if links and gold_links and _paired(links, gold_links, _same_tree):
+        return True
     if re.search("[<>≤≥≠∈∪∩∖ℝ∅]", one + two) and (region := _region(answer)) and (gold_region := _region(gold)):
         return len(region[0] | gold_region[0]) < 2 and _same_tree(region[1], gold_region[1])
     if links and gold_links:
@@ -133,6 +132,12 @@ def _same(answer: str, gold: str, rounded: int) -> bool:
     if ("matrix" in answer) != ("matrix" in gold):  # a vector may be written as a tuple
         answer, gold = (_VECTOR.sub(lambda m: "(" + re.sub(r"&|\\\\", ",", m[1]) + ")", text) for text in (answer, gold))
     return _same_list(answer if "=" in gold else _SUM.sub("", answer, count=1), gold, rounded)  # m+n = 5 for 5
+
+
+def _paired(ones: Iterable[Any], twos: Iterable[Any], same: Callable[[Any, Any], bool]) -> bool:
+    """Whether each has its like on the other side."""
+    table = [[same(one, two) for two in twos] for one in ones]
+    return all(map(any, table)) and all(map(any, zip(*table, strict=True)))
 
 
 def _split(text: str, separators: str) -> list[str]:
@@ -174,9 +179,8 @@ def _same_list(answer: str, gold: str, rounded: int) -> bool:
             answers = [answers[0].rpartition("=")[2].strip()]
         return _same_value(answers[0].removeprefix("≈").strip(), golds[0], rounded)
     if {brackets, gold_brackets} <= {"", "⦃⦄"}:
-        table = [[_same(a, b, rounded) for b in golds] for a in answers]
         repeats = len(answers) == len(golds) or {brackets, gold_brackets} != {""}
-        return repeats and all(map(any, table)) and all(map(any, zip(*table, strict=True)))
+        return repeats and _paired(answers, golds, lambda a, b: _same(a, b, rounded))
     # A tuple may be written bare; an interval's brackets are part of it.
     like = brackets == gold_brackets or {brackets, gold_brackets} == {"()", ""}
     return like and len(answers) == len(golds) and all(_same(a, b, rounded) for a, b in zip(answers, golds, strict=True))
@@ -184,7 +188,6 @@ def _same_list(answer: str, gold: str, rounded: int) -> bool:
 
 def _region(text: str) -> tuple[set[str], Any] | None:
     """The variable and the set of reals that a condition, an interval or a union of them states; None for anything else."""
-    given, text = text, re.sub(r"^(?:-∞\s?<|∞\s?>)\s?|\s?(?:<\s?∞|>\s?-∞)$", "", text.strip())
     if "≠" in text:
         text = re.sub("±(.*)", r"\1∧-\1", text)  # x ≠ ±1
     for signs, join in (("∨", sympy.Union), ("∧,", sympy.Intersection)):
@@ -195,10 +198,8 @@ def _region(text: str) -> tuple[set[str], Any] | None:
             names = set().union(*(name for name, _ in found))
             return (names, join(*(each for _, each in found))) if len(found) == len(parts) and len(names) < 2 else None
     if match := _MEMBER.fullmatch(text):
-        name, inner = {match[1] or match[3]}, _region(match[2] or match[4])
-        return (name, inner[1]) if inner and inner[0] <= name else None
-    if text != given and re.fullmatch("[A-Za-zα-ω]", text):  # -∞ < x < ∞
-        return {text}, sympy.Reals
+        inner = _region(match[2] or match[4])
+        return (set() if match[1] else {match[3]}, inner[1]) if inner and inner[0] <= {match[1] or match[3]} else None
     links = _relations(text)
     symbols = [{*map(str, each.free_symbols)} for each in links]
     if links and all(symbols) and len(set().union(*symbols)) == 1:
@@ -221,7 +222,7 @@ def _same_tree(one: Any, two: Any) -> bool:
         one, two = (each.reversed if ">" in each.rel_op else each for each in (one, two))
         ratio = sympy.simplify((one.lhs - one.rhs) / (two.lhs - two.rhs)) if one.rel_op == two.rel_op else sympy.nan
         return bool(ratio.is_number and ratio.is_finite and (ratio > 0 if "<" in one.rel_op else ratio != 0))
-    if isinstance(one, sympy.Expr) and isinstance(two, sympy.Expr):
+    if isinstance(one, sympy.Expr) and isinstance(two, sympy.Expr) and not one.is_Matrix and not two.is_Matrix:
         return one == two if {one, two} & {sympy.oo, -sympy.oo} else bool(is_zero(one - two, two if two.is_number else 1))
     return one == two or (
         type(one).__name__ == type(two).__name__ and len(one.args) == len(two.args) > 0 and all(map(_same_tree, one.args, two.args))
@@ -234,27 +235,24 @@ def _same_value(answer: str, gold: str, rounded: int) -> bool:
         one, two = (re.sub(r"[\s.'-]+", "", re.sub(r"^(?:an?|the) (?=.)", "", text.casefold())) for text in (answer, gold))
         return one == two
     if unit is not None and gold_unit is not None:
-        ratio = units.convert_to(unit / gold_unit, [units.meter, units.kilogram, units.second])
-        return bool(ratio.is_number) and _same_number(bare, gold_bare, ratio, rounded)
-    # Without its unit a number may be in it, or in none: 50 and 0.5 for 50 %, 60 and π/3 for 60°.
-    factors = [sympy.Integer(1), _SCALES.get(unit, sympy.Integer(1)) / _SCALES.get(gold_unit, sympy.Integer(1))]
-    small = unit == units.percent and (written := number(gold_bare)) is not None and abs(written.value) <= 1  # 0.5 % is not a gold of 0.5
-    return any(_same_number(bare, gold_bare, factor, rounded) for factor in factors[small:])
+        factors = [units.convert_to(unit / gold_unit, [units.meter, units.kilogram, units.second])]
+    else:  # without its unit a number may be in it, or in none: 50 and 0.5 for 50 %, 60 and π/3 for 60°
+        factors = [_SCALES.get(unit, sympy.Integer(1)) / _SCALES.get(gold_unit, sympy.Integer(1))]
+        small = unit == units.percent and (written := number(gold_bare)) is not None and abs(written.value) <= 1
+        factors += [sympy.Integer(1)] * (not small)  # 0.5 % is not a gold of 0.5
+    return any(factor.is_number and _same_number(bare, gold_bare, factor, rounded) for factor in factors)
 
 
 def _without_unit(text: str) -> tuple[str, Any]:
     """The rest of a text and its unit as sympy has it, unknown words as symbols; None where there is no unit."""
-    text = re.sub(r"\\frac\{([A-Za-z*]+)\}\{([A-Za-z*]+(?:\^\{\d\})?)\}$|/\s?\(([A-Za-z* ]+)\)$", r" \1/\2\3", text)
-    text = re.sub(r"(μ|[kMm](?=\s+Ω))\s+(?=[A-Za-zΩ])", r"\1", text)
-    match = _UNIT.fullmatch(text)
+    match = _UNIT.fullmatch(rewritten(text, _OF_UNITS))
     if (
         match is None
         or (match[3] == "°" and re.search(r"\\[a-z]{3}(?<!\\fra)|cis", match[1]))  # of the argument
         or (re.fullmatch("[A-Za-zμ]", match[3]) and (not match[2] or re.search(r"(?<![\\A-Za-z])[A-Za-z]", match[1])))  # 5m, 2x m
     ):
         return text, None
-    written = re.sub(r"\b(sq|cu)(?:uare|bic)?\.? ([A-Za-z]+)", lambda m: f"{m[2]}^{{{2 if m[1] == 'sq' else 3}}}", match[3])
-    written = re.sub(r"[A-Za-zΩ°%]+", lambda m: _UNITS.get(m[0], m[0]), written)
+    written = re.sub(r"[A-Za-zΩÅ°%]+", lambda m: _UNITS.get(m[0], m[0]), match[3])
     unit, over = sympy.Integer(1), 1
     for word, exponent in re.findall(r"(/|[A-Za-zμΩ°%]+)\.?(?:\^\{(-?\d)\})?", written):
         if word == "/":
@@ -280,8 +278,8 @@ def _same_number(answer: str, gold: str, factor: Any, rounded: int) -> bool:
     x, y = parse(answer), parse(gold)
     if x is None or y is None or not letters <= gold_letters:
         return False  # a letter that comes to nothing, 0x10, is no number
-    if x.is_Matrix and y.is_Matrix:
-        return _same_tree(*(sympy.Tuple(*each.shape, *each) for each in map(sympy.Matrix, (x, y))))
+    if x.is_Matrix or y.is_Matrix:
+        return _same_tree(x, y)
     if _same_tree(x * factor, y):
         return True
     if not all(each.is_number and each.is_extended_real and each.is_finite for each in (x, y)):

@@ -7,8 +7,8 @@ colours, spacing and separators of thousands are gone. Untrusted text handled as
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 LONGEST = 512
 _FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot csc log ln exp lcm gcd"
@@ -18,8 +18,9 @@ _MEANINGS = {
     for names, meaning in [
         (r"\le \leq \leqslant \leqq", "≤"), (r"\ge \geq \geqslant \geqq", "≥"), (r"\ne \neq", "≠"), (r"\lt", "<"), (r"\gt", ">"),
         (r"\approx", "≈"), (r"\in", "∈"), (r"\pm", "±"), (r"\mp", "∓"), (r"\cdot \times \ast", "*"), (r"\div", "/"),
-        (r"\mid \vert \lvert \rvert", "|"), (r"\colon", ":"), (r"\infty infinity infty inf", "∞"), (r"\pi \uppi pi", "π"),
-        (r"\mu \upmu", "μ"), (r"\Omega \upOmega", "Ω"), (r"\circ \degree degree degrees", "°"), ("percent", "%"), (r"\imath", "i"),
+        (r"\mid \vert \lvert \rvert", "|"), (r"\colon", ":"), (r"\infty infinity Infinity infty inf", "∞"), (r"\pi \uppi pi", "π"),
+        (r"\mu \upmu", "μ"), (r"\Omega \upOmega", "Ω"), (r"\circ \degree \textdegree degree degrees", "°"), ("percent", "%"),
+        (r"\imath", "i"), (r"\AA", "Å"), (r"\euro \pounds", "€"),
         (r"\cup \bigcup", "∪"), (r"\cap \bigcap", "∩"), (r"\setminus \smallsetminus \backslash", "∖"), (r"\emptyset \varnothing", "∅"),
         (r"\lor \vee or", "∨"), (r"\land \wedge and", "∧"), (r"\lbrace", r"\{"), (r"\rbrace", r"\}"), (r"\langle", "("), (r"\rangle", ")"),
         (r"\dfrac \tfrac \cfrac", r"\frac"), (r"\tg tg", r"\tan "), (r"\left. \right. \left \right \middle \big \Big \bigl \bigr", ""),
@@ -30,29 +31,32 @@ _MEANINGS = {
     for name in names.split()
 }  # fmt: skip
 _BRACED = r"(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})"
-_GAP = r"(?:\{[, ]\}|'|\s)"
+_GAP = r"(?:\{[, ]\}|'|\s)+"
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 _COMMANDS: Rules = [
     (r"^\s*\*\*(.+)\*\*\s*$", r"\1"), (r"\\(?:left|right)\s?\.|\\?[A-Za-z]+", lambda m: _MEANINGS.get(m[0], m[0])),
-    (r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|(?<!\\)\\[!/]", ""),
+    (r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|(?<=\d,)\\[,:;!]\s?(?=\d{3}(?!\d))|(?<!\\)\\[!/]", ""),
     (r"(?<!\\)\\[,:;> ()[\]]|~|\\[hv]?(?:space|phantom)\*?\s*\{[^{}]*\}|\s+", " "),
     # Digits in groups of three, before the point and after it.
     (rf"(?<![\d.\\])\d{{1,3}}(?:{_GAP}\d{{3}})+(?!\d)|(?<=\d\.)\d{{3}}(?:{_GAP}\d{{3}})*{_GAP}\d{{1,3}}(?!\d)",
      lambda m: re.sub(r"\D", "", m[0])),
     (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\([%&#_])", r"\1"), (r"\\?[$£€]", ""),
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\mathring\s*\{?A\}?", "Å"),
     (r"\\(begin|end)\s*\{(?:array|[pbB]?matrix)\}(?:\s*\{[lcr| ]*\})?", r"\\\1{pmatrix}"),
-    (r"\\(?:text(?:rm|bf|it|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|operatorname\*?|[hm]box|f(?:rame)?box|boxed|boldsymbol"
-     r"|bm|bold|emph|underline|ensuremath)(?![A-Za-z])\s*", "\0"),
+    (r"\\(?:text|math(?!bb))[a-z]*\s*|\\(?:operatorname\*?|[hm]box|f(?:rame)?box|boxed|boldsymbol|bm|pmb|bold|emph|underline|ensuremath)"
+     r"(?![A-Za-z])\s*", "\0"),
 ]  # fmt: skip
 _WRITTEN: Rules = [
     (r"\^\s?(?:\{\s?°\s?\}|°)", "°"), (r"\s+(?=[\^_°%}])|(?<=[\^_{])\s+", ""), (r"(?<=[\w)}])\s?\*\*\s?(?=[\w({-])", "^"),
     (r"\^\(([^()]*)\)", r"^{\1}"), (r"\^(-?(?:\d*\.)?\d+|[A-Za-zπ])", r"^{\1}"), (r"\\log_(\w)\s?", r"\\log_{\1}"),
     ("<=|=<", "≤"), (">=|=>", "≥"), (r"(?<![\d)}!])!=", "≠"), ("==", "="), (r"(?<![\\A-Za-z])(max|min|sec)(?=\s?[({⦃\\xθα])", r"\\\1 "),
     # TeX would end the root of \sqrt 51 after the 5; whoever writes it does not mean that.
-    (r"√|\\sqrt\s*", r"\\sqrt"), (r"\\sqrt\(([^()]*)\)", r"\\sqrt{\1}"), (r"\\sqrt(\d+|[A-Za-zπ])", r"\\sqrt{\1}"),
+    (r"√|\\sqrt\s*", r"\\sqrt"), (r"\\sqrt(\[\w+\])?\s*(?:\(([^()]*)\)|(\d+|[A-Za-zπ]))", r"\\sqrt\1{\2\3}"),
     (r"\\(frac|binom)\s*([\dA-Za-zπ])", r"\\\1{\2}"), (rf"\\(frac|binom)\s*{_BRACED}\s*([\dA-Za-zπ])", r"\\\1\2{\3}"),
-    (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"),
+    (r"\\(max|min|gcd|lcm) *[⦃(]([^⦃⦄()]*)[⦄)]", lambda m: rf"\{m[1]}({m[2].replace(',', ', ')})"),
+    # ]0,1[ is (0,1).
+    (r"(?:^|(?<=[∪∩∖∈∧∨=])) ?\]", "("), (r"\[ ?(?=[∪∩∖∧∨]|$)", ")"), (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"),
+    (r"(?i)\b(negative|minus|positive|plus) (?=[∞\d\\])", lambda m: "-" if m[1].lower() in ("negative", "minus") else "+"),
 ]  # fmt: skip
 
 
@@ -68,7 +72,8 @@ def plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).translate(_ALIKE)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # they delimit mathematics; an odd one, or one after a backslash, is money
         text = re.sub(r"(?<!\\)\$", "", text)
-    return " ".join(rewritten(_ungrouped(rewritten(text, _COMMANDS)), _WRITTEN).split()).rstrip(".,;: ")
+    text = " ".join(_ungrouped(rewritten(text, _COMMANDS)).split())
+    return " ".join(rewritten(text, _WRITTEN).split()).rstrip(".,;: ")
 
 
 def rewritten(text: str, rules: Rules) -> str:
@@ -95,8 +100,7 @@ def without_commas(text: str) -> str:
     return re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
 
 
-@dataclass(frozen=True, slots=True)
-class Number:
+class Number(NamedTuple):
     """A number as it was written: its value, and for a decimal its significant digits and half of its last place."""
 
     value: Fraction
@@ -104,9 +108,11 @@ class Number:
     half: Fraction = Fraction(0)
 
 
-_FRACTION = r"(?:(?P<mixed>\d+) )? ?(?P<top>-?\d+) ?/ ?(?P<bottom>-?0*[1-9]\d*)"
-_DECIMAL = r"(?=\.?\d)(?P<whole>\d*)\.?(?P<places>\d*)(?:\\(?:overline|bar|dot)\{(?P<period>\d+)\})?(?:[eE](?P<power>[-+]?\d{1,3}))?"
-_NUMBER = re.compile(rf"(?P<sign>[-+]?) ?(?:{_FRACTION}|{_DECIMAL})", re.ASCII)
+_NUMBER = re.compile(
+    r"([-+]?) ?(?:(?:(\d+) )? ?(-?\d+) ?/ ?(-?0*[1-9]\d*)"
+    r"|(?=\.?\d)(\d*)\.?(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\})?(?:[eE]([-+]?\d{1,3}))?)",
+    re.ASCII,
+)
 
 
 def number(text: str) -> Number | None:
@@ -119,13 +125,11 @@ def number(text: str) -> Number | None:
     match = _NUMBER.fullmatch(re.sub(r" ?\* ?10\^\{?(-?\d+)\}?$", r"e\1", text))
     if match is None or len(text) > LONGEST:
         return None
-    part = match.groupdict(default="")
-    if part["bottom"]:
-        value, last = Fraction(int(part["top"]), int(part["bottom"])) + int(part["mixed"] or 0), Fraction(0)
+    sign, mixed, top, bottom, whole, places, period, power = match.groups(default="")
+    last = Fraction(10) ** (int(power or 0) - len(places))
+    if bottom:
+        value = Fraction(int(top), int(bottom)) + int(mixed or 0)
     else:
-        last = Fraction(10) ** (int(part["power"] or 0) - len(part["places"]))
-        value = (int(part["whole"] + part["places"] or 0) + Fraction(int(part["period"] or 0), 10 ** len(part["period"] or "1") - 1)) * last
-    value = -value if part["sign"] == "-" else value
-    if not part["places"] or part["period"]:
-        return Number(value)
-    return Number(value, max(1, len((part["whole"] + part["places"]).lstrip("0"))), last / 2)
+        value = (int(whole + places or 0) + Fraction(int(period or 0), 10 ** len(period or "1") - 1)) * last
+    digits = max(1, len((whole + places).lstrip("0"))) if places and not period else 0
+    return Number(-value if sign == "-" else value, digits, last / 2 if digits else Fraction(0))

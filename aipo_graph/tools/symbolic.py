@@ -18,21 +18,33 @@ from aipo_graph.tools.notation import LONGEST, Rules, number, plain, rewritten, 
 CPU_SECONDS = 1.0
 LONGEST_RESULT = 200
 RELATION = re.compile("([=<>≤≥≠≈])")
-_NO_MATHEMATICS = re.compile(r"__|[`'\"#;:@%$≈]|\d\s+\d|\b0[xob]\w")
-_BOMB = re.compile(
-    r"\^\{-?\d+\^\{?\d|\^\{[^{}]*\}\^|\d{6,}\}|\d{4,}\s?!|[)}!]\s?!|\\Gamma|\(\([^()]*\^[^()]*\)\^[^()]*\)\^|([-+*/^|] ?){4,}"
+_REFUSED = re.compile(
+    r"__|[`'\"#:@%$≈]|\d\s+\d|\b0[xob]\w"  # no mathematics
+    # What would only run out of CPU time. Refusing it saves that; safety rests on the sandbox.
+    r"|\^\{-?\d+\^\{?\d|\^\{[^{}]*\}\^|\d{6,}\}|\d{4,}\s?!|[)}!]\s?!|\\Gamma|\(\([^()]*\^[^()]*\)\^[^()]*\)\^|([-+*/^|] ?){4,}"
 )
-"""What would only run out of CPU time. Refusing it saves that; safety rests on the sandbox."""
+_TOWER: Rules = [(r"\^\{(-?)(\d\d?)\^\{(\d\d?)\}\}", lambda m: f"^{{{m[1]}{int(m[2]) ** int(m[3])}}}")] * 3
+_CLAIM: Rules = [
+    (r"(?<=[%\d}])\s+of\s+", "*"),
+    (r"(?<![\d.,])(\d[\d,]*(?:\.\d+)?)\s?%(?!\s*[\d(])", r"(\1/100)"),
+]
 _FOR_THE_PARSER: Rules = [
-    (r"(?<![\d.^_{/])(\d+)(?:\s?(\\frac\{\d+\}\{\d+\})|\s(\d+\s?/\s?\d+))", r"(\1+\2\3)"),  # a mixed number
     # Side by side the parser would read any whole number and fraction as a mixed number, (3)(4) as 7.
-    (r"((?<![_^.\w])\d+(?:\.\d+)?|\))\s*(?=\(|\\(?!begin|end)[a-z])|(?<=\))(?=\d)", r"\1*"),
-    (r"(\d+(?:\.\d+)?)°", r"(\1*\\frac{π}{180})"),
-    (r"cis ?(\([^()]*\)+|\{[^{}]*\}|\S+)", r"(\\cos{\1}+i\\sin{\1})"),
+    (r"((?<![_^.\w])(?:\d+\.\d+|\d+(?!\d|\s?\\frac\{\d+\}\{\d+\}))|\))\s*(?=\(|\\(?!begin|end|r)[a-z])|(?<=\))(?=\d)", r"\1*"),
+    (r"(\d+(?:\.\d+)?)°", r"(\1*\\frac{π}{180})"), (r"cis ?(\([^()]*\)+|\{[^{}]*\}|\S+)", r"(\\cos{\1}+i\\sin{\1})"),
     # Exact, where the parser would make a float.
-    (r"(?<![\d.])(\d*)\.(\d+)", lambda match: f"(\\frac{{{int(match[1] + match[2])}}}{{{10 ** len(match[2])}}})"),
-    (r"\*", r"\\cdot "), ("∞", r"\\infty "), ("∈", r"\\in "), ("⦃", r"\\{"), ("⦄", r"\\}"),
+    (r"(?<![\d.])(\d*)\.(\d+)", lambda m: f"(\\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})"),
+    ("∞", r"\\infty "), ("∈", r"\\in "), ("⦃", r"\\{"), ("⦄", r"\\}"), (";", ","),
 ]  # fmt: skip
+# With a timeout it would set alarms, and answer [] for them; with the expression config it would reach parse_expr.
+_READ = functools.partial(
+    read,
+    extraction_config=[
+        LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(basic_latex=False, boxed="none"))
+    ],
+    fallback_mode="no_fallback",
+    parsing_timeout=None,
+)
 
 
 async def check(claim: str) -> str:
@@ -54,8 +66,10 @@ async def evaluate(expression: str) -> str:
 
 
 async def _ask(what: str, text: str) -> str:
+    if len(text) > LONGEST:
+        return f"cannot {what}: it is longer than {LONGEST} characters"
     try:
-        return str(await sandbox.SHARED.run(_answered, what, text[: 4 * LONGEST + 1], timeout=CPU_SECONDS))
+        return str(await sandbox.SHARED.run(_answered, what, text, timeout=CPU_SECONDS))
     except sandbox.InputFault as fault:
         return f"cannot {what}: {fault}"
 
@@ -70,24 +84,22 @@ def warm_up() -> None:
 
 def _answered(what: str, text: str) -> str:
     try:
-        longer = len(text) > 4 * LONGEST
-        text = re.sub(r"(?<=[%\d}])\s+of\s+", "*", plain(text.rstrip("? \n")))
-        text = re.sub(r"(?<![\d.,])(\d[\d,]*(?:\.\d+)?)\s?%(?!\s*[\d(])", r"(\1/100)", text)
-        if longer or len(text) > LONGEST:
-            raise ValueError(f"it is longer than {LONGEST} characters")
+        text = rewritten(plain(text.rstrip("? \n")), _CLAIM)
         if "%" in text:
             raise ValueError("whether % means percent or remainder is not clear")
         if word := re.search(r"(?<![\\A-Za-z])(?!(?:[pbv]?matrix|mathbb)\b)(?:[A-Za-z]{4,}|cm|mm|km|kg|ft|in|min)(?![A-Za-z])", text):
             raise ValueError(f"{word[0]!r} is not mathematics")
-        if what == "evaluate":
-            return _value(text.rstrip("= "))
-        sides, signs = [part.strip() for part in RELATION.split(text)[::2]], RELATION.findall(text)
-        if not signs or not all(sides):
-            raise ValueError("one side is empty" if signs else "there is no = < > in it")
-        held = [_holds(*link) for link in zip(sides, signs, sides[1:], strict=False)]
-        return "yes" if all(held) else "no"
+        return _value(text.rstrip("= ")) if what == "evaluate" else _judged(text)
     except ValueError as error:
         return f"cannot {what}: {error}"
+
+
+def _judged(claim: str) -> str:
+    sides, signs = [part.strip() for part in RELATION.split(claim)[::2]], RELATION.findall(claim)
+    if not signs or not all(sides):
+        raise ValueError("one side is empty" if signs else "there is no = < > in it")
+    held = [_holds(*link) for link in zip(sides, signs, sides[1:], strict=False)]
+    return "yes" if all(held) else "no"
 
 
 def _holds(left: str, sign: str, right: str) -> bool:
@@ -128,15 +140,14 @@ def parse(text: str) -> Any:
     """Reads text in plain form as a sympy object; None for what is no mathematics. Symbols are real, ``i`` and ``e`` constants."""
     if written := number(text):
         return sympy.Rational(written.value.numerator, written.value.denominator)
-    if len(text) > LONGEST or _BOMB.search(text) or _NO_MATHEMATICS.search(text):
+    text = rewritten(text, _TOWER)
+    if len(text) > LONGEST or _REFUSED.search(text):
         return None
-    text = rewritten(without_commas(text), _FOR_THE_PARSER)
-    # With a timeout it would set alarms, and answer [] for them; with the expression config it would reach parse_expr.
-    settings = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(basic_latex=False, boxed="none"))
-    found = (read(f"${text}$", [settings], fallback_mode="no_fallback", parsing_timeout=None) or [None])[0]
+    found = (_READ(f"${rewritten(without_commas(text), _FOR_THE_PARSER)}$") or [None])[0]
     if not hasattr(found, "free_symbols") or (isinstance(found, sympy.Expr) and RELATION.search(text)):
         return None  # of what it cannot read it takes what follows the last equals sign
-    return found.subs({s: sympy.I if str(s) == "i" else sympy.Symbol(str(s), real=True) for s in found.free_symbols})
+    found = found.subs({s: sympy.I if str(s) == "i" else sympy.Symbol(str(s), real=True) for s in found.free_symbols})
+    return sympy.ImmutableMatrix(found) if getattr(found, "is_Matrix", False) else found
 
 
 def is_zero(difference: Any, scale: Any = 1) -> bool | None:
