@@ -163,6 +163,9 @@ class Rollout(Section):
     column."""
     output: str = ""
     """Key of the graph's last state that is scored, of `messages` the last one's text; default: what the policy said last."""
+    helpers: tuple[str, ...] = ()
+    """Tools or nodes of a graph of messages whose words are a helper's, learned from as agent tokens. In traces alone the policy writes
+    such a tool's results itself."""
     problems: PositiveInt = 32
     """Problems per step."""
     redraws: NonNegativeInt = 0

@@ -107,6 +107,10 @@ def after_reasoning(text: str, before: str = "") -> str:
     return text
 
 
+Words = tuple[str, int, int]
+"""A helper's name, and where in a text its words begin and end."""
+
+
 class Manner(NamedTuple):
     """What a template expects of a message with tool calls."""
 
@@ -162,6 +166,89 @@ class ChatFormat:
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of the template's text; special tokens in it become their own."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def pieces(self, text: str, words: Sequence[Words]) -> list[tuple[tuple[int, ...], str, str | None]]:
+        """The ids of the template's text as (ids, their text, whose words): a token counts as a word where all of it stands inside.
+
+        Raises ConfigError for a tokenizer that does not say where its tokens stand.
+        """
+        try:
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except NotImplementedError:
+            name = self._tokenizer.name_or_path or "the tokenizer"
+            remedy = "use a model with tokenizer.json"
+            raise ConfigError(f"{name} does not say where its tokens stand, which rollout.helpers needs: {remedy}") from None
+        found: list[tuple[list[int], int, int, str | None]] = []
+        start = 0  # some offsets leave a token's blank out: it begins where the last one ended
+        for token, (_, reached) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            end = max(start, reached)
+            whose = next((who for who, first, last in words if first <= start and first < end <= last), None)
+            if found and found[-1][3] == whose:
+                ids, first, _, _ = found.pop()
+                found.append(([*ids, token], first, end, whose))
+            else:
+                found.append(([token], start, end, whose))
+            start = end
+        return [(tuple(ids), text[first:last], whose) for ids, first, last, whose in found]
+
+    def places(
+        self, text: str, messages: Sequence[BaseMessage], heard: Sequence[int], write: Callable[[Sequence[BaseMessage]], str | None]
+    ) -> list[tuple[int, int]] | None:
+        """Where in ``text``, which ``write`` makes of the messages, the words of those numbered ``heard`` begin and end.
+
+        None where the template writes them in a way of its own.
+        """
+        mark = "heard"
+        while mark in text:
+            mark += "x"
+        frame = write([m.model_copy(update={"content": f"{mark}{i:04}"}) if i in heard else m for i, m in enumerate(messages)])
+        between = re.split("|".join(f"{mark}{i:04}" for i in heard), frame or "")
+        if len(between) != len(heard) + 1 or not text.startswith(between[0]):
+            return None
+        found, at = [], len(between[0])
+        for index, after in zip(heard, between[1:], strict=True):
+            said = [form for blanked in (self._neutralise_tags, self._neutralise) for form in [blanked(str(messages[index].text))]]
+            forms = [form for each in said for form in (each, each.strip())]
+            forms += [json.dumps(form, ensure_ascii=False)[1:-1] for form in forms]
+            end = next((at + len(form) for form in forms if text.startswith(form + after, at)), None)
+            if end is None:
+                return None
+            found.append((at, end))
+            at = end + len(after)
+        return found if at == len(text) else None
+
+    def cut(self, text: str, limit: int) -> str:
+        """The text's first tokens."""
+        if len(text.encode(errors="replace")) <= limit:
+            return text
+        ids = self.encode(text[: 64 * limit])
+        return text if len(ids) <= limit and len(text) <= 64 * limit else self.decode(ids[:limit]).rstrip("\ufffd")
+
+    def turn_of(
+        self, messages: Sequence[BaseMessage], results: Sequence[ToolMessage], seen: str, sampled: str, tools: Sequence[Mapping[str, Any]]
+    ) -> list[str] | None:
+        """What the template writes before, between and after the results of a reply's calls, ``messages[-1]``; see `follow`.
+
+        None where it writes them in a way of its own.
+        """
+        marks = [f"heard{i:04}" for i in range(len(results))]
+        marked = [result.model_copy(update={"content": mark}) for result, mark in zip(results, marks, strict=True)]
+        frame = self.follow([*messages, *marked], len(messages) - 1, seen, sampled, tools)
+        between = re.split("|".join(marks), frame or "")
+        return between if len(between) == len(results) + 1 else None
+
+    def closing(self, after: str) -> str:
+        """The first mark in what the template writes after a tool's result: where the policy ends one that it writes itself."""
+        found = re.search(f"{self._specials.pattern}|{calls.TAG}", after)
+        return found.group() if found else after.strip()[:1]
+
+    def written(self, text: str, after: str, end: str) -> tuple[str, str]:
+        """Of a result that the policy wrote, what it says, and what is left to write of ``after``, the template's text behind a result."""
+        said, ended, _ = text.partition(end)
+        *_, last = ["", *self._specials.findall(text)]
+        mark = end if ended else last if last and last in after else ""
+        before, _, rest = after.partition(mark) if mark else ("", "", after)
+        return self.without_specials(said).strip().removesuffix(before.strip()).rstrip(), rest
 
     def _learn(self, specials: set[str]) -> None:
         """Finds out how the template writes calls, what it expects for that, and what else it puts around a reply."""
@@ -374,10 +461,19 @@ class ChatFormat:
         content = self._noise.sub("", content).strip()
         return AIMessage(content, tool_calls=valid, invalid_tool_calls=invalid, additional_kwargs=kwargs)
 
-    def said(self, text: str) -> str:
-        """What a reply says of which `after_reasoning` took the reasoning off: its content, without calls and control tokens."""
+    def said(self, text: str, *, calls: bool = False) -> str:
+        """What a reply says of which `after_reasoning` took the reasoning off: its content without control tokens.
+
+        Args:
+            calls: of one that says nothing else, the arguments of its first call, as JSON.
+        """
         closing = next((closing for opening, closing in self._thoughts if self.opening.rstrip().endswith(opening)), "")
-        return str(self.parse(closing + text).content)
+        message = self.parse(closing + text)
+        made = [json.dumps(call["args"], ensure_ascii=False) for call in message.tool_calls if calls]
+        return str(message.content) or next(iter(made), "")
+
+    def without_specials(self, text: str) -> str:
+        return self._specials.sub("", text)
 
     def _split_reasoning(self, text: str) -> tuple[str, str]:
         """The reasoning and what follows it; all is reasoning while it is not closed."""

@@ -67,7 +67,8 @@ async def train(config: Config, learner: Learner, stream: Stream, log: RunLog, c
         async with aclosing(stream.steps(learner.version, config.train.steps, drawn)) as steps:  # an error ends what is under way, too
             async for step in steps:
                 sampled = time.monotonic()
-                metrics = rollout_metrics(step.groups, config.agents.use, learner.version, step.discarded, step.too_long)
+                names = config.rollout.helpers or config.agents.use
+                metrics = rollout_metrics(step.groups, names, learner.version, step.discarded, step.too_long)
                 metrics |= stream.metrics
                 log.excluded(learner.version + 1, exclusions(step.groups), alarm=metrics["alarm"] > 0)
                 if step.too_long and not passed_over:

@@ -457,7 +457,6 @@ async def test_messages_and_events_of_a_graph_can_be_streamed(tmp_path: Path) ->
 
 
 REFUSED: dict[str, tuple[Callable[[MessagesState], Any], str]] = {
-    "forced tools": (lambda s: PolicyChatModel().bind_tools([calculator], tool_choice="any").ainvoke("x"), "tool_choice = 'any': nothing"),
     "temperature": (lambda s: PolicyChatModel().bind(temperature=0).ainvoke("x"), "has no 'temperature': sampling is the run's"),
     "blocking": (lambda s: PolicyChatModel().invoke("x"), "would block the event loop: await ainvoke"),
 }

@@ -227,7 +227,7 @@ def test_metrics_on_the_page_are_those_that_are_logged(viewed_run: Path, tmp_pat
     failed = group(trace(segment("policy", 1), status="timeout"), trace(segment("policy", 1), status="failed"))
     ended = [group(trace(segment("policy", 1), status=status)) for status in ("length", "budget", "leaked")]
     rewritten = trace(segment("policy", 1))
-    object.__setattr__(rewritten, "scores", {"reward": 1.0, "rewrites": 2.0, "invalid_calls": 1.0, "short": 0.5})
+    object.__setattr__(rewritten, "scores", {"reward": 1.0, "rewrites": 2.0, "invalid_calls": 1.0, "misfits": 1.0, "short": 0.5})
     learner = tiny_learner(tmp_path, loss={"kl_weight": 0.1})
     wrong = pack(random_groups(1), learner.config.loss)
     wrong.advantages[0] = math.nan

@@ -5,28 +5,41 @@ does not reach a sub-agent that a tool invokes; a context variable is copied int
 """
 
 import asyncio
+import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeVar
+from uuid import UUID
 from weakref import WeakSet
 
+from jsonschema import Draft202012Validator
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackHandler, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    InvalidToolCall,
+    ToolCall,
+    ToolMessage,
+    convert_to_messages,
+)
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.config import get_config
 from langgraph.errors import GraphBubbleUp
+from langgraph.types import Command
+from pydantic import ConfigDict, model_validator
 
 from aipo_graph.errors import GraphError
 from aipo_graph.messages import ChatFormat
 from aipo_graph.rollout.ledger import Ledger
-from aipo_graph.types import Completion, Segment, derive_seed
+from aipo_graph.types import Completion, Reply, Segment, derive_seed
 
 Schema = Mapping[str, Any]
 T = TypeVar("T")
@@ -49,9 +62,21 @@ class OutOfTokens(GraphBubbleUp):
     """The trace's token budget is used up. LangGraph's retries and LangChain's middleware let a GraphBubbleUp pass."""
 
 
+class Misfit(GraphBubbleUp):
+    """A reply is not what the graph asked for, such as a call of a given tool: the policy's own doing."""
+
+
+class Heard(NamedTuple):
+    """A part of a prompt."""
+
+    segment: Segment
+    of: str = ""
+    """Of a helper's words: which message they are."""
+
+
 @dataclass(eq=False, slots=True)
 class Turn:
-    """One reply of the policy and what it was sampled from."""
+    """One reply of the policy, or a tool's result that it writes itself, and what it was sampled from."""
 
     node: str
     """The graph's node that asked for it; of a sub-graph's, the path of nodes: ``researcher/model``."""
@@ -63,7 +88,7 @@ class Turn:
     messages: tuple[BaseMessage, ...]
     parent: "Turn | None"
     """The earlier reply whose exact tokens the prompt goes on from."""
-    added: Segment
+    added: tuple[Heard, ...]
     """The prompt after the parent's reply, or all of it."""
     prompt_ids: tuple[int, ...]
     rewritten: bool
@@ -90,7 +115,10 @@ class ChatRun(BaseCallbackHandler):
 
     Rows: a prompt that goes on from an earlier reply continues its row with exactly the sampled ids. Any other prompt opens a row: a new
     conversation, a second branch of one, or one whose history the template or the graph rewrote, which `rewrites` counts. `invalid_calls`
-    counts tool calls that could not be read.
+    counts tool calls that could not be read, `misfits` replies that were not what the graph asked for.
+
+    Words of ``helpers``, the first time that the policy reads them, are agent segments: the tokens that stand wholly inside the message's
+    content. Where ``alone``, no tool among the helpers runs: the policy goes on in the tool's turn and writes the result.
 
     Seeds depend on the asking node, the prompt, and how many equal requests came before, not on who came first. Order does not either:
     a superstep's replies are sorted by its tasks once it has ended; within one task they stand as they were asked for.
@@ -98,10 +126,34 @@ class ChatRun(BaseCallbackHandler):
 
     run_inline = True
 
-    def __init__(self, ledger: Ledger, chat: ChatFormat, *, budget: int, seed: int, temperature: float) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        chat: ChatFormat,
+        *,
+        budget: int,
+        seed: int,
+        temperature: float,
+        helpers: Collection[str] = (),
+        longest: int = 256,
+        alone: bool = False,
+    ) -> None:
         self.segments: tuple[Segment, ...] = ()
         self.rewrites = 0
         self.invalid_calls = 0
+        self.misfits = 0
+        self.strangers: set[str] = set()
+        """Chat models that are not the policy."""
+        self._helpers = frozenset(helpers)
+        self._longest = longest
+        self._alone = alone
+        self._helping: dict[UUID, str] = {}
+        self._said: dict[tuple[str, str], str] = {}
+        """Message type and text -> the helper whose node wrote it."""
+        self._known: set[str] = set()
+        """Messages whose words are agent segments already."""
+        self._own: dict[str, tuple[BaseMessage, ...]] = {}
+        """Reply id -> what the policy said before it and the graph did not see: calls, and their results by itself."""
         self._ledger = ledger
         self._chat = chat
         self._budget = budget
@@ -131,11 +183,23 @@ class ChatRun(BaseCallbackHandler):
             for future in self._bridged:
                 future.cancel()
 
-    def on_chain_start(self, serialized: Any, inputs: Any, *, tags: list[str] | None = None, **kwargs: Any) -> None:
+    def on_chat_model_start(self, serialized: Any, messages: Any, **kwargs: Any) -> None:
+        *_, name = (serialized or {}).get("id") or ["?"]
+        if name != PolicyChatModel.__name__:
+            self.strangers.add(str(name))
+
+    def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """A helper's node has ended: what it wrote are its words."""
+        if name := self._helping.pop(run_id, None):
+            self._said |= {(message.type, str(message.text)): name for message in _messages(outputs)}
+
+    def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: UUID, tags: list[str] | None = None, **kwargs: Any) -> None:
         """A node's task starts. Where it does so again, LangGraph retries it: what the failed attempt sampled is no part of the trace."""
         if not any(tag.startswith("graph:step:") for tag in tags or ()):
             return
         metadata = kwargs.get("metadata") or {}
+        if (node := metadata.get("langgraph_node")) in self._helpers:
+            self._helping[run_id] = str(node)
         ns, step = str(metadata.get("langgraph_checkpoint_ns", "")), int(metadata.get("langgraph_step", 0))
         if "|" not in ns and step != self._step:
             self.settle()
@@ -147,18 +211,38 @@ class ChatRun(BaseCallbackHandler):
             self._ledger.forget(turn.completion for turn in failed if turn.completion)
         self._tasks[ns] = (str(metadata.get("langgraph_node", "")), *path)
 
-    async def reply(self, messages: Sequence[BaseMessage], tools: Sequence[Schema], stop: Sequence[str], limit: int | None) -> AIMessage:
-        """Samples the next reply. Raises OutOfTokens, EngineError, and GraphError once the run is over: a thread may outlive it."""
+    async def reply(
+        self, messages: Sequence[BaseMessage], tools: Sequence[Schema], stop: Sequence[str], limit: int | None, choice: Any = None
+    ) -> AIMessage:
+        """Samples the next reply.
+
+        Raises OutOfTokens, EngineError, Misfit where it is not the call that ``choice`` wants, and GraphError once the run is over:
+        a thread may outlive it.
+        """
         if self._ended:
             raise GraphError("PolicyChatModel was called after its run had ended: await or join what a node starts")
         ns = str(get_config()["metadata"].get("langgraph_checkpoint_ns", ""))
-        turn = self._prompt(tuple(messages), tuple(tools), ns)
+        shown = tuple(self._shortened(message) for message in messages)
+        turn = self._prompt(shown, tuple(tools), ns)
+        message = self._finish(turn, await self._sample(turn, stop, limit))
+        before: tuple[BaseMessage, ...] = ()
+        while self._alone and (calls := self._calls(message)):
+            results, turn = await self._by_itself((*turn.messages, message), calls, turn)
+            before += (message, *results)
+            message = self._finish(turn, await self._sample(turn, stop, limit))
+        self._own[str(message.id)] = before
+        if not _fits(message, tools, choice):
+            self.misfits += 1
+            raise Misfit
+        return message.model_copy(deep=True)
+
+    async def _sample(self, turn: Turn, stop: Sequence[str] = (), limit: int | None = None) -> Completion:
         # Of what runs beside it nothing counts before its superstep has ended: who is faster must not matter.
         left = self._budget - sum(old.tokens for i, old in enumerate(self._turns) if i < self._settled or old.task == turn.task)
         if left <= 0:
             self._refused = True
             raise OutOfTokens
-        turn.origin = tuple(self._tasks[prefix] for prefix in _prefixes(ns) if prefix in self._tasks)
+        turn.origin = tuple(self._tasks[prefix] for prefix in _prefixes(turn.ns) if prefix in self._tasks)
         same = sum((old.origin, old.prompt_ids) == (turn.origin, turn.prompt_ids) for old in self._turns)
         turn.seed = derive_seed(self._seed, str(turn.origin), str(turn.prompt_ids), same)
         self._turns.append(turn)
@@ -175,44 +259,139 @@ class ChatRun(BaseCallbackHandler):
             raise
         if turn not in self._turns:  # its attempt has failed meanwhile
             self._ledger.forget([completion])
-        return self._finish(turn, completion)
+        turn.completion, turn.text = completion, self._chat.decode(completion.token_ids)
+        return completion
+
+    def _calls(self, message: AIMessage) -> list[ToolCall]:
+        """The calls of helpers in a reply. Beside other calls they cannot be answered by the policy, and are invalid."""
+        calls = [call for call in message.tool_calls if call["name"] in self._helpers]
+        if calls and len(calls) < len(message.tool_calls):
+            message.tool_calls = [call for call in message.tool_calls if call not in calls]
+            message.invalid_tool_calls += [
+                InvalidToolCall(
+                    type="invalid_tool_call",
+                    name=call["name"],
+                    args=json.dumps(str(call["args"])),
+                    id=call["id"],
+                    error="alone, a helper cannot be called beside other tools",
+                )
+                for call in calls
+            ]
+            return []
+        return calls
+
+    async def _by_itself(self, messages: tuple[BaseMessage, ...], calls: Sequence[ToolCall], turn: Turn) -> tuple[list[ToolMessage], Turn]:
+        """The results of a reply's calls as the policy writes them, one turn each, and the turn of the reply that follows."""
+        results = [ToolMessage("", tool_call_id=call["id"] or "", name=call["name"]) for call in calls]
+        between = self._chat.turn_of(messages, results, turn.template, turn.text, turn.tools)
+        if between is None:
+            raise GraphError(
+                f"the chat template does not write {calls[0]['name']}'s results as they are: the policy cannot answer its own call; "
+                "name a graph without this tool as rollout.solo"
+            )
+        opening, *closings = between
+        for result, after in zip(results, closings, strict=True):
+            end = self._chat.closing(after)
+            turn = self._after(turn, opening, result.name or turn.node)
+            if (await self._sample(turn, (end,))).stop == "length":
+                self._refused = True
+                raise OutOfTokens
+            said, opening = self._chat.written(turn.text, after, end)
+            result.content = said
+        last = self._after(turn, opening, turn.node)
+        last.messages = (*messages, *results)
+        last.template = self._chat.render(last.messages, turn.tools)
+        return results, last
+
+    def _after(self, turn: Turn, text: str, author: str) -> Turn:
+        """The turn that goes on from another's exact tokens with this text of the template."""
+        added = Segment("context", author, self._chat.encode(text), text)
+        written = turn.completion.token_ids if turn.completion else ()
+        prompt_ids = (*turn.prompt_ids, *written, *added.token_ids)
+        return Turn(turn.node, turn.ns, turn.template, turn.tools, turn.messages, turn, (Heard(added),), prompt_ids, False)
 
     def _finish(self, turn: Turn, completion: Completion) -> AIMessage:
-        turn.completion, turn.text = completion, self._chat.decode(completion.token_ids)
         message = self._chat.parse(turn.text, turn.tools, seed=turn.seed)
         message.id = f"aipo-{turn.seed:016x}"
         message.response_metadata = {"model_name": "policy", "finish_reason": completion.stop}
         read, written = len(turn.prompt_ids), len(completion.token_ids)
         message.usage_metadata = {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
         turn.message = message
-        return message.model_copy(deep=True)
+        return message
 
     def _prompt(self, messages: tuple[BaseMessage, ...], tools: tuple[Schema, ...], ns: str) -> Turn:
         """What to sample from: after the newest of our replies its exact tokens, and only the text in between tokenized."""
         node = "/".join(part.partition(":")[0] for part in ns.split("|") if ":" in part)
+        messages = tuple(each for message in messages for each in (*self._own.get(str(message.id), ()), message))
         template = self._chat.render(messages, tools)
         ours = {turn.message.id: turn for turn in self._turns if turn.message}
         known = [(index, ours[message.id]) for index, message in enumerate(messages) if message.id in ours]
-        start, added, parent = -1, None, None
+        start, text, parent = -1, None, None
         for index, turn in reversed(known):
             if _same(messages[index], turn.message):
                 text = self._chat.follow(messages, index, turn.template, turn.text, tools)
                 if text is not None:
-                    start, parent, added = index, turn, self._between(messages[index + 1 :], tools, node, text)
+                    start, parent = index, turn
                     break
         rewritten = any(turn.node == node or turn.messages[0] == messages[0] for index, turn in known if index > start)
-        if parent is None or added is None or parent.completion is None:
-            added = Segment("context", node, self._chat.encode(template), template)
-            return Turn(node, ns, template, tools, messages, None, added, added.token_ids, rewritten)
-        prompt_ids = (*parent.prompt_ids, *parent.completion.token_ids, *added.token_ids)
+        if parent is None or text is None or parent.completion is None:
+            added = self._heard(template, messages, 0, node, lambda shown: self._chat.render(shown, tools))
+            ids = tuple(token for part in added for token in part.segment.token_ids)
+            return Turn(node, ns, template, tools, messages, None, added, ids, rewritten)
+        seen, sampled, at = parent.template, parent.text, start
+        author = self._author(messages[start + 1 :], tools, node)
+        added = self._heard(text, messages, start + 1, author, lambda shown: self._chat.follow(shown, at, seen, sampled, tools))
+        between = (token for part in added for token in part.segment.token_ids)
+        prompt_ids = (*parent.prompt_ids, *parent.completion.token_ids, *between)
         return Turn(node, ns, template, tools, messages, parent, added, prompt_ids, rewritten)
 
-    def _between(self, messages: Sequence[BaseMessage], tools: Sequence[Schema], node: str, text: str) -> Segment:
-        """What stands between two replies; where that is one tool's results, the tool is the author: not a name that the policy made up."""
+    def _author(self, messages: Sequence[BaseMessage], tools: Sequence[Schema], node: str) -> str:
+        """Of what stands between two replies: one tool's results are the tool's, if it is not a name that the policy made up."""
         names = {message.name if isinstance(message, ToolMessage) else None for message in messages}
         known = {tool.get("function", {}).get("name") for tool in tools}
         author = names.pop() if len(names) == 1 and names <= known else None
-        return Segment("context", author or node, self._chat.encode(text), text)
+        return author or node
+
+    def _helper(self, message: BaseMessage) -> str | None:
+        """Whose words a message holds, if a helper's."""
+        if isinstance(message, ToolMessage):
+            return message.name if message.name in self._helpers and message.status != "error" else None
+        if str(message.id) in self._own:
+            return None
+        return message.name if message.name in self._helpers else self._said.get((message.type, str(message.text)))
+
+    def _shortened(self, message: BaseMessage) -> BaseMessage:
+        """A helper's message as the policy reads it: no longer than `agents.max_reply_tokens`."""
+        if not self._helpers or not self._helper(message):
+            return message
+        text = self._chat.cut(str(message.text), self._longest)
+        return message if text == message.text else message.model_copy(update={"content": text})
+
+    def _heard(
+        self, text: str, messages: Sequence[BaseMessage], start: int, author: str, write: Callable[[Sequence[BaseMessage]], str | None]
+    ) -> tuple[Heard, ...]:
+        """The template's text as segments, in which helpers' words among ``messages[start:]`` stand by themselves."""
+        whose = {index: name for index, message in enumerate(messages) if index >= start and (name := self._helper(message))}
+        if not whose:
+            return (Heard(Segment("context", author, self._chat.encode(text), text)),)
+        places = self._chat.places(text, messages, tuple(whose), write)
+        if places is None:
+            raise GraphError(
+                f"the chat template does not write the words of {', '.join(sorted(set(whose.values())))} as they are, so that they cannot "
+                "be told from its own: leave these names out of rollout.helpers"
+            )
+        spans = [(str(index), first, last) for index, (first, last) in zip(whose, places, strict=True)]
+        heard = []
+        for ids, words, index in self._chat.pieces(text, spans):
+            if index is None:
+                heard.append(Heard(Segment("context", author, ids, words)))
+                continue
+            message = messages[int(index)]
+            reply = message.response_metadata.get("reply")
+            mu = reply.logprobs if isinstance(reply, Reply) and reply.token_ids == ids else None
+            key = str(getattr(message, "tool_call_id", None) or message.id or (message.type, words))
+            heard.append(Heard(Segment("agent", whose[int(index)], ids, words, logprobs=mu), key))
+        return tuple(heard)
 
     def settle(self) -> tuple[Segment, ...]:
         """All segments, those of the superstep that has just ended included."""
@@ -225,11 +404,11 @@ class ChatRun(BaseCallbackHandler):
         self._settled += len(new)
         return self.segments
 
-    def _written(self, turn: Turn) -> tuple[Segment, Segment]:
+    def _written(self, turn: Turn) -> tuple[Segment, ...]:
         """A turn as segments, on its parent's row unless another went on there before."""
         completion = turn.completion
         assert completion is not None
-        parent, context = turn.parent, turn.added
+        parent, added = turn.parent, list(turn.added)
         if parent is not None and parent.thread is not None and self._last[parent.thread] is parent:
             turn.thread = parent.thread
         else:
@@ -237,7 +416,10 @@ class ChatRun(BaseCallbackHandler):
             count = self._names[turn.node]
             turn.thread = turn.node if count == 1 else f"{turn.node}/{count}"
             if parent is not None:
-                context = Segment("context", turn.node, turn.prompt_ids, self._chat.decode(turn.prompt_ids))
+                added = added if any(part.of for part in added) else []
+                new = sum(len(part.segment.token_ids) for part in added)
+                ids = turn.prompt_ids[: len(turn.prompt_ids) - new]
+                added.insert(0, Heard(Segment("context", turn.node, ids, self._chat.decode(ids))))
         self._last[turn.thread] = turn
         self.rewrites += turn.rewritten
         self.invalid_calls += len(turn.message.invalid_tool_calls) if turn.message else 0
@@ -251,7 +433,14 @@ class ChatRun(BaseCallbackHandler):
             updates=completion.updates,
             thread=turn.thread,
         )
-        return Segment("context", context.author, context.token_ids, context.text, thread=turn.thread), sampled
+        return (*(self._first(part, turn.thread) for part in added), sampled)
+
+    def _first(self, part: Heard, thread: str) -> Segment:
+        """The part on its row. A helper's words are learned from once: in another branch, or a history told anew, they are context."""
+        again = part.of in self._known
+        self._known |= {part.of} - {""}
+        segment = replace(part.segment, thread=thread)
+        return replace(segment, source="context", logprobs=None) if again else segment
 
     @property
     def cut(self) -> bool:
@@ -291,17 +480,27 @@ def _current() -> ChatRun:
 class PolicyChatModel(BaseChatModel):
     """The policy as a chat model, for graphs in which a run's question is the first human message.
 
-    Sampling is the run's: its temperature, token budget and seeds. `bind_tools` shows the policy the tools through its chat template;
-    nothing forces it to call one, so a `tool_choice` other than "auto" is a GraphError, as is any other setting. In async nodes
-    `ainvoke` and `astream`; in plain ones `invoke`. A reply is streamed once it is whole, in one chunk.
+    Sampling is the run's: its temperature, token budget and seeds; any other setting is a GraphError. `bind_tools` shows the policy the
+    tools through its chat template. Nothing forces it to call one, since the learner could not know the probabilities of constrained
+    sampling: with a `tool_choice`, as `with_structured_output` and `response_format` set it, a reply without such a call, or with
+    arguments that do not fit, ends the trace with 0, and the policy learns from that. In async nodes `ainvoke` and `astream`; in plain
+    ones `invoke`. A reply is streamed once it is whole, in one chunk.
 
     A tool or a node that raises fails its trace: let a tool answer a bad call with a text, which the policy can learn from.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     cache: Literal[False] = False
     """Never LangChain's cache of answers: each trace samples its own."""
     max_tokens: int | None = None
     """Longest reply; the trace's budget ends it in any case."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other(cls, given: Any) -> Any:
+        _refuse({name for name in given if name not in cls.model_fields} if isinstance(given, dict) else ())
+        return given
 
     @property
     def _llm_type(self) -> str:
@@ -310,9 +509,7 @@ class PolicyChatModel(BaseChatModel):
     def bind_tools(
         self, tools: Sequence[dict[str, Any] | type | Callable[..., Any] | Any], *, tool_choice: str | None = None, **kwargs: Any
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        if tool_choice not in (None, "auto"):
-            raise GraphError(f"tool_choice = {tool_choice!r}: nothing forces the policy to call a tool; leave it out, or say 'auto'")
-        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
+        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], tool_choice=tool_choice, **kwargs)
 
     async def _agenerate(
         self,
@@ -321,11 +518,11 @@ class PolicyChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         *,
         tools: Sequence[Schema] = (),
+        tool_choice: Any = None,
         **settings: Any,
     ) -> ChatResult:
-        if settings:
-            raise GraphError(f"PolicyChatModel has no {next(iter(settings))!r}: sampling is the run's, see the `rollout` settings")
-        message = await _current().reply(messages, tools, stop or (), self.max_tokens)
+        _refuse(settings)
+        message = await _current().reply(messages, tools, stop or (), self.max_tokens, tool_choice)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _generate(
@@ -347,6 +544,42 @@ class PolicyChatModel(BaseChatModel):
         message = (await self._agenerate(messages, stop, **kwargs)).generations[0].message
         chunk = AIMessageChunk(**message.model_dump(exclude={"type"}), chunk_position="last")
         yield ChatGenerationChunk(message=chunk)
+
+
+def _refuse(settings: Iterable[str]) -> None:
+    for name in settings:
+        raise GraphError(f"PolicyChatModel has no {name!r}: sampling is the run's, see the `rollout` settings")
+
+
+def _fits(message: AIMessage, tools: Sequence[Schema], choice: Any) -> bool:
+    """Whether a reply has the call that a `tool_choice` wants, in any provider's form, with arguments that the tool takes."""
+    if choice in (None, False, "auto", "none"):
+        return True
+    named = choice.get("function", choice).get("name") if isinstance(choice, dict) else choice
+    named = None if named in (True, "any", "required") else named
+    schemas = {str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in tools}
+    made = [call for call in message.tool_calls if call["name"] in schemas and named in (None, call["name"])]
+    return bool(made) and all(Draft202012Validator(schemas[call["name"]]).is_valid(call["args"]) for call in made)
+
+
+def _messages(outputs: Any) -> Iterator[BaseMessage]:
+    """The messages in what a node returned."""
+    match outputs:
+        case BaseMessage():
+            yield outputs
+        case Command():
+            yield from _messages(outputs.update)
+        case dict():
+            if {"role", "content"} <= outputs.keys():
+                yield from convert_to_messages([outputs])
+            else:
+                for value in outputs.values():
+                    yield from _messages(value)
+        case (str(), str()):
+            yield from convert_to_messages([outputs])
+        case list() | tuple():
+            for value in outputs:
+                yield from _messages(value)
 
 
 def _prefixes(ns: str) -> list[str]:

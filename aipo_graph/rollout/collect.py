@@ -21,7 +21,7 @@ from aipo_graph.load import find, model, nearest
 from aipo_graph.messages import THOUGHTS, after_reasoning
 from aipo_graph.rollout.agents import Agent, Clock
 from aipo_graph.rollout.apart import fresh_stores
-from aipo_graph.rollout.chat import ChatRun, OutOfTokens
+from aipo_graph.rollout.chat import ChatRun, Misfit, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
 from aipo_graph.rollout.inputs import Inputs, in_messages, said, start
 from aipo_graph.rollout.ledger import Ledger
@@ -99,6 +99,10 @@ class Rollouts:
     def inputs(self) -> tuple[Inputs, Inputs]:
         """What the graph and the solo one are given of a problem. Raises ConfigError for a name that the graph does not have."""
         rollout = self.config.rollout
+        if rollout.helpers and not in_messages(self.graph):
+            raise ConfigError(
+                f"rollout.helpers = {', '.join(rollout.helpers)}: {rollout.graph} is no graph of messages; name them in agents.use"
+            )
         if rollout.output and rollout.output not in self.graph.channels:
             keys = [key for key in self.graph.channels if key.isidentifier()]
             raise ConfigError(f"rollout.output: the state of {rollout.graph} has no {rollout.output!r}{nearest(rollout.output, keys)}")
@@ -125,6 +129,8 @@ class Rollouts:
         trace, state = await self._run(problem, seed=seed, with_agents=with_agents, on_segments=on_segments)
         if not trace.trained:
             return trace
+        if trace.scores.get("misfits"):
+            return self._mark_leaks(replace(trace, scores={**trace.scores, "reward": 0.0}), problem)
         given = {
             "question": problem.question,
             "answer": problem.answer,
@@ -167,7 +173,7 @@ class Rollouts:
             temperature=self.temperature,
         )
         graph = self._graph(with_agents)
-        chat = self._chat(ledger, seed) if in_messages(graph) else None
+        chat = self._chat(ledger, seed, alone=not with_agents) if in_messages(graph) else None
         segments: tuple[Segment, ...] = ()
         state: Mapping[str, Any] = {}
         path: list[str] = []
@@ -199,6 +205,8 @@ class Rollouts:
             status, reason = "timeout", late if limit.expired() else f"a node ran into its own time-out: {error}"
         except OutOfTokens:
             status, segments = "length", chat.settle() if chat else segments
+        except Misfit:
+            segments = chat.settle() if chat else segments
         except ContextError as error:
             segments = chat.settle() if chat else segments
             status, reason = ("length" if any(s.source == "policy" for s in segments) else "failed"), f"ContextError: {error}"
@@ -226,22 +234,32 @@ class Rollouts:
         if status == "done":
             status = self._ending(segments, chat)
         if status in TRAINED and not any(s.source == "policy" for s in segments):
-            why = reason or "no node asked it"
+            why = reason or (f"its nodes asked {', '.join(sorted(chat.strangers))}" if chat and chat.strangers else "no node asked it")
             status, reason = "failed", f"NoTokens: the graph ended without a word of the policy ({why}); see its routes"
-        reply = self._reply(segments, graph)
+        reply = self._reply(segments, graph, status)
         if (key := self.config.rollout.output) in graph.channels:
             found = said(state, key)
             reply = self.tokenizer.without_specials(found or "")
             if found is None and status == "done":
                 status, reason = "failed", f"NoOutput: the graph ended without {key!r} in its state (rollout.output); see its routes"
-        scores = {"rewrites": float(chat.rewrites), "invalid_calls": float(chat.invalid_calls)} if chat else {}
+        counted = ("rewrites", "invalid_calls", "misfits") if chat else ()
+        scores = {name: float(getattr(chat, name)) for name in counted}
         return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason, reply), state
 
     def _graph(self, with_agents: bool) -> Graph:
         return self.graph if with_agents else self.solo
 
-    def _chat(self, ledger: Ledger, seed: int) -> ChatRun:
-        return ChatRun(ledger, self.tokenizer.chat, budget=self._budget.tokens, seed=seed, temperature=self.temperature)
+    def _chat(self, ledger: Ledger, seed: int, *, alone: bool) -> ChatRun:
+        return ChatRun(
+            ledger,
+            self.tokenizer.chat,
+            budget=self._budget.tokens,
+            seed=seed,
+            temperature=self.temperature,
+            helpers=self.config.rollout.helpers,
+            longest=self._budget.reply_tokens,
+            alone=alone,
+        )
 
     def _stream(
         self, graph: Graph, given: tuple[dict[str, Any], ...], problem: Problem, context: Context, chat: ChatRun | None
@@ -255,10 +273,14 @@ class Rollouts:
         settings["callbacks"] = [chat]
         return graph.astream(state, settings, context=own, stream_mode=modes)
 
-    def _reply(self, segments: Sequence[Segment], graph: Graph) -> str:
-        """What stands after the reasoning and before the end of the turn, without control tokens; of a message, its content."""
+    def _reply(self, segments: Sequence[Segment], graph: Graph, status: Status) -> str:
+        """What stands after the reasoning and before the end of the turn, without control tokens; of a message, its content, or of one
+        that ends a run by a call the call's arguments.
+        """
         text = answer_text(segments, [self.tokenizer.decode([token]) for token in self.tokenizer.eos_ids])
-        return self.tokenizer.chat.said(text) if in_messages(graph) else self.tokenizer.without_specials(text)
+        if in_messages(graph):
+            return self.tokenizer.chat.said(text, calls=status == "done")
+        return self.tokenizer.without_specials(text)
 
     def _ending(self, segments: tuple[Segment, ...], chat: ChatRun | None) -> Status:
         """Why a run that ended by itself did: out of tokens, refused a consult, or done."""

@@ -25,7 +25,8 @@ def rollout_metrics(
     number of updates by which policy segments were sampled behind ``version``, `lag_max` the largest. Groups ``discarded`` for lack of
     signal count in `discarded` (their share of all that were sampled) and in the token counts alone, those of prompts ``too_long`` for
     the context in `prompts/too_long` (their number) and in the token counts. `rewrites`, per trace of a graph of messages: replies that
-    could not go on from an earlier one's exact tokens; `calls/invalid`, of those too: tool calls that could not be read.
+    could not go on from an earlier one's exact tokens; `calls/invalid`, of those too: tool calls that could not be read; `misfits`:
+    replies that were not the call that the graph asked for.
     `score/<name>`: each other score of the reward functions.
     """
     everything = [trace for group in (*groups, *discarded, *too_long) for trace in group.traces]
@@ -50,7 +51,7 @@ def rollout_metrics(
         "lag": _mean(lags),
         "lag_max": float(max(lags, default=0)),
     }
-    for name, score in (("rewrites", "rewrites"), ("calls/invalid", "invalid_calls")):
+    for name, score in (("rewrites", "rewrites"), ("calls/invalid", "invalid_calls"), ("misfits", "misfits")):
         if counts := [t.scores[score] for t in kept if score in t.scores]:
             metrics[name] = _mean(counts)
     for name in sorted({name for trace in kept for name in trace.scores} - {"reward", *COUNTED}):

@@ -26,7 +26,7 @@ from aipo_graph.tasks import grading
 Function = Callable[..., Any]
 GIVEN = ("question", "answer", "row", "reply", "messages", "state", "trace", "problem")
 """What a function may name."""
-COUNTED = ("leaks", "violation", "rewrites", "invalid_calls")
+COUNTED = ("leaks", "violation", "rewrites", "invalid_calls", "misfits")
 """Scores that the rollout counts itself; a function's own have other names."""
 PLACES = 64
 """Calls of a run's functions at once; the others wait, and the time that they wait is not theirs."""
