@@ -5,7 +5,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -62,10 +62,20 @@ def parse(
                 values.pop("task", None)
             values = _merge(cls, values, above)
             places |= {key: f"{layer}:{line}" for key, line in lines.items()}
+    return validated(cls, _merge(cls, values, given), set(_flatten(given)), places), Options(path, dry_run)
+
+
+def validated(cls: type[C], values: Mapping[str, Any], given: Collection[str] = (), places: Mapping[str, str] = {}) -> C:
+    """Settings from a mapping of sections. Raises ConfigError in one line.
+
+    Args:
+        given: dotted names of those of the command line.
+        places: where the others were given.
+    """
     try:
-        return cls.model_validate(_merge(cls, values, given)), Options(path, dry_run)
+        return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, cls, set(_flatten(given)), places)) from error
+        raise ConfigError(_explain(error, cls, given, places)) from error
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -262,7 +272,7 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
 # --- what is wrong with a value
 
 
-def _explain(error: ValidationError, cls: type[BaseModel], given: set[str], places: Mapping[str, str]) -> str:
+def _explain(error: ValidationError, cls: type[BaseModel], given: Collection[str], places: Mapping[str, str]) -> str:
     """One line for the first of the errors: key, value, what is allowed, where it was given, how many more there are."""
     errors = error.errors(include_url=False)
     first = errors[0]

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from aipo_graph import cli
 from aipo_graph import load as files
+from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Settings, TaskLike, configured
 from aipo_graph.config import Config, Train
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.evaluation.passk import Values
@@ -21,8 +22,9 @@ from aipo_graph.evaluation.provenance import digest, protocol, settings
 from aipo_graph.evaluation.samples import Mode, Part, Store
 from aipo_graph.evaluation.sampling import Report, Sampling, units
 from aipo_graph.evaluation.summary import compare, summarise
-from aipo_graph.evaluation.tables import MODES, caption, comparison, remarks, table
+from aipo_graph.evaluation.tables import MODES, UNNAMED, caption, comparison, remarks, table
 from aipo_graph.tasks.open import open_task
+from aipo_graph.types import Task
 
 K = (1, 4, 16, 64)
 SIDE_SAMPLES = 4
@@ -33,7 +35,7 @@ class Evaluation:
     """An evaluation under way in worker processes: a context manager, so that none of them outlives its use."""
 
     def __init__(
-        self, config: Config, model: str, parts: Sequence[Part], k: Sequence[int], out: Path | None, preset: str, aside: bool
+        self, config: Config, task: Task, model: str, parts: Sequence[Part], k: Sequence[int], out: Path | None, preset: str, aside: bool
     ) -> None:
         self._config, self._model, self._parts, self._k, self._preset = config, model, parts, k, preset
         self._settings = settings(config, model, parts)
@@ -42,7 +44,7 @@ class Evaluation:
         self._sampling: Sampling | None = None
         try:
             todo = units(parts, self._store.read(), 2 * config.engine.max_batch)
-            self._sampling = Sampling(config, parts, todo, self._store.path, whole=bool(preset))
+            self._sampling = Sampling(config, task, parts, todo, self._store.path, whole=bool(preset))
         finally:
             if self._sampling is None:
                 self._store.close()
@@ -51,6 +53,11 @@ class Evaluation:
     def total(self) -> int:
         """Traces left to sample when it began."""
         return self._sampling.total if self._sampling else 0
+
+    @property
+    def here(self) -> bool:
+        """Whether it is this process that samples, once the result is asked for."""
+        return self._sampling is not None and self._sampling.here
 
     def result(self, report: Report | None = None) -> Values:
         """Waits for the samples and writes evaluation.json.
@@ -87,7 +94,8 @@ def start(
     model: str | Path,
     out: Path | None = None,
     *,
-    modes: Sequence[Mode] = MODES,
+    task: Task | None = None,
+    modes: Sequence[Mode] | None = None,
     kinds: Sequence[str] = ("",),
     k: Sequence[int] | None = None,
     greedy_only: bool = False,
@@ -99,7 +107,8 @@ def start(
     Args:
         model: a model directory, ``operators`` or a hub name. Its files must stay until the workers have loaded them.
         out: folder of samples.jsonl and evaluation.json; default: one of its own under ``evaluations/``.
-        modes: of the first kind.
+        task: the config's, where it is open already.
+        modes: of the first kind; default: both, or one where both are the same graph.
         kinds: kinds of held-out problems, "" for the task's main one. The first gets ``evaluate.samples`` per problem and
             greedy decoding in each mode; the others SIDE_SAMPLES and greedy decoding, alone.
         k: default: those of K that ``evaluate.samples`` allows; with a preset that number, too.
@@ -116,29 +125,67 @@ def start(
     k = sorted(set(k)) if k is not None else sorted({n for n in K if n <= samples} | ({samples} if preset else set()))
     if k and k[-1] > samples and not greedy_only:
         raise ConfigError(f"--k {k[-1]}: larger than evaluate.samples = {samples}; raise --samples or lower --k")
-    parts = plan(config, kinds, modes, greedy_only)
-    return Evaluation(config, found, parts, k, out, preset, aside)
+    task = task or open_task(config)
+    if modes is None:
+        modes = ("with_agents",) if config.rollout.solo == config.rollout.graph else MODES
+    parts = plan(config, task, kinds, modes, greedy_only)
+    return Evaluation(config, task, found, parts, k, out, preset, aside)
 
 
 def evaluate(
-    config: Config,
     model: str | Path,
-    out: Path | None = None,
+    config: Settings | None = None,
     *,
-    modes: Sequence[Mode] = MODES,
-    kinds: Sequence[str] = ("",),
+    graph: GraphLike | None = None,
+    solo: GraphLike | None = None,
+    agents: AgentsLike | None = None,
+    task: TaskLike | None = None,
+    data: DataLike | None = None,
+    reward: RewardLike | None = None,
+    out: str | Path | None = None,
+    modes: Sequence[Mode] | None = None,
+    kind: str = "",
     k: Sequence[int] | None = None,
     greedy_only: bool = False,
-    report: Report | None = None,
+    preset: str = "",
+    console: Console | None = None,
 ) -> Values:
-    """``start(...)`` and its result."""
-    with start(config, model, out, modes=modes, kinds=kinds, k=k, greedy_only=greedy_only) as evaluation:
-        return evaluation.result(report)
+    """Evaluates a policy on held-out problems: what evaluation.json holds, and the ``folder`` where it lies (docs/python.md).
+
+    Objects reach no other process: with them this one samples, anew at each call.
+
+    Args:
+        model: a model directory, the folder of a run, ``operators`` or a hub name.
+        config: default: the settings of the run that made the model, else the quick start's.
+        graph, solo, agents, task, reward: objects or paths, over those of the config.
+        data: the problems, all of which are held out: a file, a data set of the hub, or rows.
+        out, modes, kind, k, greedy_only, preset: see ``start``.
+        console: what says how far it is; default: standard output.
+
+    Raises AipoError in one line.
+    """
+    with configured(
+        own_settings(model) if config is None else config, graph=graph, solo=solo, agents=agents, task=task, heldout=data, reward=reward
+    ) as settings:
+        folder = None if out is None else Path(out)
+        console = console or Console(soft_wrap=True, highlight=False)
+        with (
+            _served(settings, files.model(str(model)), console) as served,
+            start(served, model, folder, modes=modes, kinds=(kind,), k=k, greedy_only=greedy_only, preset=preset) as evaluation,
+        ):
+            return follow(evaluation, console) | {"folder": str(evaluation.folder)}
 
 
-def plan(config: Config, kinds: Sequence[str], modes: Sequence[Mode], greedy_only: bool) -> list[Part]:
+def own_settings(model: str | Path) -> Path:
+    """The config.yaml of the run that made a model, else the quick start's."""
+    found = files.model(str(model))
+    own = Path(found).parent / "config.yaml"
+    return own if Path(found).is_dir() and own.is_file() else files.find("configs/quickstart.yaml")
+
+
+def plan(config: Config, task: Task, kinds: Sequence[str], modes: Sequence[Mode], greedy_only: bool) -> list[Part]:
     """The parts of an evaluation, the slowest first. Raises TaskError for a kind without held-out problems."""
-    task, wanted = open_task(config), config.evaluate
+    wanted = config.evaluate
     parts = []
     for position, kind in enumerate(kinds):
         problems = tuple(task.heldout(wanted.problems, kind))
@@ -146,7 +193,7 @@ def plan(config: Config, kinds: Sequence[str], modes: Sequence[Mode], greedy_onl
             raise TaskError(
                 f"the task {config.task.name!r} has no held-out problems{f' of kind {kind!r}' if kind else ''}: nothing to evaluate"
             )
-        name = kind or problems[0].kind or "heldout"
+        name = kind or problems[0].kind or UNNAMED
         samples = wanted.samples if position == 0 else min(SIDE_SAMPLES, wanted.samples)
         chosen_modes: Sequence[Mode] = [mode for mode in reversed(MODES) if mode in modes] if position == 0 else ["alone"]
         for mode in chosen_modes:
@@ -175,7 +222,7 @@ class Command(Config):
     `--compare A B`, alone: the paired difference of two evaluations (their folders) of the same problems."""
 
     model: CliPositionalArg[str]
-    """A model directory, `operators` (the shipped base policy), or a hub name."""
+    """A model directory, the folder of a run, `operators` (the shipped base policy), or a hub name."""
     preset: str = ""
     """A benchmark's protocol over the file's settings: task, samples per problem, temperature, budget. The command line is above it."""
     k: Annotated[tuple[PositiveInt, ...] | None, Field(min_length=1)] = None
@@ -184,7 +231,7 @@ class Command(Config):
     """Kind of held-out problems; default: the task's main one."""
     greedy: CliToggleFlag[bool] = False
     """Greedy decoding only. Without this it is evaluated beside the samples."""
-    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = MODES
+    modes: Annotated[tuple[Mode, ...] | None, Field(min_length=1)] = None
     """alone, with_agents, or both with their difference; --alone-only and --with-agents-only are short for one."""
     out: str = ""
     """Folder of the results; what it holds already is not sampled again. Default: one of its own under evaluations/."""
@@ -244,26 +291,21 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(cli.write_yaml(config), end="")
         return
-    modes = tuple(dict.fromkeys(command.modes))
-    out = Path(command.out) if command.out else None
-    with (
-        _served(config, files.model(command.model), console) as served,
-        start(
-            served,
-            command.model,
-            out,
-            modes=modes,
-            kinds=(command.kind,),
-            k=command.k,
-            greedy_only=command.greedy,
-            preset=command.preset,
-        ) as evaluation,
-    ):
-        values = follow(evaluation, console)
+    values = evaluate(
+        command.model,
+        config,
+        out=command.out or None,
+        modes=command.modes and tuple(dict.fromkeys(command.modes)),
+        kind=command.kind,
+        k=command.k,
+        greedy_only=command.greedy,
+        preset=command.preset,
+        console=console,
+    )
     console.print(table(values))
     for line in [caption(values), *remarks(values)]:
         console.print(line, markup=False)
-    console.print(f"written to {evaluation.folder / 'evaluation.json'}")
+    console.print(f"written to {Path(values['folder']) / 'evaluation.json'}")
 
 
 def _read(argv: Sequence[str]) -> tuple[Command, Config, bool]:
@@ -274,9 +316,7 @@ def _read(argv: Sequence[str]) -> tuple[Command, Config, bool]:
     command, options = cli.parse(words, Command, prog=PROG, doc=doc)
     overlay = _preset(command.preset)
     if options.file is None:
-        own = Path(command.model).parent / "config.yaml"
-        ours = Path(command.model).is_dir() and own.is_file()  # `operators` and hub names have no folder of a run
-        words += ["--config", str(own if ours else files.find("configs/quickstart.yaml"))]
+        words += ["--config", str(own_settings(command.model))]
     if options.file is None or overlay:
         command, options = cli.parse(words, Command, prog=PROG, doc=doc, overlay=overlay)
     return command, Config.model_validate({name: getattr(command, name) for name in Config.model_fields}), options.dry_run

@@ -1,4 +1,4 @@
-"""``load("graphs/aipo.py:build")`` or ``load("pkg.mod:name")``: the only dynamic import of the project."""
+"""``load("graphs/aipo.py:build")`` or ``load("pkg.mod:name")``: the only dynamic import of the project; and what a call gave instead."""
 
 import codecs
 import difflib
@@ -7,9 +7,11 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
 from aipo_graph.errors import ConfigError
@@ -23,6 +25,25 @@ IMPORT_FAULTS = (
 OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 CLIENT_FAULTS = (("openai", "OpenAIError"), ("anthropic", "AnthropicError"), ("botocore.exceptions", "BotoCoreError"),
                  ("google.auth.exceptions", "GoogleAuthError"))  # fmt: skip
+
+OBJECT = "object:"
+"""What a setting begins with that stands for an object of the call's: ``object:graph``."""
+_OBJECTS: ContextVar[Mapping[str, Any]] = ContextVar("objects", default=MappingProxyType({}))
+
+
+@contextmanager
+def given(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Within, and in the tasks and threads that it starts, ``load("object:NAME")`` is the object of that name."""
+    token = _OBJECTS.set(objects)
+    try:
+        yield
+    finally:
+        _OBJECTS.reset(token)
+
+
+def objects() -> Mapping[str, Any]:
+    """What was given. It reaches no other process."""
+    return _OBJECTS.get()
 
 
 def faults() -> tuple[type[Exception], ...]:
@@ -60,24 +81,35 @@ def data(name: str) -> Path:
 
 
 def model(name: str) -> str:
-    """Where a model is: a shipped one (``operators``), an existing directory, or a hub name, returned unchanged.
+    """Where a model is: a shipped one (``operators``), an existing directory, of a run folder its policy, or a hub name, unchanged.
 
-    Raises ConfigError for a path (./x, /x, ~/x) that is no directory.
+    Raises ConfigError for a path (./x, /x, ~/x) that is no directory, and for a run folder without a policy.
     """
     ours = data(name)
     if name.isidentifier() and ours.is_dir():
         return str(ours)
-    if name.startswith((".", "/", "~")) or Path(name).is_dir():
-        return str(find(name, "dir"))
-    return name
+    if not name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        return name
+    folder = find(name, "dir")
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        if not (folder / "policy").is_dir():
+            raise ConfigError(f"run folder {folder} has no policy yet: let the run end, or name a model directory")
+        folder /= "policy"
+    return str(folder)
 
 
 def load(spec: str, *, base: Path | None = None) -> Any:
-    """The object that ``file.py:name`` (looked up by :func:`find`) or ``package.module:name`` names.
+    """The object that ``file.py:name`` (looked up by :func:`find`), ``package.module:name`` or ``object:name`` names.
 
     A file is imported once per process, so that its classes keep their identity. Raises ConfigError in one line: no such file,
     no such name, or what the import raised and where.
     """
+    if spec.startswith(OBJECT):
+        name = spec.removeprefix(OBJECT)
+        if name not in objects():
+            again = f"give it again ({name.partition('.')[0]}=...), or name a file"
+            raise ConfigError(f"{spec!r} stands for an object that a call from Python gave: {again}")
+        return objects()[name]
     target, colon, name = spec.rpartition(":")
     if not colon or not target or not name.isidentifier():
         raise ConfigError(f"{spec!r} names nothing to load: write path/to/file.py:name or package.module:name")

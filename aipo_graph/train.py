@@ -5,8 +5,9 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from pydantic_settings import CliToggleFlag
 from rich.console import Console
-from rich.table import Table
 
-from aipo_graph import cli
+from aipo_graph import cli, loops
+from aipo_graph import load as files
+from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Run, Settings, TaskLike, configured, run_name, settings_of
 from aipo_graph.config import Config
 from aipo_graph.draw import layout
 from aipo_graph.engines.chat import describe, open_chats
@@ -25,14 +27,14 @@ from aipo_graph.engines.handover import sweep
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.open import open_engine
 from aipo_graph.errors import AipoError, TrainError
-from aipo_graph.evaluate import follow, start
+from aipo_graph.evaluate import Evaluation, follow, start
 from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.provenance import contents, model_contents, problems_digest
-from aipo_graph.evaluation.tables import cell, size
+from aipo_graph.evaluation.summary import compare
+from aipo_graph.evaluation.tables import trained_table, verdict
 from aipo_graph.learn import memory
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
-from aipo_graph.load import model
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.metrics import exclusions, rollout_metrics
@@ -42,6 +44,8 @@ from aipo_graph.types import Task, TraceGroup
 
 Cursor = Mapping[str, Any]
 """What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn, whether it is finished."""
+OnStep = Callable[[int, Mapping[str, float]], Any]
+"""Called after each step with its number and metrics; what is true stops the run."""
 TOLD = 64
 """Training problems by which a begun run knows its task again."""
 
@@ -53,17 +57,20 @@ class Command(Config):
     """Go on with a begun run although settings or files have changed that change what it learns; changes.jsonl records them."""
 
 
-async def train(config: Config, learner: Learner, stream: Stream, log: RunLog, cursor: Cursor) -> bool:
+async def loop(
+    config: Config, learner: Learner, stream: Stream, log: RunLog, cursor: Cursor, stopping: threading.Event, on_step: OnStep | None
+) -> bool:
     """The loop: sample groups, learn from them, publish the weights; from `learner.version` to `train.steps` or `train.tokens`.
 
-    Returns whether the end was reached; a signal stops it early. Raises TrainError when too many fail, or (from the learner) when there
-    is nothing to learn from, or after three bad steps in a row; EngineError when the engine does not take the weights.
+    Returns whether the end was reached; ``stopping``, a signal and ``on_step`` stop it early. Raises TrainError when too many fail, or
+    (from the learner) when there is nothing to learn from, or after three bad steps in a row; EngineError when the engine does not take
+    the weights.
     """
     await stream.load_weights(learner)
     tokens, drawn = cursor.get("tokens", 0.0), cursor.get("drawn", learner.version * config.rollout.problems)
     started = time.monotonic()
     finished, unhelped, passed_over = False, 0, False
-    with stop_signals() as stopping:
+    with stop_signals(stopping, log):
         async with aclosing(stream.steps(learner.version, config.train.steps, drawn)) as steps:  # an error ends what is under way, too
             async for step in steps:
                 sampled = time.monotonic()
@@ -88,6 +95,8 @@ async def train(config: Config, learner: Learner, stream: Stream, log: RunLog, c
                 metrics["tokens_per_second"] = metrics["tokens/policy"] / (ended - started)
                 started = ended
                 log.step(learner.version, metrics, shown, learned)
+                if on_step is not None and on_step(learner.version, metrics):
+                    stopping.set()
                 tokens += metrics["tokens/policy"]
                 finished = _finished(config, learner.version, tokens)
                 stopped = stopping.is_set() and stream.whole(learner.version)
@@ -121,35 +130,82 @@ def _too_many_failed(config: Config, groups: Sequence[TraceGroup], unhelped: int
 
 
 @contextmanager
-def stop_signals() -> Iterator[asyncio.Event]:
-    """The first SIGINT or SIGTERM sets the event, so that the step under way is finished and saved; a second ends the process."""
-    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+def stop_signals(stopping: threading.Event, log: RunLog) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets the event, so that the step under way is finished and saved; a second ends the process.
+
+    Another thread than the main one gets no signals.
+    """
 
     def stop(number: int) -> None:
         if stopping.is_set():
+            if hasattr(sys, "ps1"):  # of somebody's session
+                raise KeyboardInterrupt
             os._exit(128 + number)
         stopping.set()
+        log.note("stops once the step under way is done and saved; once more ends it at once")
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    running = asyncio.get_running_loop()
     for number in numbers:
-        loop.add_signal_handler(number, stop, number)
+        running.add_signal_handler(number, stop, number)
     try:
-        yield stopping
+        yield
     finally:
         for number in numbers:
-            loop.remove_signal_handler(number)
+            running.remove_signal_handler(number)
 
 
-def run(config: Config, console: Console, *, force: bool = False) -> None:
+def train(
+    model: str | Path | None = None,
+    config: Settings | None = None,
+    *,
+    graph: GraphLike | None = None,
+    solo: GraphLike | None = None,
+    agents: AgentsLike | None = None,
+    task: TaskLike | None = None,
+    data: DataLike | None = None,
+    heldout: DataLike | None = None,
+    reward: RewardLike | None = None,
+    steps: int | None = None,
+    name: str | None = None,
+    on_step: OnStep | None = None,
+    force: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Trains a policy, or goes on with a begun run, to its exported policy, its evaluation and summary.json (docs/python.md).
+
+    Works in a notebook and in any thread. A run that was stopped goes on by the same call.
+
+    Args:
+        model: a model directory, the folder of a run, ``operators`` or a hub name; default: the config's.
+        config: what is not given otherwise; default: the settings' defaults, and without a model the quick start.
+        graph, solo, agents, task, data, heldout, reward: objects or paths, over those of the config.
+        steps, name: `train.steps` and `run.name`; where nothing names the run, the model does.
+        on_step: called after each step with its number and metrics; what is true stops the run.
+        force: let a begun run go on although settings or files have changed that change what it learns.
+        console: where it says what it does; default: standard output.
+
+    Raises AipoError in one line.
+    """
+    base = settings_of(config or ({} if model else "configs/quickstart.yaml"))
+    if model and name is None and "name" not in base.run.model_fields_set:
+        name = run_name(str(model))
+    given = {"policy.model": model and str(model), "train.steps": steps, "run.name": name}
+    with configured(base, graph=graph, solo=solo, agents=agents, task=task, data=data, heldout=heldout, reward=reward, **given) as settings:
+        run(settings, console or Console(soft_wrap=True, highlight=False), force=force, on_step=on_step)
+        return Run(Path(settings.run.dir) / settings.run.name)
+
+
+def run(config: Config, console: Console, *, force: bool = False, on_step: OnStep | None = None) -> None:
     """One run, from its last checkpoint if it has one, to its exported policy, its evaluation and summary.json.
 
-    The base policy is evaluated in a process of its own: beside the training with the local engine, before it where both need vLLM.
-    ``force`` lets a begun run go on although settings or files have changed that change what it learns.
+    The base policy is evaluated in a process of its own: beside the training with the local engine, before it where both need vLLM, and
+    before it in this process where objects were given, which reach no other.
     """
     started = time.monotonic()
     torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    path, task, evaluated = model(config.policy.model), open_task(config), config.evaluate.problems > 0
+    path, task, evaluated = files.model(config.policy.model), open_task(config), config.evaluate.problems > 0
     # Data that cannot be trained on is refused before anything is loaded.
     told = contents(config) | model_contents(path) | {"the task's problems": problems_digest(map(task.train, range(TOLD)))}
     with RunLog(config, console, files=told, force=force) as log, launched(config, path, log.folder, console) as config:
@@ -160,38 +216,53 @@ def run(config: Config, console: Console, *, force: bool = False) -> None:
         before = read_metrics(log.folder / "metrics.jsonl")
         evaluation, values = log.folder / "evaluation", dict[str, Values]()
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
+
+        def begin(config: Config, model: str | Path, name: str) -> Evaluation:
+            return start(config, model, evaluation / name, task=task, kinds=task.kinds, aside=True)
+
         with ExitStack() as stack:
-            waiting = stack.enter_context(start(beside, path, evaluation / "base", kinds=task.kinds, aside=True)) if evaluated else None
-            if waiting and config.engine.kind != "local":
+            waiting = stack.enter_context(begin(beside, path, "base")) if evaluated else None
+            first = waiting is not None and (waiting.here or config.engine.kind != "local")
+            if waiting and first:
                 values["base"] = follow(waiting, console)
-            if not learn(config, path, task, learner, cursor, log):
+            if not learn(config, path, task, learner, cursor, log, on_step):
                 return
             del learner  # its memory is the evaluation's, which is another process
-            gc.unfreeze()
             gc.collect()
             torch.cuda.empty_cache()
-            if waiting and config.engine.kind == "local":
+            if waiting and not first:
                 values["base"] = follow(waiting, console)
         if evaluated:
-            with start(config, log.folder / "policy", evaluation / "trained", kinds=task.kinds, aside=True) as trained:
+            with begin(config, log.folder / "policy", "trained") as trained:
                 values["trained"] = follow(trained, console)
         rows = read_metrics(log.folder / "metrics.jsonl")
         if len(rows) > len(before) or not (log.folder / "summary.json").exists():
             seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
             log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, values)})
         if evaluated:
-            console.print(result_table(values["base"], values["trained"]))
+            console.print(trained_table(values["base"], values["trained"]))
+            for line in verdict(compare(evaluation / "base", evaluation / "trained"), values["base"]["kind"]):
+                console.print(line)
         console.print(f"policy, curves.png and summary.json are in {log.folder}")
+        console.print(f"look at it: python -m aipo_graph.view {log.folder}", markup=False)
+        if not files.objects():  # which the other commands would lack
+            console.print(f"ask it: python -m aipo_graph.demo {log.folder}", markup=False)
 
 
-def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Cursor, log: RunLog) -> bool:
-    """Trains from the cursor to the end and exports the policy. Returns False where a signal stopped it before."""
+def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Cursor, log: RunLog, on_step: OnStep | None = None) -> bool:
+    """Trains from the cursor to the end and exports the policy. Returns False where it was stopped before."""
     finished = _finished(config, learner.version, cursor.get("tokens", 0.0))
     log.resume_at(learner.version)
     if learner.version:
         log.note(f"goes on after step {learner.version}")
     if not finished:
-        finished = asyncio.run(_train(config, path, task, learner, log, cursor))
+        stopping = threading.Event()
+
+        async def main() -> bool:
+            async with opened(config, path, task, log) as stream:
+                return await loop(config, learner, stream, log, cursor, stopping, on_step)
+
+        finished = loops.run(main(), interrupted=stopping.set)
     if not finished:
         log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")
         return False
@@ -199,11 +270,6 @@ def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Curso
     log.curves()
     learner.export(log.folder / "policy")
     return True
-
-
-async def _train(config: Config, path: str, task: Task, learner: Learner, log: RunLog, cursor: Cursor) -> bool:
-    async with opened(config, path, task, log) as stream:
-        return await train(config, learner, stream, log, cursor)
 
 
 @asynccontextmanager
@@ -221,6 +287,7 @@ async def opened(config: Config, path: str, task: Task, log: RunLog) -> AsyncIte
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
         yield Stream(rollouts, config)
     finally:
+        gc.unfreeze()
         await engine.close()
 
 
@@ -234,25 +301,9 @@ def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:
     }
 
 
-def result_table(base: Values, trained: Values) -> Table:
-    """Base and trained policy, alone and with agents, and the other kinds alone."""
-    shown = Table(title=f"held-out {base['kind']} problems, 95 % intervals over problems")
-    columns = [("alone", base["alone"], trained["alone"]), ("with agents", base["with_agents"], trained["with_agents"])]
-    columns += [(f"{kind} alone", base["kinds"][kind]["alone"], trained["kinds"][kind]["alone"]) for kind in base["kinds"]]
-    shown.add_column("")
-    for title, _, _ in columns:
-        shown.add_column(f"base\n{title}", justify="right")
-        shown.add_column(f"trained\n{title}", justify="right", style="bold")
-    for name in (*(f"pass@{k}" for k in base["k"]), "greedy"):
-        shown.add_row(name, *(cell(found, name) for _, *pair in columns for found in pair))
-    shown.add_section()
-    shown.add_row("problems x samples", *(size(found) for _, *pair in columns for found in pair))
-    return shown
-
-
 def explain(config: Config, console: Console) -> None:
     """What a dry run says beside the settings: the memory that they need, and the command of the server that they sample from."""
-    path = model(config.policy.model)
+    path = files.model(config.policy.model)
     console.print(memory.table(memory.estimate(config, path)))
     if config.engine.kind == "server":
         try:
@@ -268,7 +319,7 @@ def main(argv: list[str]) -> None:
         print(cli.write_yaml(config), end="")
         explain(config, Console(stderr=True, soft_wrap=True, highlight=False))
         return
-    run(config, Console(soft_wrap=True, highlight=False), force=command.force)
+    train(config=config, force=command.force)
 
 
 if __name__ == "__main__":

@@ -207,12 +207,12 @@ def test_rows_that_share_an_id_stay_apart(tmp_path: Path):
             r"no problem in it \(1 without an answer that can be read \(first: row 1\)\); see task.columns",
         ),
         ([], {}, "no records"),
-        (sums(1), {}, "none of its 1 problems is held out by their hash; add more, or say task.heldout"),
+        (sums(1), {}, "each of its 1 problems is held out; give other training or held-out problems"),
     ],
 )
 def test_data_that_cannot_be_used_is_named_with_the_remedy(tmp_path: Path, rows: Any, settings: Any, said: str):
     with pytest.raises((ConfigError, TaskError), match=said) as caught:
-        task("dataset", data=write(tmp_path / "own.jsonl", *rows), **settings)
+        task("dataset", data=write(tmp_path / "own.jsonl", *rows), **settings).train(0)
     assert "own.jsonl" in str(caught.value)
 
 

@@ -16,7 +16,7 @@ from typing import get_args
 import pytest
 from tiny_learner import group, random_groups, segment, tiny_learner, trace
 
-from aipo_graph import cli, errors
+from aipo_graph import Run, cli, errors
 from aipo_graph.config import Config, Loss
 from aipo_graph.learn.advantage import ESTIMATORS
 from aipo_graph.learn.batch import pack
@@ -31,7 +31,7 @@ from aipo_graph.tasks.open import open_task
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/**/*.md")) if "results" not in str(path))]
 FENCE = re.compile(r"^(?:<!-- no-run: (.+) -->\n)?```(\w*) *(?:title=\"(\S+)\")?(.*)\n((?s:.*?))^```$", re.M)
-OTHERS = {"vllm", "tensorboard", "hf", "."}
+OTHERS = {"aipo-graph", "vllm", "tensorboard", "hf", "."}
 """Programs of others that pages name."""
 
 
@@ -187,8 +187,9 @@ def test_commands_in_the_text_exist(page: str, root: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_named_on_a_page_exist(page: str) -> None:
     """But for what a run says of an agent: `agents.knowledge: μ recorded`."""
-    sections = {name: field.annotation.model_fields for name, field in Config.model_fields.items()}  # type: ignore[union-attr]
+    sections = {name: {*field.annotation.model_fields} for name, field in Config.model_fields.items()}  # type: ignore[union-attr]
     named = re.findall(rf"(?<![\w/.-])({'|'.join(sections)})\.(\w+)\b(?![\w.]*/|: μ)", read(page))
+    sections["run"] = {*sections["run"], *vars(Run)}  # and the attributes of what `train` returns
     assert {f"{section}.{key}" for section, key in named if key not in (*sections[section], "py", "md")} == set()
 
 

@@ -19,7 +19,7 @@ import pytest
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TaskError
-from aipo_graph.evaluate import evaluate, main, plan, start
+from aipo_graph.evaluate import main, plan, start
 from aipo_graph.evaluation.passk import bootstrap, pass_at_k
 from aipo_graph.evaluation.provenance import model_digest
 from aipo_graph.evaluation.provenance import settings as depends
@@ -40,6 +40,11 @@ SETTINGS: dict[str, Any] = {
 
 def config(**sections: dict[str, Any]) -> Config:
     return Config.model_validate({name: SETTINGS.get(name, {}) | sections.get(name, {}) for name in {*SETTINGS, *sections}})
+
+
+def result(config: Config, folder: Path, kinds: tuple[str, ...] = ("",)) -> dict[str, Any]:
+    with start(config, "operators", folder, kinds=kinds) as evaluation:
+        return evaluation.result()
 
 
 # --- pass@k
@@ -139,7 +144,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluation by two workers."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    evaluate(config(), "operators", folder, kinds=("hard", "easy"))
+    result(config(), folder, kinds=("hard", "easy"))
     return folder
 
 
@@ -160,7 +165,7 @@ def test_an_evaluation_holds_each_sample_once_and_its_figures(undisturbed: Path)
 
 
 def test_samples_do_not_depend_on_the_number_of_workers(undisturbed: Path, tmp_path: Path) -> None:
-    evaluate(config(evaluate=SETTINGS["evaluate"] | {"workers": 1}), "operators", tmp_path, kinds=("hard", "easy"))
+    result(config(evaluate=SETTINGS["evaluate"] | {"workers": 1}), tmp_path, kinds=("hard", "easy"))
     assert lines(tmp_path) == lines(undisturbed)
     one, two = (json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, undisturbed))
     for values in (one, two):  # they may lie on two sides of midnight
@@ -214,7 +219,7 @@ def test_leaving_an_evaluation_early_ends_its_workers_and_frees_its_folder(tmp_p
 def test_what_a_worker_raises_is_raised_here(tmp_path: Path) -> None:
     lost = config(rollout=SETTINGS["rollout"] | {"graph": "nowhere.py:build"}, evaluate=SETTINGS["evaluate"] | {"workers": 1})
     with pytest.raises(ConfigError, match=r"no file 'nowhere\.py'"):
-        evaluate(lost, "operators", tmp_path)
+        result(lost, tmp_path)
     assert not multiprocessing.active_children()
 
 
@@ -258,13 +263,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_a_folder_with_other_settings_is_refused_naming_the_first_difference(undisturbed: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds an evaluation with rollout.temperature = 1.0, not 0.5; choose another --out"):
-        evaluate(config(rollout=SETTINGS["rollout"] | {"temperature": 0.5}), "operators", undisturbed)
+        result(config(rollout=SETTINGS["rollout"] | {"temperature": 0.5}), undisturbed)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_text('{"mine": 1}\n')
     with pytest.raises(ConfigError, match="not the first line of an evaluation"):
-        evaluate(config(), "operators", tmp_path)
+        result(config(), tmp_path)
     assert (tmp_path / "samples.jsonl").read_text() == '{"mine": 1}\n'
 
 
@@ -289,7 +294,7 @@ def test_a_task_without_heldout_problems_is_refused() -> None:
     empty = config(task={"name": f"{__file__}:no_problems"})
     assert open_task(empty).heldout(4) == []
     with pytest.raises(TaskError, match="has no held-out problems: nothing to evaluate"):
-        plan(empty, ("",), ("alone",), greedy_only=False)
+        plan(empty, open_task(empty), ("",), ("alone",), greedy_only=False)
 
 
 def test_an_edited_graph_is_another_evaluation(tmp_path: Path, root: Path) -> None:

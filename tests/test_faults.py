@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from aipo_graph import cli, evaluate
+from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.demo import __main__ as demo
 from aipo_graph.errors import ConfigError
+from aipo_graph.evaluate import main as evaluate
 from aipo_graph.load import load
 
 
@@ -83,7 +84,7 @@ async def test_what_no_request_can_mend_ends_the_run_at_the_first(faults: Any, f
 @pytest.mark.parametrize(
     ("command", "words", "fault", "message"),
     [
-        (evaluate.main, ["--samples", "1", "--problems", "2", "--workers", "1"], "401 Incorrect API key", "set the provider's API key"),
+        (evaluate, ["--samples", "1", "--problems", "2", "--workers", "1"], "401 Incorrect API key", "set the provider's API key"),
         (demo.command, ["@6475IEB?"], "404 no such model", "correct agents.models.knowledge"),
     ],
     ids=["evaluate", "demo"],

@@ -10,6 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from rollout_world import save_tiny
+from test_chat_graph import tokenizer
+from test_messages import QWEN
 
 from aipo_graph import __version__
 
@@ -77,6 +80,45 @@ def test_the_tree_that_is_imported_is_the_wheels(python: Path, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert all(line.startswith(str(python.parents[1])) for line in done.stdout.splitlines())
+
+
+SCRIPT = """
+from langchain.agents import create_agent
+from aipo_graph import train, evaluate, view, Config, Agent, PolicyChatModel
+
+def calculator(expression: str) -> str:
+    "Works out a product."
+    return "42"
+
+run = train(
+    {policy!r},
+    {{"rollout": {{"problems": 2, "traces": 4, "max_tokens": 32}}, "evaluate": {{"problems": 1, "samples": 1, "problems_with_agents": 1}}}},
+    graph=create_agent(PolicyChatModel(), tools=[calculator]),
+    data="sums.jsonl",
+    reward=lambda question, answer, reply: float(len(reply) % 2),
+    steps=1,
+)
+print(run.summary["steps"], run.policy.is_dir(), run.view(open=False))
+"""
+
+
+def test_a_script_of_a_few_lines_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
+    policy = save_tiny(tmp_path / "policy", tokenizer(QWEN))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sums.jsonl").write_text("".join(f'{{"question": "{n}+1", "answer": "{n + 1}"}}\n' for n in range(9)))
+    (tmp_path / "mine" / "script.py").write_text(SCRIPT.format(policy=policy))
+    done = run(python, tmp_path / "mine", "script.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1 True runs/policy/view.html"
+
+
+def test_the_console_script_is_the_commands(wheel: Path, python: Path, tmp_path: Path) -> None:
+    (entry,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("entry_points.txt"))
+    assert "aipo-graph = aipo_graph.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    done = run(python, tmp_path, "-m", "aipo_graph", "train", "--dry-run", "--train.steps", "3")
+    assert (done.returncode, "  steps: 3\n" in done.stdout) == (0, True), done.stderr
+    done = run(python, tmp_path, "-m", "aipo_graph", "trian")
+    assert (done.returncode, done.stderr) == (2, "error: no command 'trian'; did you mean 'train'?\n")
 
 
 def test_dry_run_in_an_empty_folder(python: Path, tmp_path: Path) -> None:

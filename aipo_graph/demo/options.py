@@ -12,6 +12,7 @@ from pydantic_settings import CliPositionalArg, CliToggleFlag
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
+from aipo_graph.evaluate import own_settings
 from aipo_graph.load import model
 
 PROG = "python -m aipo_graph.demo"
@@ -29,7 +30,7 @@ class Demo(Config):
     """Show a trace as it is made: what the policy writes, whom it consults, what they reply. Without a question, ask for them."""
 
     model: CliPositionalArg[str] = "operators"
-    """A model directory, `operators` (the shipped base policy), or a hub name."""
+    """A model directory, the folder of a run, `operators` (the shipped base policy), or a hub name."""
     question: CliPositionalArg[str] = ""
     """What the policy is to solve."""
     graph: str = ""
@@ -63,9 +64,7 @@ def settings(argv: list[str]) -> Demo:
     argv = _ordered(argv)
     demo, options = cli.parse(argv, Demo, prog=PROG)
     if options.file is None:
-        own = Path(demo.model).parent / "config.yaml"
-        ours = Path(demo.model).is_dir() and own.is_file()  # `operators` and hub names have no folder of a run
-        demo, options = cli.parse([*argv, "--config", str(own if ours else "configs/quickstart.yaml")], Demo, prog=PROG)
+        demo, options = cli.parse([*argv, "--config", str(own_settings(demo.model))], Demo, prog=PROG)
     if options.dry_run:
         print(cli.write_yaml(Config.model_validate({name: getattr(demo, name) for name in Config.model_fields})), end="")
         sys.exit()

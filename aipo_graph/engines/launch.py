@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
+from aipo_graph import loops
 from aipo_graph.config import Config
 from aipo_graph.engines.client import Client
 from aipo_graph.engines.decoder import torch_device
@@ -126,16 +127,16 @@ class Launched:
 def launched(config: C, model_path: str, folder: Path, console: Console | None = None) -> Iterator[C]:
     """The config with the URL of a server that runs as long as the context; unchanged where ``engine.launch`` asks for none.
 
-    Called outside of an event loop. Raises ConfigError, EngineError like ``launch``.
+    Raises ConfigError, EngineError like ``launch``.
     """
     if not config.engine.launch:
         yield config
         return
-    server = asyncio.run(launch(config, model_path, folder / "vllm.log", console=console))
+    server = loops.run(launch(config, model_path, folder / "vllm.log", console=console))
     try:
         yield config.model_copy(update={"engine": config.engine.model_copy(update={"launch": False, "urls": (server.url,)})})
     finally:
-        asyncio.run(server.stop())
+        loops.run(server.stop())
 
 
 async def launch(config: Config, model_path: str, log: Path, *, python: str = sys.executable, console: Console | None = None) -> Launched:

@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import CodeType
+from typing import Any
+from uuid import uuid4
 
 from aipo_graph import __version__
 from aipo_graph import load as files
@@ -38,6 +41,8 @@ def settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     flat |= {f"task.{key}": value for key in ("reward", "weights") if (value := getattr(config.task, key))}
     flat |= {f"rollout.{key}": value for key in ("inputs", "output") if (value := getattr(config.rollout, key))}
+    if files.objects():
+        flat["objects"] = uuid4().hex  # nobody can say whether they are those of an earlier call
     if config.task.options:
         flat["task.options"] = dict(config.task.options)
     sizes = {part.name: f"{len(part.problems)} problems, {part.samples} samples" for part in parts}
@@ -82,7 +87,7 @@ def _revision(model: str) -> str | None:
 
 
 def contents(config: Config) -> dict[str, str]:
-    """SHA-256 of each file that the settings name, by setting: code, prompts, local data."""
+    """SHA-256 of each file that the settings name, by setting: code, prompts, local data; of a function that a call gave, of its code."""
     code = {"rollout.graph": config.rollout.graph, "rollout.solo": config.rollout.solo, "task.name": config.task.name}
     reward = config.task.reward if isinstance(config.task.reward, dict) else {"": config.task.reward}
     code |= {f"task.reward.{name}".rstrip("."): spec for name, spec in reward.items()}
@@ -92,7 +97,18 @@ def contents(config: Config) -> dict[str, str]:
     schemas = {key: files.find(spec.removeprefix("json:")) for key, spec in code.items() if spec.startswith("json:")}
     data = {"task.data": config.task.data, "task.heldout": config.task.heldout}
     paths |= schemas | {key: files.find(name) for key, name in data.items() if name and name.endswith((".jsonl", ".csv", ".parquet"))}
-    return {f"{key} ({path.name})" if "/" not in key else key: _hash([path]) for key, path in paths.items()}
+    functions = {key: getattr(files.load(spec), "__code__", None) for key, spec in code.items() if spec.startswith(files.OBJECT)}
+    digests = {key: hashlib.sha256(repr(_instructions(found)).encode()).hexdigest() for key, found in functions.items() if found}
+    return digests | {f"{key} ({path.name})" if "/" not in key else key: _hash([path]) for key, path in paths.items()}
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    def plain(constant: Any) -> Any:
+        if isinstance(constant, CodeType):
+            return _instructions(constant)
+        return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
+
+    return code.co_code, code.co_names, tuple(map(plain, code.co_consts))
 
 
 def model_contents(model: str) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Samples held-out problems in worker processes, into a file that survives a kill: the engine room of `evaluate.py`."""
 
 import asyncio
+import functools
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,14 +15,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, Self
 
 from pydantic_core import to_json
 
+from aipo_graph import loops
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, ContextError, EngineError
 from aipo_graph.evaluation.samples import Key, Part, Sample, append, ballot
-from aipo_graph.types import Problem, Trace, derive_seed
+from aipo_graph.load import objects
+from aipo_graph.types import Problem, Task, Trace, derive_seed
 
 GRACE = 15
 """Seconds in which a worker that was asked to end must have ended."""
@@ -57,16 +62,21 @@ def units(parts: Sequence[Part], done: Mapping[Key, Sample], size: int) -> list[
 class Sampling:
     """Worker processes that sample units until none is left; in the background until `finish` is called.
 
-    A context manager: leaving it ends the workers. They also end by themselves when this process does, however it does.
+    A context manager: leaving it ends the workers. They also end by themselves when this process does, however it does. Objects that a
+    call gave reach no other process: with them `finish` samples in this one.
 
     Args:
         whole: refuse a model whose context cannot hold the longest prompt and all of `rollout.max_tokens`.
     """
 
-    def __init__(self, config: Config, parts: Sequence[Part], todo: Sequence[Unit], path: Path, *, whole: bool = False) -> None:
+    def __init__(self, config: Config, task: Task, parts: Sequence[Part], todo: Sequence[Unit], path: Path, *, whole: bool = False) -> None:
         self.total = sum(len(traces) for _, traces in todo)
         self._done = self._failed = 0
         self._workers: dict[Connection, Any] = {}
+        self.here = bool(objects())
+        self._sample = functools.partial(_sample_all, config, task, parts, iter(todo), path, whole)
+        if self.here:
+            return
         spawn = multiprocessing.get_context("spawn")
         self._taken = spawn.Value("q", 0)  # kept: it must outlive the workers' start
         # Workers are born with SIGINT blocked: Ctrl-C reaches the whole group, and this process decides what it means.
@@ -78,7 +88,8 @@ class Sampling:
                 # A daemon may have no children; vLLM in the process has.
                 daemon = config.engine.kind != "vllm"
                 worker = spawn.Process(target=_work, args=(config, parts, todo, self._taken, path, theirs, whole), daemon=daemon)
-                worker.start()
+                with _main_unseen():
+                    worker.start()
                 theirs.close()
                 self._workers[ours] = worker
         except BaseException:
@@ -89,6 +100,15 @@ class Sampling:
 
     def finish(self, report: Report | None = None) -> None:
         """Waits for the workers. Raises what a worker raised, EngineError if one died."""
+
+        def tell(done: int, failed: int) -> None:
+            self._done += done
+            self._failed += failed
+            if report:
+                report(self._done, self.total, self._failed)
+
+        if self.here and self.total:
+            loops.run(self._sample(tell))
         while self._workers:
             for connection in wait(list(self._workers)):
                 assert isinstance(connection, Connection)
@@ -99,10 +119,7 @@ class Sampling:
                 if message is None:
                     self._workers.pop(connection).join()
                     continue
-                self._done += message[0]
-                self._failed += message[1]
-                if report:
-                    report(self._done, self.total, self._failed)
+                tell(*message)
 
     def _receive(self, connection: Connection) -> tuple[int, int] | Exception | None:
         try:
@@ -132,6 +149,16 @@ class Sampling:
         self.close()
 
 
+@contextmanager
+def _main_unseen() -> Iterator[None]:
+    """A child that starts within does not run the caller's script again, which need not guard itself with `if __name__ == "__main__"`."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 # --- in a worker
 
 
@@ -142,8 +169,24 @@ def _work(
     if config.engine.kind == "vllm":  # it has processes of its own, which would be left behind
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=end_with_parent, daemon=True).start()
+    logging.getLogger("aipo_graph").setLevel(logging.ERROR)  # the parent has read the same data, and said what it warns of
+
+    def left() -> Iterator[Unit]:
+        while True:
+            with taken.get_lock():
+                index, taken.value = taken.value, taken.value + 1
+            if index >= len(todo):
+                return
+            yield todo[index]
+
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from aipo_graph.tasks.open import open_task
+
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is terminated would leave behind
     try:
-        asyncio.run(_sample_all(config, parts, todo, taken, path, parent, whole))
+        work = _sample_all(config, open_task(config), parts, left(), path, whole, lambda done, failed: parent.send((done, failed)))
+        asyncio.run(work)
         parent.send(None)
     except (AipoError, OSError) as error:
         parent.send(error)
@@ -160,30 +203,29 @@ def end_with_parent() -> None:
 
 
 async def _sample_all(
-    config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection, whole: bool = False
+    config: Config, task: Task, parts: Sequence[Part], left: Iterator[Unit], path: Path, whole: bool, tell: Callable[[int, int], None]
 ) -> None:
+    """``tell`` is called with how many more are done, and how many of these failed."""
     # Imported here because only workers need them: the parent starts (and refuses) without waiting for torch.
     import torch
-    from tqdm import tqdm  # type: ignore[import-untyped]
     from transformers.utils.logging import disable_progress_bar
 
     from aipo_graph.engines.chat import open_chats
     from aipo_graph.engines.open import open_engine
     from aipo_graph.rollout.collect import Rollouts
-    from aipo_graph.tasks.open import open_task
 
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is terminated would leave behind
     torch.set_num_threads(config.run.threads)
     disable_progress_bar()
     if all(part.mode == "alone" for part in parts):  # helpers need not be up for what runs without them
         config = config.model_copy(update={"agents": config.agents.model_copy(update={"use": {}, "models": {}})})
     engine = await open_engine(config, config.policy.model)
     try:
-        rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
+        rollouts = Rollouts.open(config, engine, task, await open_chats(config, engine))
         if whole:
             await _check_context(rollouts, parts)
-        await _sample_units(rollouts, parts, todo, taken, path, parent)
+        await _sample_units(rollouts, parts, left, path, tell)
     finally:
+        gc.unfreeze()
         await engine.close()
 
 
@@ -219,7 +261,7 @@ async def _check_context(rollouts: Any, parts: Sequence[Part]) -> None:
         )
 
 
-async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection) -> None:
+async def _sample_units(rollouts: Any, parts: Sequence[Part], left: Iterator[Unit], path: Path, tell: Callable[[int, int], None]) -> None:
     from aipo_graph.rollout.collect import Rollouts, gather
 
     config: Config = rollouts.config
@@ -229,14 +271,10 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Uni
 
     def write(samples: Sequence[Sample]) -> None:
         append(file, b"".join(to_json(sample) + b"\n" for sample in samples))
-        parent.send((len(samples), sum(not sample.scored for sample in samples)))
+        tell(len(samples), sum(not sample.scored for sample in samples))
 
-    while True:
-        with taken.get_lock():
-            index, taken.value = taken.value, taken.value + 1
-        if index >= len(todo):
-            return
-        part = parts[todo[index][0]]
+    for index, traces in left:
+        part = parts[index]
         runner = replace(rollouts, temperature=0.0) if part.greedy else rollouts
 
         async def one(problem: Problem, number: int, part: Part = part, runner: Rollouts = runner) -> Sample:
@@ -248,7 +286,7 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], todo: Sequence[Uni
                 write([sample])
             return sample
 
-        samples = await gather([one(part.problems[problem], number) for problem, number in todo[index][1]])
+        samples = await gather([one(part.problems[problem], number) for problem, number in traces])
         if closed:
             write(samples)  # a unit that was written in part would be batched in another way when it is resumed
 

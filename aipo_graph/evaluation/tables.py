@@ -1,6 +1,6 @@
 """The figures of evaluations, to read: a table, the line that says how they came about, and what a reader must know beside them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
@@ -8,12 +8,14 @@ from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.samples import Mode
 
 MODES: tuple[Mode, ...] = ("alone", "with_agents")
+UNNAMED = "heldout"
+"""The kind of problems that have none."""
 Row = tuple[str, list[str]]
 
 
 def table(values: Values) -> Table:
     """The figures of an evaluation, each over its interval."""
-    shown = Table(title=f"{values['model']}: {values['kind']} problems, 95 % intervals over problems")
+    shown = Table(title=f"{values['model']}: {_problems(values['kind'])}, 95 % intervals over problems")
     modes = [("", values), *values["kinds"].items()]
     columns = [(f"{kind} {mode}".strip().replace("_", " "), found[mode]) for kind, found in modes for mode in MODES if mode in found]
     if "difference" in values:
@@ -56,6 +58,45 @@ def _details(columns: Sequence[Values]) -> list[Row]:
     )
     rows.append(row("violations", lambda c: _share(c["violations"]) if c.get("violations") else "–"))
     return [(name, cells) for name, cells in rows if any(text != "–" for text in cells)]
+
+
+def _problems(kind: str) -> str:
+    return "held-out problems" if kind == UNNAMED else f"held-out {kind} problems"
+
+
+def trained_table(base: Values, trained: Values) -> Table:
+    """Base and trained policy, alone and with agents, and the other kinds alone: 80 columns hold it."""
+    shown = Table(title=f"{_problems(base['kind'])}, 95 % intervals over problems")
+    for title in ("", "base", "trained"):
+        shown.add_column(title, justify="right" if title else "left", style="bold" if title == "trained" else "")
+    for kind, before, after in [
+        ("", base, trained),
+        *((f"{kind} ", base["kinds"][kind], trained["kinds"][kind]) for kind in base["kinds"]),
+    ]:
+        for mode in (mode for mode in MODES if mode in before):
+            shown.add_section()
+            pair = before[mode], after[mode]
+            for name in (*(f"pass@{k}" for k in base["k"]), "greedy"):
+                if any(found.get(name) is not None for found in pair):
+                    cells = (cell(found, name).replace("\n", " (", 1) + ")" for found in pair)
+                    shown.add_row(f"{kind}{mode.replace('_', ' ')}, {name}", *cells)
+            shown.add_row("problems x samples", *map(size, pair), style="dim")
+    return shown
+
+
+def verdict(parts: Mapping[str, Values], kind: str) -> list[str]:
+    """What a run's evaluations come to, a sentence for each mode: the paired difference of base and trained policy."""
+    lines = []
+    for mode in (mode for mode in MODES if f"{kind}/{mode}" in parts):
+        found = parts[f"{kind}/{mode}"]
+        low, high = found["intervals"]["pass@1"]
+        p = "p < 0.001" if found["p"]["pass@1"] < 0.001 else f"p = {found['p']['pass@1']:.2g}"
+        how = "beats" if low > 0 else "falls behind" if high < 0 else "is not shown to differ from"
+        lines.append(
+            f"{mode.replace('_', ' ')}, the trained policy {how} the base: pass@1 {found['second']:.3f} against {found['first']:.3f}, a "
+            f"difference of {found['pass@1']:+.3f} ({low:+.3f} … {high:+.3f}, {p})"
+        )
+    return lines
 
 
 def caption(values: Values) -> str:

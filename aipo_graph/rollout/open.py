@@ -56,9 +56,12 @@ def _open_agent(name: str, path: str, config: Config, chat: BaseChatModel | None
         raise ConfigError(f"agents.use.{name}: the tag <{FEEDBACK}> is that of every reply; give the agent another name")
     if not path and chat is None:
         raise ConfigError(f"agents.use.{name} is empty, a model alone, but agents.models names none; add agents.models.{name}")
-    agent = call(path, load(path), config) if path else Agent(name, model=chat)
+    found = load(path) if path else Agent(name, model=chat)
+    agent = found if isinstance(found, Agent) else call(path, found, config)
     if not isinstance(agent, Agent):
         raise ConfigError(f"agents.use.{name}: {path} returned a {type(agent).__name__}, not an Agent")
+    if agent.name != name:
+        raise ConfigError(f"agents.use.{name}: {path} is the agent {agent.name!r}; write Agent({name!r}, ...), or agents.use.{agent.name}")
     settings, chat = config.agents, chat or agent.model
     if chat is None:
         check_alone(name, agent.tools[0])

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from pydantic import NonNegativeInt
 
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError
-from aipo_graph.load import data, find
+from aipo_graph.load import OBJECT, data, find, load
 from aipo_graph.tasks import grading, rewards
 from aipo_graph.tasks.split import Split
 from aipo_graph.tools.jsonl import records
@@ -149,9 +149,7 @@ class DatasetTask(Split):
             heldout = _read(name, "task.heldout", layout.heldout, layout, required)
         else:
             heldout = {key: p for key, p in problems().items() if _address(name, key) % layout.heldout_of == 0}
-        if not heldout:
-            count = len(problems())
-            raise TaskError(f"{layout.data}: none of its {count} problems is held out by their hash; add more, or say task.heldout")
+            heldout = heldout or dict([min(problems().items(), key=lambda problem: _address(name, problem[0]))])
         in_order = [heldout[key] for key in sorted(heldout, key=lambda key: _address(name, key))]
         apart = bool(layout.heldout)
         super().__init__(name, seed, in_order, lambda: kept_for_training(layout.data, problems().items(), heldout.keys(), apart))
@@ -291,6 +289,9 @@ def _text(cell: Any) -> str:
 
 def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, Any]]:
     columns = layout.columns
+    if source.startswith(OBJECT):
+        yield from _given(source)
+        return
     if source.endswith(".jsonl"):
         for _, record in records(find(source)):
             yield record
@@ -308,6 +309,15 @@ def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, An
                 first.setdefault(_text(_cell(row, columns["id"])) or f"without an id, row {at}", at)
             dataset = dataset.select(list(first.values()))
     yield from _plain_rows(dataset)
+
+
+def _given(source: str) -> Iterator[Mapping[str, Any]]:
+    """The rows that a call gave."""
+    rows = load(source)
+    for row in rows if isinstance(rows, Iterable) else [rows]:
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"{source.removeprefix(OBJECT)}: a row is a {type(row).__name__}, no mapping of columns to values")
+        yield row
 
 
 def _table(setting: str, source: str) -> Iterator[Mapping[str, Any]]:

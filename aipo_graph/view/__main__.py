@@ -120,24 +120,36 @@ def show(folders: Sequence[Path], traces: int, host: str, port: int, opens: bool
     asyncio.run(serve(application(runs, assemble(_title(runs), SCRIPTS, STYLES, live=True), host), host, port, started))
 
 
+def make(names: Sequence[str], out: str | Path | None, traces: int, opens: bool) -> Path:
+    """The page of runs as a file, opened where there is a display."""
+    folders = folders_of(names)
+    if out and Path(out).suffix not in (".html", ".htm"):
+        raise ConfigError(f"--out {out}: the file's name must end in .html")
+    file = Path(out) if out else folders[0] / "view.html"
+    write(folders, file, traces, Console(soft_wrap=True, highlight=False))
+    if opens and has_display():
+        webbrowser.open(file.resolve().as_uri())
+    return file
+
+
+def folders_of(names: Sequence[str]) -> list[Path]:
+    """Of one run, or of two that are not the same."""
+    folders = [run_folder(name) for name in names]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError(f"{' and '.join(names)} are one run; name another to compare it with, or none")
+    return folders
+
+
 def command(argv: list[str]) -> None:
     given = _parser().parse_intermixed_args(argv)  # OTHER may come after an option
-    if given.out and given.serve:
-        raise ConfigError("--out: --serve writes no file; leave one of them out")
-    if given.out and given.out.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--out {given.out}: the file's name must end in .html")
-    folders = [run_folder(name) for name in (given.run, given.other) if name is not None]
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ConfigError(f"{given.run} and {given.other} are one run; name another to compare it with, or none")
-    console = Console(soft_wrap=True, highlight=False)
-    opens = not given.no_open and has_display()
-    if given.serve:
-        show(folders, given.traces, given.host, given.port, opens, console)
+    names = [name for name in (given.run, given.other) if name is not None]
+    if not given.serve:
+        make(names, given.out, given.traces, not given.no_open)
         return
-    out = given.out or folders[0] / "view.html"
-    write(folders, out, given.traces, console)
-    if opens:
-        webbrowser.open(out.resolve().as_uri())
+    if given.out:
+        raise ConfigError("--out: --serve writes no file; leave one of them out")
+    console = Console(soft_wrap=True, highlight=False)
+    show(folders_of(names), given.traces, given.host, given.port, not given.no_open and has_display(), console)
 
 
 def _title(runs: Sequence[ViewedRun]) -> str:

@@ -1,0 +1,191 @@
+"""`from aipo_graph import train, evaluate, view`: objects as well as paths, in scripts, threads, running loops and a notebook's kernel."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from langchain.agents import create_agent
+from nbclient import NotebookClient
+from rollout_world import save_tiny
+from test_chat_graph import tokenizer
+from test_messages import QWEN
+
+from aipo_graph import Agent, Config, PolicyChatModel, Run, evaluate, train, view
+from aipo_graph.errors import ConfigError, GraphError
+from aipo_graph.log import read_traces
+
+ROWS = [{"question": f"{a}*{b}?", "answer": str(a * b)} for a in range(2, 9) for b in range(2, 9)]
+SMALL: dict[str, dict[str, Any]] = {
+    "run": {"device": "cpu", "trackers": ()},
+    "rollout": {"problems": 2, "traces": 4, "max_tokens": 32},
+    "evaluate": {"problems": 1, "problems_with_agents": 1, "samples": 1, "workers": 1},
+}
+BARE = SMALL | {"evaluate": {"problems": 0}}
+
+
+def calculator(expression: str) -> str:
+    """Works out a product."""
+    return "42"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random policy with a chat template."""
+    return save_tiny(tmp_path_factory.mktemp("policy"), tokenizer(QWEN))
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def odd(reply: str) -> float:
+    return len(reply) % 2
+
+
+def trained(policy: str, config: Mapping[str, Any] = BARE, **given: Any) -> Run:
+    graph = create_agent(PolicyChatModel(), tools=[calculator])
+    return train(policy, config, **{"graph": graph, "data": ROWS, "reward": odd, "steps": 1, "name": "mine", **given})
+
+
+def test_objects_train_and_are_evaluated_in_this_process(policy: str) -> None:
+    seen: list[tuple[str, str, str]] = []
+
+    def reward(question: str, answer: str, reply: str) -> float:
+        seen.append((threading.current_thread().name, question, answer))
+        return odd(reply)
+
+    run = trained(policy, SMALL, reward=reward, steps=2)
+    assert {(question, answer) for _, question, answer in seen} <= {(row["question"], row["answer"]) for row in ROWS}
+    assert run.finished
+    assert run.summary["steps"] == len(run.metrics) == 2
+    assert set(run.summary["trained"]) >= {"with_agents", "kinds"} - {"alone"}, "alone it is the same graph"
+    groups, _ = read_traces(run.dir / "traces.jsonl")
+    assert all(trace.with_agents for logged in groups for trace in logged.group.traces)
+    assert run.view(open=False).stat().st_size > 100_000
+    again = evaluate(run.dir, graph=create_agent(PolicyChatModel(), tools=[]), data=ROWS[:3], reward={"odd": odd}, modes=["alone"])
+    assert again["alone"]["problems"] == 1, "as the run's settings say"
+    assert (Path(again["folder"]) / "evaluation.json").is_file()
+    before = len(seen)
+    other = evaluate(run.policy, graph=create_agent(PolicyChatModel(), tools=[calculator]), data=ROWS[:3], reward=reward)
+    assert (len(seen) > before, other["with_agents"]["problems"]) == (True, 1), "an earlier call's samples are not taken for this one's"
+
+
+def test_a_callback_logs_and_stops_and_the_same_call_goes_on(policy: str) -> None:
+    seen: list[float] = []
+
+    def first(step: int, metrics: Mapping[str, float]) -> bool:
+        seen.append(metrics["reward"])
+        return step == 1
+
+    run = trained(policy, steps=3, on_step=first)
+    assert (len(seen), run.finished) == (1, False)
+    with pytest.raises(ConfigError, match="the run has not ended; the same call goes on"):
+        _ = run.summary
+    with pytest.raises(ConfigError, match="has no policy yet"):
+        _ = run.policy
+    assert trained(policy, steps=3).summary["steps"] == 3
+
+
+def test_another_reward_under_the_same_name_is_noticed(policy: str) -> None:
+    trained(policy)
+    trained(policy, reward=lambda reply: len(reply) % 2, force=True)
+    with pytest.raises(ConfigError, match="task.reward has changed"):
+        trained(policy, steps=2, reward=lambda reply: len(reply) % 3)
+    assert trained(policy, steps=2, reward=lambda reply: len(reply) % 2).summary["steps"] == 2
+
+
+def test_in_a_thread(policy: str) -> None:
+    runs: list[Run] = []
+    thread = threading.Thread(target=lambda: runs.append(trained(policy, SMALL)))
+    thread.start()
+    thread.join()
+    assert runs[0].finished
+
+
+async def test_within_a_running_loop(policy: str) -> None:
+    assert trained(policy, SMALL).finished
+    assert asyncio.get_running_loop().is_running()
+
+
+def test_in_a_notebook(policy: str, tmp_path: Path) -> None:
+    cells = [
+        "from langchain.agents import create_agent\nfrom aipo_graph import train, evaluate, view, Config, Agent, PolicyChatModel",
+        f"run = train({policy!r}, {SMALL!r}, graph=create_agent(PolicyChatModel(), tools=[]), data={ROWS!r},\n"
+        "            reward=lambda question, answer, reply: float(len(reply) % 2), steps=1)",
+        "print(run.summary['steps'], run.policy.is_dir(), run.view(open=False).name)",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    done = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "1 True view.html" in "".join(output.get("text", "") for output in done.cells[-1].outputs)
+
+
+def test_a_plain_script_without_a_guard_samples_in_other_processes(tmp_path: Path) -> None:
+    """Paths alone: their evaluation is the command's, in workers, which do not run the script again."""
+    script = tmp_path / "mine.py"
+    script.write_text(f"from aipo_graph import evaluate\nprint('once')\nprint(evaluate('operators', {SMALL!r})['alone']['problems'])\n")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("once"), done.stdout.splitlines()[-1]) == (0, 1, "1"), done.stderr
+
+
+def test_agents_that_are_objects_in_the_shipped_graph() -> None:
+    async def rule(query: str) -> str:
+        return "2695-"
+
+    agents = [Agent(name, tools=(rule,)) for name in ("verify", "knowledge", "reasoning")]
+    config = Config.model_validate(BARE | {"rollout": {"problems": 8, "traces": 4}})
+    run = train("operators", config, agents=agents, steps=1)
+    assert run.dir == Path("runs/operators")
+    groups, _ = read_traces(run.dir / "traces.jsonl")
+    said = {s.text for logged in groups for trace in logged.group.traces for s in trace.segments if s.source == "agent"}
+    assert said == {"2695-"}
+    with pytest.raises(ConfigError, match=r"agents.use.verify: object:agents.verify is the agent 'knowledge'"):
+        train("operators", config, agents={"verify": agents[1]}, name="other")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": [1, 2]}, "data: a row is a int, no mapping of columns to values"),
+        ({"data": [{"q": "1"}]}, "no column 'question'; the columns there: q"),
+        ({"reward": 3}, "a int is no function"),
+        ({"graph": 3}, "a int is not a LangGraph graph"),
+        ({"config": {"rollout": {"problemz": 3}}}, "no setting 'rollout.problemz'; did you mean rollout.problems?"),
+        ({"config": "nowhere.yaml"}, "no file 'nowhere.yaml'"),
+        ({"steps": 0}, "train.steps = 0"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(policy: str, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        trained(policy, **{"config": BARE, **given})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_object_that_is_not_given_again_is_asked_for(policy: str) -> None:
+    run = trained(policy, SMALL)
+    with pytest.raises(ConfigError, match=r"'object:\w+' stands for an object that a call from Python gave: give it again"):
+        evaluate(run.dir)
+    with pytest.raises(ConfigError, match="no run 'nowhere'"):
+        view("nowhere")
+
+
+def test_the_chat_model_outside_of_a_run_names_the_way_in() -> None:
+    with pytest.raises(GraphError, match="aipo_graph.train"):
+        PolicyChatModel().invoke("1+1?")
+
+
+def test_importing_the_package_is_fast_and_brings_no_torch() -> None:
+    code = (
+        "import sys, aipo_graph; assert not {'torch', 'langgraph', 'pydantic', 'transformers'} & {*sys.modules}; print(dir(aipo_graph));"
+        "import aipo_graph.train, aipo_graph.view.read; from aipo_graph import train, view; assert callable(train) and callable(view)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'train'" in done.stdout
