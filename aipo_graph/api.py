@@ -136,7 +136,7 @@ def _alone(base: Config, graph: str, bare: bool) -> dict[str, Any]:
     if not in_messages(open_graph(graph)):
         return {}
     changes: dict[str, Any] = {"rollout.solo": graph}
-    if "with_agents" not in base.rollout.model_fields_set:
+    if "with_agents" not in base.rollout.model_fields_set and not base.rollout.helpers:
         changes["rollout.with_agents"] = 1.0
     if bare and "use" not in base.agents.model_fields_set:
         changes["agents.use"] = {}

@@ -127,7 +127,8 @@ def start(
         raise ConfigError(f"--k {k[-1]}: larger than evaluate.samples = {samples}; raise --samples or lower --k")
     task = task or open_task(config)
     if modes is None:
-        modes = ("with_agents",) if config.rollout.solo == config.rollout.graph else MODES
+        same = config.rollout.solo == config.rollout.graph and not config.rollout.helpers
+        modes = ("with_agents",) if same else MODES
     parts = plan(config, task, kinds, modes, greedy_only)
     return Evaluation(config, task, found, parts, k, out, preset, aside)
 

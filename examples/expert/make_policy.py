@@ -44,7 +44,7 @@ LONG = (BEGIN, END, OPEN, CLOSE, "\\boxed{", "user", "assistant")
 WORDS = ("<pad>", "<eos>", "<unk>", *TAGS, *SPECIAL, *LONG, *LETTERS, *"0123456789}\n")
 IDS = {word: index for index, word in enumerate(WORDS)}
 SPLIT = "|".join(map(re.escape, LONG)) + r"|[\s\S]"
-CONTEXT, DIALOGS, STEPS, ROWS = 160, 4000, 300, 48
+CONTEXT, DIALOGS, STEPS, ROWS = 160, 4000, 600, 48
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
