@@ -1,6 +1,9 @@
 """Helpers in graphs of messages: exactly their words are learned from, and alone the policy answers its own calls."""
 
 import json
+import random
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +25,18 @@ from test_messages import QWEN
 from tool_manners import TEMPLATES
 
 from aipo_graph import pretrain
-from aipo_graph.config import Loss
+from aipo_graph.cli import parse
+from aipo_graph.config import Config, Loss
+from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import ConfigError, GraphError
 from aipo_graph.learn.batch import AGENT, pack
+from aipo_graph.load import load
 from aipo_graph.messages import ChatFormat
 from aipo_graph.rollout import Graph, PolicyChatModel
 from aipo_graph.rollout.collect import Rollouts, gather
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.tokens import Tokenizer
+from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Problem, Reply, Trace, TraceGroup
 
 PROBLEM = Problem("p", "6*7?", "42")
@@ -359,3 +366,37 @@ def test_helpers_of_a_consult_graph_are_named_elsewhere(root: Path) -> None:
         ConfigError, match=r"rollout.helpers = ask_expert: graphs/aipo.py:build is no graph of messages; name them in agents.use"
     ):
         Rollouts.open(config, engine, Exact())
+
+
+async def test_the_worked_example_learns_from_its_expert(root: Path, tmp_path: Path) -> None:
+    """What carries loss in its pretraining is what a policy writes, results included; in a run they are the expert's, or its own."""
+    made = sys.modules[load(f"{root}/examples/expert/make_policy.py:main").__module__]
+    ids, labels = made.sample(random.Random(0))
+    words = made.tokenizer()
+    learned = words.decode([label for label in labels if label != pretrain.IGNORE])
+    shown = words.decode([token for token, label in zip(ids, labels, strict=True) if label == pretrain.IGNORE])
+    assert re.fullmatch(
+        r"(<tool_call>.*?</tool_call><\|im_end\|>\n\d{3}\n</tool_response><\|im_end\|>\n){2}\\boxed\{\d{6}\}<\|im_end\|>\n",
+        learned,
+        re.DOTALL,
+    )
+    assert re.fullmatch(r"<\|im_start\|>user\n[A-L]{2}<\|im_end\|>\n(<\|im_start\|>(assistant\n|user\n<tool_response>\n)){5}", shown)
+    made.fresh_policy(0).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    config, _ = parse([str(root / "examples/expert/config.yaml"), "--policy.model", str(tmp_path)], Config, prog="test")
+    rollouts = Rollouts.open(config, LocalEngine.load(config, tmp_path), open_task(config))
+    problem = rollouts.task.train(0)
+
+    def write(text: str) -> str:
+        asked = re.findall(r'letter": "(.)"', text)
+        codes = re.findall(r"<tool_response>\n(\d{3})", text)
+        if len(asked) > len(codes):
+            return "123\n</tool_response>"
+        left = problem.question[len(asked) :]
+        return call(words, "ask_expert", made.TOOLS, letter=left[0]).replace("<|im_end|>", "") if left else f"\\boxed{{{''.join(codes)}}}"
+
+    rollouts = replace(rollouts, engine=Scribe(words, write))
+    helped, alone = [await rollouts.run_trace(problem, seed=0, with_agents=with_agents) for with_agents in (True, False)]
+    assert (helped.reward, alone.reward) == (1.0, 0.0)
+    assert "".join(text for _, text in said(helped)) == problem.answer
+    assert (said(alone), alone.reply) == ([], "\\boxed{123123}")
