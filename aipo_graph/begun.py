@@ -49,13 +49,13 @@ class Begun:
 
 
 def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool) -> Begun:
-    """Writes config.yaml and files.json of a new run, or compares them with a begun one's.
+    """Writes config.yaml and files.json of a new run, one without a checkpoint, or compares them with a begun one's.
 
     A setting that config.yaml lacks, since its version did not know it, had its default. Raises ConfigError in one line where something
     has changed that changes learning, unless ``force``.
     """
     path = folder / CONFIG
-    if not path.exists():
+    if not path.exists() or not any(folder.glob("checkpoints/step-*")):  # where nothing is learned yet nothing is lost
         write_whole(folder / FILES, json.dumps(files, indent=1) + "\n")
         write_whole(path, write_yaml(config))
         return Begun(folder, config, files, {}, (), ())

@@ -57,7 +57,8 @@ CHANGES_LEARNING = {
     "policy": "*",
     "task": "name data heldout columns reward weights options",
     "rollout": (
-        "graph solo prompts inputs output problems redraws traces with_agents max_tokens max_consults max_supersteps temperature max_lag"
+        "graph solo prompts inputs output helpers problems redraws traces with_agents max_tokens max_consults max_supersteps "
+        "temperature max_lag"
     ),
     "agents": "use models temperature max_reply_tokens leak",
     "loss": "*",

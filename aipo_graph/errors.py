@@ -1,5 +1,7 @@
 """Every error that a user can meet. Each message is one line: the value, the place, the remedy."""
 
+from importlib import metadata
+
 
 class AipoError(Exception):
     """An expected failure. The commands print its one line and exit with code 2."""
@@ -39,3 +41,16 @@ class GraphError(AipoError):
 
 class TrainError(AipoError):
     """Training cannot go on: too many failed traces, nothing to learn from, or several bad steps in a row."""
+
+
+def install(extra: str) -> str:
+    """The command that installs what an extra needs, wherever this package came from: a clone, a wheel or an index.
+
+    >>> install("peft")
+    "pip install 'peft<0.22,>=0.21'"
+    """
+    try:
+        lines = [line.partition(";") for line in metadata.requires("aipo-graph") or ()]
+    except metadata.PackageNotFoundError:  # run from a clone, uninstalled
+        return f"pip install '.[{extra}]'"
+    return " ".join(["pip install", *(f"'{what.strip()}'" for what, _, where in lines if f'extra == "{extra}"' in where.replace("'", '"'))])

@@ -1,5 +1,6 @@
 """Evaluate a policy: `python -m aipo_graph.evaluate MODEL [config.yaml] [--k 1 4 16 64]`; unbiased pass@k, alone and with agents."""
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from aipo_graph.evaluation.samples import Mode, Part, Store
 from aipo_graph.evaluation.sampling import Report, Sampling, units
 from aipo_graph.evaluation.summary import compare, summarise
 from aipo_graph.evaluation.tables import MODES, UNNAMED, caption, comparison, remarks, table
-from aipo_graph.tasks.open import open_task
+from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Task
 
 K = (1, 4, 16, 64)
@@ -189,7 +190,7 @@ def plan(config: Config, task: Task, kinds: Sequence[str], modes: Sequence[Mode]
     wanted = config.evaluate
     parts = []
     for position, kind in enumerate(kinds):
-        problems = tuple(task.heldout(wanted.problems, kind))
+        problems = tuple(problems_of(config, functools.partial(task.heldout, wanted.problems, kind)))
         if not problems:
             raise TaskError(
                 f"the task {config.task.name!r} has no held-out problems{f' of kind {kind!r}' if kind else ''}: nothing to evaluate"

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -216,6 +217,13 @@ def _place(fault: BaseException, path: Path | None) -> str:
         return str(path)
     frame = (own or frames)[-1]
     return f"{frame.filename}:{frame.lineno}"
+
+
+def own_place(fault: BaseException) -> str:
+    """The deepest line of a user's own file that a fault came through; "" where all are ours or a library's."""
+    theirs = (str(Path(__file__).parent), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+    own = [frame for frame in traceback.extract_tb(fault.__traceback__) if not frame.filename.startswith((*theirs, "<frozen"))]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def _listing(folder: Path, kind: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """RunLog: one folder per run, held by one process, and what a person sees while it runs."""
 
+import errno
 import fcntl
 import json
 import math
@@ -66,10 +67,13 @@ class RunLog:
         """Raises ConfigError where another process has the folder, what changes learning has changed, or a tracker cannot be opened."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
             self._lock = _take_lock(self.folder)
             # A forked worker that outlives a killed run would keep the lock with its copy of the file descriptor.
             os.register_at_fork(after_in_child=self._unlock)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise ConfigError(f"run folder {self.folder}: {error.strerror}; choose another --run.dir or --run.name") from error
         try:
             self._begun = begin(self.folder, self.config, self._files, force=self._force)
@@ -263,13 +267,9 @@ def _take_lock(folder: Path) -> int:
 
 
 def plain_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
-    """One line per step, for files and pipes."""
-    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-    parts += [f"{label} {metrics[key]:{form}}" for label, key, form in HEADLINE if key in metrics]
-    for agent in agents_in(metrics):
-        values = [f"{label} {metrics[f'{key}/{agent}']:{form}}" for label, key, form in PER_AGENT if f"{key}/{agent}" in metrics]
-        parts.append(f"{agent}: {' '.join(values)}")
-    return " | ".join(parts)
+    """One short line per step, for files and pipes; metrics.jsonl has the rest."""
+    shown = [entry for entry in HEADLINE if entry[1] in metrics and (entry[1] != "failed" or metrics["failed"])]
+    return f"step {step:>{len(str(steps))}}/{steps}: " + ", ".join(f"{label} {metrics[key]:{form}}" for label, key, form in shown)
 
 
 HEADLINE = (

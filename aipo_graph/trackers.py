@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aipo_graph.config import Config
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import ConfigError, install
 
 IDS = "trackers.json"
 """In the run folder: which run of each tracker is this one."""
@@ -48,7 +48,7 @@ class Trackers:
                 self._opened[name] = _open(name, config, folder)
             except ImportError as error:
                 self.finish()
-                raise ConfigError(f"run.trackers names {name}, which is not installed; pip install 'aipo-graph[trackers]'") from error
+                raise ConfigError(f"run.trackers names {name}, which is not installed; {install('trackers')}") from error
             except Exception as error:
                 self.finish()
                 raise ConfigError(

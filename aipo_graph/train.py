@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Run, Set
 from aipo_graph.config import Config
 from aipo_graph.draw import layout
 from aipo_graph.engines.chat import describe, open_chats
-from aipo_graph.engines.decoder import torch_device
+from aipo_graph.engines.decoder import device_here
 from aipo_graph.engines.handover import sweep
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.open import open_engine
@@ -39,7 +40,7 @@ from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.metrics import exclusions, rollout_metrics
 from aipo_graph.rollout.stream import Stream
-from aipo_graph.tasks.open import open_task
+from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Task, TraceGroup
 
 Cursor = Mapping[str, Any]
@@ -87,7 +88,10 @@ async def loop(
                 batch = pack(step.groups, config.loss, learner.version - config.rollout.max_lag)
                 shown = step.groups[: config.run.trace_groups]
                 learned = await asyncio.to_thread(learner.learned, batch, shown)
-                metrics |= await asyncio.to_thread(learner.step, batch)
+                try:
+                    metrics |= await asyncio.to_thread(learner.step, batch)
+                except TrainError as error:
+                    raise TrainError(f"{error}{_violations(metrics)}") from error
                 stepped = time.monotonic()
                 await stream.load_weights(learner)
                 ended = time.monotonic()
@@ -112,6 +116,16 @@ async def loop(
 def _finished(config: Config, version: int, tokens: float) -> bool:
     """Whether a run is at its end, which later settings may have moved."""
     return version >= config.train.steps or 0 < config.train.tokens <= tokens
+
+
+def _violations(metrics: Mapping[str, float]) -> str:
+    """What to say of a step whose traces with agents are worth nothing since the policy wrote the helpers' part."""
+    if not metrics["violations"] > 0.5:
+        return ""
+    return (
+        f"; {metrics['violations']:.0%} of the last step's traces with agents got 0 since the policy wrote a reply's tags itself "
+        "(violations): say in its prompt that it must stop at a request"
+    )
 
 
 def _all_helped_failed(groups: Sequence[TraceGroup]) -> bool:
@@ -207,13 +221,18 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
     torch.manual_seed(config.run.seed)
     path, task, evaluated = files.model(config.policy.model), open_task(config), config.evaluate.problems > 0
     # Data that cannot be trained on is refused before anything is loaded.
-    told = contents(config) | model_contents(path) | {"the task's problems": problems_digest(map(task.train, range(TOLD)))}
+    asked = problems_of(config, lambda: map(task.train, range(TOLD)))
+    told = contents(config) | model_contents(path) | {"the task's problems": problems_digest(asked)}
     with RunLog(config, console, files=told, force=force) as log, launched(config, path, log.folder, console) as config:
         log.console.print(f"run folder {log.folder}")
         sweep(log.folder)
-        learner = Learner(config, path, torch_device(config))
+        learner = Learner(config, path, device_here(config))
         cursor = learner.restore(log.folder / "checkpoints")
-        before = read_metrics(log.folder / "metrics.jsonl")
+        needed, free = learner.checkpoint_bytes / 1e9, shutil.disk_usage(log.folder).free / 1e9
+        if needed > free:
+            log.note(f"a checkpoint takes about {needed:.1f} GB, and {log.folder} has {free:.1f} GB left: this run cannot be saved")
+        before, made = read_metrics(log.folder / "metrics.jsonl"), Run(log.folder)
+        known = made.summary if made.finished else {}
         evaluation, values = log.folder / "evaluation", dict[str, Values]()
         beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
 
@@ -235,10 +254,10 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
         if evaluated:
             with begin(config, log.folder / "policy", "trained") as trained:
                 values["trained"] = follow(trained, console)
-        rows = read_metrics(log.folder / "metrics.jsonl")
-        if len(rows) > len(before) or not (log.folder / "summary.json").exists():
+        if not known or len(read_metrics(log.folder / "metrics.jsonl")) > len(before):
             seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
-            log.summary({"wall_seconds": round(seconds, 1), **summary(log.folder, values)})
+            known = {"wall_seconds": round(seconds, 1)}
+        log.summary(known | summary(log.folder, values))  # a finished run may have been evaluated otherwise
         if evaluated:
             console.print(trained_table(values["base"], values["trained"]))
             for line in verdict(compare(evaluation / "base", evaluation / "trained"), values["base"]["kind"]):

@@ -11,14 +11,16 @@ from typing import Any
 import nbformat
 import pytest
 from langchain.agents import create_agent
+from langgraph.graph import START, StateGraph
 from nbclient import NotebookClient
 from rollout_world import save_tiny
 from test_chat_graph import tokenizer
 from test_messages import QWEN
 
 from aipo_graph import Agent, Config, PolicyChatModel, Run, evaluate, train, view
-from aipo_graph.errors import ConfigError, GraphError
+from aipo_graph.errors import ConfigError, GraphError, TrainError
 from aipo_graph.log import read_traces
+from aipo_graph.rollout import Context, State
 
 ROWS = [{"question": f"{a}*{b}?", "answer": str(a * b)} for a in range(2, 9) for b in range(2, 9)]
 SMALL: dict[str, dict[str, Any]] = {
@@ -54,7 +56,7 @@ def trained(policy: str, config: Mapping[str, Any] = BARE, **given: Any) -> Run:
     return train(policy, config, **{"graph": graph, "data": ROWS, "reward": odd, "steps": 1, "name": "mine", **given})
 
 
-def test_objects_train_and_are_evaluated_in_this_process(policy: str) -> None:
+def test_objects_train_and_are_evaluated_in_this_process(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[str, str, str]] = []
 
     def reward(question: str, answer: str, reply: str) -> float:
@@ -63,6 +65,10 @@ def test_objects_train_and_are_evaluated_in_this_process(policy: str) -> None:
 
     run = trained(policy, SMALL, reward=reward, steps=2)
     assert {(question, answer) for _, question, answer in seen} <= {(row["question"], row["answer"]) for row in ROWS}
+    said = capsys.readouterr().out
+    assert max(map(len, said[said.index("held-out problems, 95 %") : said.index("with agents, the trained")].splitlines())) <= 80
+    assert "the trained policy is not shown to differ from the base: pass@1" in said
+    assert said.rstrip().endswith("look at it: python -m aipo_graph.view runs/mine")
     assert run.finished
     assert run.summary["steps"] == len(run.metrics) == 2
     assert set(run.summary["trained"]) >= {"with_agents", "kinds"} - {"alone"}, "alone it is the same graph"
@@ -149,6 +155,18 @@ def test_agents_that_are_objects_in_the_shipped_graph() -> None:
         train("operators", config, agents={"verify": agents[1]}, name="other")
 
 
+class Words:
+    """A task that gives texts."""
+
+    kinds = ("",)
+
+    def train(self, index: int) -> Any:
+        return "how many?"
+
+    def heldout(self, count: int, kind: str = "") -> list[Any]:
+        return []
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -159,6 +177,9 @@ def test_agents_that_are_objects_in_the_shipped_graph() -> None:
         ({"config": {"rollout": {"problemz": 3}}}, "no setting 'rollout.problemz'; did you mean rollout.problems?"),
         ({"config": "nowhere.yaml"}, "no file 'nowhere.yaml'"),
         ({"steps": 0}, "train.steps = 0"),
+        ({"config": {"run": {"device": "cuda:99"}}}, "run.device = 'cuda:99': torch sees"),
+        ({"config": {"run": {"dir": "/proc/nowhere"}}}, "run folder /proc/nowhere/mine: "),
+        ({"task": Words(), "data": None}, "gave 'how many?' as a problem; return aipo_graph.types.Problem(id, question, answer)"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(policy: str, given: dict[str, Any], said: str) -> None:
@@ -166,6 +187,27 @@ def test_what_cannot_be_used_is_one_line(policy: str, given: dict[str, Any], sai
         trained(policy, **{"config": BARE, **given})
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_node_that_raises_is_one_line_with_its_place() -> None:
+    async def broken(state: Any, runtime: Any) -> Any:
+        return state["nope"]
+
+    graph = StateGraph(State, context_schema=Context)
+    graph.add_node("policy", broken)
+    graph.add_edge(START, "policy")
+    with pytest.raises(GraphError, match=r"the graph raised KeyError in .*test_api\.py:\d+: 'nope'; see its nodes and routes"):
+        train("operators", BARE, graph=graph)
+
+
+def test_a_run_that_learns_nothing_from_violations_says_so() -> None:
+    """A graph in which the policy writes the helpers' part in traces with agents."""
+    rollout = {"problems": 2, "traces": 4, "with_agents": 1}
+    config = BARE | {"rollout": rollout, "task": {"options": {"easy_share": 0}}, "train": {"patience": 1}}
+    with pytest.raises(
+        TrainError, match=r"nothing to train on for 1 steps .*% of the last step's traces with agents got 0 since the policy"
+    ):
+        train("operators", config, graph="graphs/solo.py:build")
 
 
 def test_an_object_that_is_not_given_again_is_asked_for(policy: str) -> None:

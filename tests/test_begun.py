@@ -34,6 +34,7 @@ def go_on(config: Config, *, step: int = 0, force: bool = False, files: Mapping[
     console = Console(file=io.StringIO(), width=1000)
     with RunLog(config, console, files=files, force=force) as log:
         log.resume_at(step)
+    (log.folder / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
@@ -109,7 +110,7 @@ def test_a_changed_file_is_noticed(key: str, tmp_path: Path) -> None:
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     """Its config.yaml lacks what came later, and has what went; its folder has no digests."""
-    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert "tracing" not in FIXTURE.read_text()
     (tmp_path / "r" / "config.yaml").write_text(FIXTURE.read_text().replace("train:\n", "train:\n  gone: 3\n"))
     settings = parse(["configs/quickstart.yaml", f"--run.dir={tmp_path}", "--run.name=r", "--run.trackers=[]"], Config, prog="train")[0]
@@ -121,6 +122,16 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     assert go_on(settings) == []
     with pytest.raises(ConfigError, match="has changed since"):
         go_on(settings, files=FILES | {"rollout.prompts/solo.md": "other"})
+
+
+def test_a_run_without_a_checkpoint_is_begun_anew(tmp_path: Path) -> None:
+    """What it was refused for before may be a typo: nothing is learned yet."""
+    go_on(config(tmp_path))
+    (tmp_path / "r" / "checkpoints" / "step-00000001").rmdir()
+    changed = config(tmp_path, optimizer__lr="1e-5")
+    assert go_on(changed) == []
+    assert (tmp_path / "r" / "config.yaml").read_text() == write_yaml(changed)
+    assert recorded(tmp_path) == []
 
 
 def test_a_moved_run_is_the_same(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ async def test_agents_of_one_spec_share_its_model() -> None:
         (
             "groq:llama",
             ("GROQ_API_KEY",),
-            r"a package that is not installed; pip install 'aipo-graph\[agents\]' and groq's own .*langchain-groq",
+            r"a package that is not installed; pip install 'langchain-anthropic.* and groq's own .*langchain-groq",
         ),
         ("vllm:localhost:8001", (), "vllm:localhost:8001 names no server; write vllm:http://HOST:PORT"),
         ("vllm:http://127.0.0.1:9", (), r"http://127\.0\.0\.1:9 cannot be reached \(.*\); start the server, or correct the URL"),
@@ -223,7 +223,7 @@ async def test_a_missing_package(missing: str, monkeypatch: pytest.MonkeyPatch) 
     factories._get_chat_model_creator.cache_clear()
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ConfigError, match=r"pip install 'aipo-graph\[agents\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'langchain-anthropic"):
         await open_chats(quick_start({"verify": "openai:gpt-4o"}), Scribe(bpe(), str))
 
 

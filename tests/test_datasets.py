@@ -279,7 +279,7 @@ def test_without_the_extra_the_remedy_is_named(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("What is ")
-    assert "ConfigError: task.heldout = 'openai/gsm8k:main:test': needs the extra data: pip install 'aipo-graph[data]'" in done.stderr
+    assert "ConfigError: task.heldout = 'openai/gsm8k:main:test': needs the extra data: pip install 'datasets<6,>=5'" in done.stderr
 
 
 def test_every_mapping_is_a_task_and_names_question_and_answer():

@@ -562,7 +562,7 @@ def test_the_extra_is_named_where_it_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "langgraph.checkpoint.sqlite.aio", None)
     assert main("operators", "--web", "--port", "0", "--no-open", "--threads", str(tmp_path / "x.sqlite")) == 2
-    assert "pip install 'aipo-graph[web]'" in capsys.readouterr().err
+    assert "pip install 'langgraph-checkpoint-sqlite" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_a_rank_beyond_vllm_is_refused() -> None:
 
 @pytest.mark.skipif("vllm" in sys.modules, reason="vLLM is installed here")
 async def test_without_vllm_the_remedy_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pip install 'aipo-graph\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'vllm==0.32\.\*'"):
         await launch(settings(), OPERATORS, tmp_path / "vllm.log")
 
 

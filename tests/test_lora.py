@@ -263,4 +263,4 @@ def test_without_peft_one_line_names_the_extra(tmp_path: Path, monkeypatch: pyte
     tiny_learner(tmp_path)  # full training needs none
     with pytest.raises(ConfigError) as caught:
         tiny_learner(tmp_path, policy=LORA)
-    assert str(caught.value) == "policy.lora_rank = 4: LoRA needs peft; pip install 'aipo-graph[peft]'"
+    assert str(caught.value) == "policy.lora_rank = 4: LoRA needs peft; pip install 'peft<0.22,>=0.21'"

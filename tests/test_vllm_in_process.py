@@ -66,5 +66,5 @@ def test_an_evaluation_samples_in_its_own_process(vllm_python: str, tmp_path: Pa
 
 
 async def test_without_vllm_the_remedy_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"pip install 'aipo-graph\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'vllm==0.32\.\*'"):
         await VllmEngine.open(settings(), OPERATORS)

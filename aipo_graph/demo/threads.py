@@ -22,7 +22,7 @@ from langgraph.types import Send
 from langsmith import tracing_context
 from typing_extensions import TypedDict
 
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import ConfigError, install
 from aipo_graph.rollout.graph import Graph
 
 NEWEST = 200
@@ -120,7 +120,7 @@ async def open_threads(path: Path) -> AsyncIterator[Threads]:
         import aiosqlite
         from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
     except ImportError as error:
-        raise ConfigError(f"--web keeps earlier questions in SQLite: {error}; pip install 'aipo-graph[web]'") from error
+        raise ConfigError(f"--web keeps earlier questions in SQLite: {error}; {install('web')}") from error
     async with AsyncExitStack() as stack:
         try:
             await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)

@@ -21,12 +21,11 @@ from aipo_graph.engines.client import Client, Refused, Unanswered
 from aipo_graph.engines.facts import Facts, check_request
 from aipo_graph.engines.fit import PROBE
 from aipo_graph.engines.local import LocalEngine
-from aipo_graph.errors import ConfigError, EngineError
+from aipo_graph.errors import ConfigError, EngineError, install
 from aipo_graph.load import faults, model, nearest
 from aipo_graph.messages import DATE, ChatFormat, decode
 from aipo_graph.types import Completion, Engine, Generate, Reply, Stop, derive_seed
 
-EXTRA = "pip install 'aipo-graph[agents]'"
 KEYS = {
     "anthropic": "ANTHROPIC_API_KEY",
     "deepseek": "DEEPSEEK_API_KEY",
@@ -172,7 +171,7 @@ def _open_provider(spec: str, config: Config) -> BaseChatModel:
     try:
         from langchain.chat_models import init_chat_model
     except ImportError as error:
-        raise ConfigError(f"{spec!r} needs LangChain; {EXTRA}") from error
+        raise ConfigError(f"{spec!r} needs LangChain; {install('agents')}") from error
     settings = config.agents
     try:
         if provider in KEYS and not os.environ.get(KEYS[provider]):
@@ -187,7 +186,8 @@ def _open_provider(spec: str, config: Config) -> BaseChatModel:
             **({"http_async_client": _bounded_http()} if provider in OPENAI else {}),
         )
     except ImportError as error:
-        remedy = EXTRA if provider in ("openai", "anthropic") else f"{EXTRA} and {provider}'s own ({error})"
+        extra = install("agents")
+        remedy = extra if provider in ("openai", "anthropic") else f"{extra} and {provider}'s own ({error})"
         raise ConfigError(f"{spec!r} needs a package that is not installed; {remedy}") from error
     except faults() as error:
         text, listed, known = str(error).partition("Supported model providers are:")
@@ -279,7 +279,9 @@ def _chat_api(url: str, name: str, why: str, config: Config) -> BaseChatModel:
     try:
         from langchain_openai import ChatOpenAI
     except ImportError as error:
-        raise ConfigError(f"{url} is asked through its chat API ({why}), which needs a package that is not installed; {EXTRA}") from error
+        raise ConfigError(
+            f"{url} is asked through its chat API ({why}), which needs a package that is not installed; {install('agents')}"
+        ) from error
     settings = config.agents
     return ChatOpenAI(
         model=name,

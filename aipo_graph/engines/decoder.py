@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from aipo_graph.config import Config
-from aipo_graph.errors import EngineError
+from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.forward import (
     EXACT,
     MISFITS,
@@ -212,6 +212,14 @@ class Decoder:
 def torch_device(config: Config) -> str:
     """`run.device`, with auto made cuda where there is one, else cpu."""
     return config.run.device if config.run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_here(config: Config) -> str:
+    """`torch_device` of this machine. Raises ConfigError for a GPU that is not there."""
+    kind, _, index = (device := torch_device(config)).partition(":")
+    if kind == "cuda" and int(index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"run.device = {device!r}: torch sees {count} GPUs here; say auto or cpu")
+    return device
 
 
 @torch.inference_mode()

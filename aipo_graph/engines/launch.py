@@ -22,7 +22,7 @@ from aipo_graph.config import Config
 from aipo_graph.engines.client import Client
 from aipo_graph.engines.decoder import torch_device
 from aipo_graph.engines.facts import Facts
-from aipo_graph.errors import ConfigError, EngineError
+from aipo_graph.errors import ConfigError, EngineError, install
 
 C = TypeVar("C", bound=Config)
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -145,9 +145,7 @@ async def launch(config: Config, model_path: str, log: Path, *, python: str = sy
     Raises ConfigError where vLLM is not installed, EngineError with the end of its log where it does not come up.
     """
     if python == sys.executable and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "engine.launch: vLLM is not installed here; pip install 'aipo-graph[vllm]', or give engine.urls of a running server"
-        )
+        raise ConfigError(f"engine.launch: vLLM is not installed here; {install('vllm')}, or give engine.urls of a running server")
     console = console or Console(stderr=True, soft_wrap=True, highlight=False)
     facts = Facts.read(config, model_path)
     with socket.socket() as probe:

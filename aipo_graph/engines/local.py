@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo_graph.config import Config
 from aipo_graph.engines.barrier import Barrier, Party
-from aipo_graph.engines.decoder import Decoder, draw, torch_device
+from aipo_graph.engines.decoder import Decoder, device_here, draw
 from aipo_graph.engines.facts import check_request, context_of, ends
 from aipo_graph.engines.stops import StopRule, Stops
 from aipo_graph.errors import EngineError
@@ -111,7 +111,7 @@ class LocalEngine:
     @classmethod
     def load(cls, config: Config, model_path: str) -> "LocalEngine":
         """The policy at ``model_path`` (directory or hub name) on ``run.device``. Raises EngineError if it does not load."""
-        device = torch_device(config)
+        device = device_here(config)
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_path)
             dtype = getattr(torch, config.policy.dtype)

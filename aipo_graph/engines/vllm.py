@@ -20,7 +20,7 @@ from aipo_graph.engines import wire
 from aipo_graph.engines.facts import Facts, check_request
 from aipo_graph.engines.handover import Handover
 from aipo_graph.engines.launch import max_rank, on_cuda, prefill_budget
-from aipo_graph.errors import ConfigError, EngineError
+from aipo_graph.errors import ConfigError, EngineError, install
 from aipo_graph.forward import first_line
 from aipo_graph.types import Completion, Stop
 
@@ -292,7 +292,5 @@ def _vllm() -> ModuleType:
         import vllm.lora.request
         import vllm.sampling_params
     except ImportError as error:
-        raise ConfigError(
-            f"engine.kind = vllm: vLLM cannot be imported ({error}); pip install 'aipo-graph[vllm]', or use a server"
-        ) from error
+        raise ConfigError(f"engine.kind = vllm: vLLM cannot be imported ({error}); {install('vllm')}, or use a server") from error
     return vllm

@@ -259,6 +259,12 @@ class Learner:
         """What an adapter means nothing without."""
         return {"alpha": self.config.policy.lora_alpha, "model": lora.fingerprint(self.model)}
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the weights that it keeps, and two moments of each that is trained."""
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in self._kept().values())
+        return kept + 2 * sum(tensor.numel() * tensor.element_size() for tensor in self.trained.values())
+
     def save(self, directory: str | Path, cursor: Mapping[str, Any]) -> str | None:
         """A checkpoint under ``directory``, with the caller's JSON ``cursor``. Returns one line to show if the disk is full."""
         names = list(self.trained)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import Policy
-from ..errors import ConfigError
+from ..errors import ConfigError, install
 from .shards import from_first, whole
 
 ADAPTER = "default"
@@ -35,7 +35,7 @@ def attach(model: PreTrainedModel, policy: Policy, seed: int, *, experts: bool =
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ConfigError(f"policy.lora_rank = {policy.lora_rank}: LoRA needs peft; pip install 'aipo-graph[peft]'") from error
+        raise ConfigError(f"policy.lora_rank = {policy.lora_rank}: LoRA needs peft; {install('peft')}") from error
     kind = model.config.model_type
     fused, layers = _fused_experts(model), from_first(lambda: _linear_layers(model))  # the others have no values to tell by
     # peft takes these names, wherever they stand, for those of fused experts.

@@ -17,7 +17,7 @@ from langsmith import tracing_context
 
 from aipo_graph.config import Config
 from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, RequestError, TaskError
-from aipo_graph.load import find, model, nearest
+from aipo_graph.load import find, model, nearest, own_place
 from aipo_graph.messages import THOUGHTS, after_reasoning
 from aipo_graph.rollout.agents import Agent, Clock
 from aipo_graph.rollout.apart import fresh_stores
@@ -226,6 +226,9 @@ class Rollouts:
                     f"the policy asked for agent {name!r}, but the graph has no node {name!r}: add one, or leave it out of agents.use"
                 ) from error
             if chat is None:
+                if place := own_place(error):
+                    what = f"{type(error).__name__} in {place}: {' '.join(str(error)[:300].split())}"
+                    raise GraphError(f"the graph raised {what}; see its nodes and routes") from error
                 raise
             status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error)[:300].split())}"
         if chat and ended:

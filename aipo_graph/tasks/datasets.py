@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import NonNegativeInt
 
 from aipo_graph.config import Config, Section, task_options
-from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.errors import ConfigError, TaskError, install
 from aipo_graph.load import OBJECT, data, find, load
 from aipo_graph.tasks import grading, rewards
 from aipo_graph.tasks.split import Split
@@ -354,7 +354,7 @@ def open_dataset(setting: str, source: str, columns: Mapping[str, str]) -> Any:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise ConfigError(f"{setting} = {source!r}: needs the extra data: pip install 'aipo-graph[data]'") from error
+        raise ConfigError(f"{setting} = {source!r}: needs the extra data: {install('data')}") from error
     try:
         return load_dataset(**request)
     except ValueError as error:  # no such config or split: the message names those there are

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aipo_graph.config import Config
-from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.errors import ConfigError, TaskError, install
 from aipo_graph.load import nearest
 from aipo_graph.tasks.grading import judged, last_box
 from aipo_graph.types import Problem, derive_seed
@@ -49,7 +49,7 @@ def generators() -> dict[str, tuple[Any, Any]]:
         importlib.import_module("reasoning_gym")
         found = importlib.import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
-        raise ConfigError(f"task.name = 'reasoning_gym': needs the extra {EXTRA}: pip install 'aipo-graph[{EXTRA}]' ({error})") from error
+        raise ConfigError(f"task.name = 'reasoning_gym': needs the extra {EXTRA}: {install(EXTRA)} ({error})") from error
     return dict(found)
 
 

@@ -1,12 +1,15 @@
 """Which task `task.name` stands for."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import call, load, nearest
 from aipo_graph.tasks.benchmarks import BENCHMARKS
 from aipo_graph.tasks.datasets import MAPPINGS
 from aipo_graph.tasks.rewards import Rewards
-from aipo_graph.types import Task
+from aipo_graph.types import Problem, Task
 
 TASKS = {
     "operators": "aipo_graph.tasks.operators:build",
@@ -16,6 +19,16 @@ TASKS = {
     "reasoning_gym": "aipo_graph.tasks.gym:build",
 }
 """Short name -> factory; anything with a colon is a path of its own."""
+
+
+def problems_of(config: Config, read: Callable[[], Iterable[Any]]) -> list[Problem]:
+    """The problems that a task gives. Raises ConfigError in one line for what is none, and where code of the user's raises."""
+    name = config.task.name
+    problems = call(name, lambda: list(read())) if ":" in name else list(read())
+    if wrong := next((problem for problem in problems if not isinstance(problem, Problem)), None):
+        short = " ".join(repr(wrong).split())[:80]
+        raise ConfigError(f"task.name = {name!r}: gave {short} as a problem; return aipo_graph.types.Problem(id, question, answer)")
+    return problems
 
 
 def open_task(config: Config) -> Task:
