@@ -50,7 +50,7 @@ async def test_claims_are_judged(claim, verdict):
     [
         ("", "no ="),
         ("3*4", "no ="),
-        ("= 5", "side is empty"),
+        ("= 5", "it is empty"),
         ("1/0 = 1", "division by zero"),
         ("x = 2", "not known here"),
         ("5 m = 500 cm", "'cm' is not mathematics"),

@@ -11,30 +11,24 @@ from fractions import Fraction
 from typing import NamedTuple
 
 LONGEST = 512
-_FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot csc log ln exp lcm gcd"
 _ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅") | {ord("ℝ"): r"\mathbb{R}"}
-_MEANINGS = {
-    name: meaning
-    for names, meaning in [
-        (r"\le \leq \leqslant \leqq", "≤"), (r"\ge \geq \geqslant \geqq", "≥"), (r"\ne \neq", "≠"), (r"\lt", "<"), (r"\gt", ">"),
-        (r"\approx", "≈"), (r"\in", "∈"), (r"\pm", "±"), (r"\mp", "∓"), (r"\cdot \times \ast", "*"), (r"\div", "/"),
-        (r"\mid \vert \lvert \rvert", "|"), (r"\colon", ":"), (r"\infty infinity Infinity infty inf", "∞"), (r"\pi \uppi pi", "π"),
-        (r"\mu \upmu", "μ"), (r"\Omega \upOmega", "Ω"), (r"\circ \degree \textdegree degree degrees", "°"), ("percent", "%"),
-        (r"\imath", "i"), (r"\AA", "Å"), (r"\euro \pounds", "€"),
-        (r"\cup \bigcup", "∪"), (r"\cap \bigcap", "∩"), (r"\setminus \smallsetminus \backslash", "∖"), (r"\emptyset \varnothing", "∅"),
-        (r"\lor \vee or", "∨"), (r"\land \wedge and", "∧"), (r"\lbrace", r"\{"), (r"\rbrace", r"\}"), (r"\langle", "("), (r"\rangle", ")"),
-        (r"\dfrac \tfrac \cfrac", r"\frac"), (r"\tg tg", r"\tan "), (r"\left. \right. \left \right \middle \big \Big \bigl \bigr", ""),
-        (r"\quad \qquad \thinspace \medspace \thickspace \displaystyle \textstyle \bf \it \rm \sf \tt \tiny \scriptsize \footnotesize"
-         r" \small \normalsize \large \Large \LARGE \huge \Huge", " "),
-        *((function, rf"\{function} ") for function in _FUNCTIONS.split()),
-    ]
-    for name in names.split()
-}  # fmt: skip
+_SIGNS = r"""
+≤ \le \leq \leqslant \leqq; ≥ \ge \geq \geqslant \geqq; ≠ \ne \neq; < \lt; > \gt; ≈ \approx; ∈ \in; ± \pm; ∓ \mp; / \div; : \colon;
+* \cdot \times \ast; | \mid \vert \lvert \rvert; ∪ \cup \bigcup; ∩ \cap \bigcap; ∖ \setminus \smallsetminus \backslash; Å \AA; % percent;
+∨ \lor \vee or; ∧ \land \wedge and; \{ \lbrace; \} \rbrace; ( \langle; ) \rangle; ∞ \infty infinity Infinity infty inf; π \pi \uppi pi;
+μ \mu \upmu \textmu; Ω \Omega \upOmega \textohm; € \euro \pounds; ° \circ \degree \textdegree degree degrees; ∅ \emptyset \varnothing;
+i \imath; \frac \dfrac \tfrac \cfrac; \tan \tg tg"""
+_FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot csc log ln exp lcm gcd"
+_MEANINGS = {name: sign for sign, *names in map(str.split, _SIGNS.split(";")) for name in names}
+_MEANINGS |= {name: rf"\{name} " for name in _FUNCTIONS.split()}
 _BRACED = r"(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})"
 _GAP = r"(?:\{[, ]\}|'|\s)+"
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 _COMMANDS: Rules = [
-    (r"^\s*\*\*(.+)\*\*\s*$", r"\1"), (r"\\(?:left|right)\s?\.|\\?[A-Za-z]+", lambda m: _MEANINGS.get(m[0], m[0])),
+    (r"^\s*\*\*(.+)\*\*\s*$", r"\1"), (r"\\(?:left|right|middle|[Bb]igg?[lr]?)(?![A-Za-z])\s?\.?", ""),
+    (r"\\(?:q?quad|(?:thin|med|thick)space|(?:display|text)style|bf|it|rm|sf|tt|tiny|(?:script|footnote|normal)size|small|[lL]arge|LARGE"
+     r"|[hH]uge)(?![A-Za-z])", " "),
+    (r"\\?[A-Za-z]+", lambda m: _MEANINGS.get(m[0], m[0])),
     (r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|(?<=\d,)\\[,:;!]\s?(?=\d{3}(?!\d))|(?<!\\)\\[!/]", ""),
     (r"(?<!\\)\\[,:;> ()[\]]|~|\\[hv]?(?:space|phantom)\*?\s*\{[^{}]*\}|\s+", " "),
     # Digits in groups of three, before the point and after it.
@@ -56,6 +50,8 @@ _WRITTEN: Rules = [
     (r"\\(max|min|gcd|lcm) *[⦃(]([^⦃⦄()]*)[⦄)]", lambda m: rf"\{m[1]}({m[2].replace(',', ', ')})"),
     # ]0,1[ is (0,1).
     (r"(?:^|(?<=[∪∩∖∈∧∨=])) ?\]", "("), (r"\[ ?(?=[∪∩∖∧∨]|$)", ")"), (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"),
+    # x ≠ 0, 1 is x ≠ 0 and x ≠ 1.
+    ("≠ ?± ?(.*)", r"≠\1, -\1"), *[(r"^([^=<>≤≥≠∈,]+≠)([^,]+),(?=[^=<>≤≥≠∈]+$)", r"\1\2∧\1")] * 4,
     (r"(?i)\b(negative|minus|positive|plus) (?=[∞\d\\])", lambda m: "-" if m[1].lower() in ("negative", "minus") else "+"),
 ]  # fmt: skip
 

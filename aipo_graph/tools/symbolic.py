@@ -18,16 +18,16 @@ from aipo_graph.tools.notation import LONGEST, Rules, number, plain, rewritten, 
 CPU_SECONDS = 1.0
 LONGEST_RESULT = 200
 RELATION = re.compile("([=<>≤≥≠≈])")
+_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:[pbv]?matrix|mathbb)\b)(?:[A-Za-z]{4,}|cm|mm|km|kg|ft|in|min)(?![A-Za-z])")
 _REFUSED = re.compile(
     r"__|[`'\"#:@%$≈]|\d\s+\d|\b0[xob]\w"  # no mathematics
     # What would only run out of CPU time. Refusing it saves that; safety rests on the sandbox.
     r"|\^\{-?\d+\^\{?\d|\^\{[^{}]*\}\^|\d{6,}\}|\d{4,}\s?!|[)}!]\s?!|\\Gamma|\(\([^()]*\^[^()]*\)\^[^()]*\)\^|([-+*/^|] ?){4,}"
 )
-_TOWER: Rules = [(r"\^\{(-?)(\d\d?)\^\{(\d\d?)\}\}", lambda m: f"^{{{m[1]}{int(m[2]) ** int(m[3])}}}")] * 3
 _CLAIM: Rules = [
-    (r"(?<=[%\d}])\s+of\s+", "*"),
-    (r"(?<![\d.,])(\d[\d,]*(?:\.\d+)?)\s?%(?!\s*[\d(])", r"(\1/100)"),
-]
+    (r"(?<=[%\d}])\s+of\s+", "*"), (r"(?<![\d.,])(\d[\d,]*(?:\.\d+)?)\s?%(?!\s*[\d(])", r"(\1/100)"),
+]  # fmt: skip
+_TOWER: Rules = [(r"\^\{(-?)(\d\d?)\^\{(\d\d?)\}\}", lambda m: f"^{{{m[1]}{int(m[2]) ** int(m[3])}}}")] * 3
 _FOR_THE_PARSER: Rules = [
     # Side by side the parser would read any whole number and fraction as a mixed number, (3)(4) as 7.
     (r"((?<![_^.\w])(?:\d+\.\d+|\d+(?!\d|\s?\\frac\{\d+\}\{\d+\}))|\))\s*(?=\(|\\(?!begin|end|r)[a-z])|(?<=\))(?=\d)", r"\1*"),
@@ -36,15 +36,8 @@ _FOR_THE_PARSER: Rules = [
     (r"(?<![\d.])(\d*)\.(\d+)", lambda m: f"(\\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})"),
     ("∞", r"\\infty "), ("∈", r"\\in "), ("⦃", r"\\{"), ("⦄", r"\\}"), (";", ","),
 ]  # fmt: skip
-# With a timeout it would set alarms, and answer [] for them; with the expression config it would reach parse_expr.
-_READ = functools.partial(
-    read,
-    extraction_config=[
-        LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(basic_latex=False, boxed="none"))
-    ],
-    fallback_mode="no_fallback",
-    parsing_timeout=None,
-)
+# With the expression config it would reach parse_expr; with a timeout, set alarms.
+_READER = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(basic_latex=False, boxed="none"))
 
 
 async def check(claim: str) -> str:
@@ -87,41 +80,33 @@ def _answered(what: str, text: str) -> str:
         text = rewritten(plain(text.rstrip("? \n")), _CLAIM)
         if "%" in text:
             raise ValueError("whether % means percent or remainder is not clear")
-        if word := re.search(r"(?<![\\A-Za-z])(?!(?:[pbv]?matrix|mathbb)\b)(?:[A-Za-z]{4,}|cm|mm|km|kg|ft|in|min)(?![A-Za-z])", text):
+        if word := _WORD.search(text):
             raise ValueError(f"{word[0]!r} is not mathematics")
-        return _value(text.rstrip("= ")) if what == "evaluate" else _judged(text)
+        if what == "evaluate":
+            return _value(text.rstrip("= "))
+        first, *rest = RELATION.split(text)
+        if not rest:
+            raise ValueError("there is no = < > in it")
+        links = zip([first, *rest[1::2]], rest[::2], rest[1::2], strict=False)
+        return "yes" if all(_holds(*link) for link in links) else "no"
     except ValueError as error:
         return f"cannot {what}: {error}"
-
-
-def _judged(claim: str) -> str:
-    sides, signs = [part.strip() for part in RELATION.split(claim)[::2]], RELATION.findall(claim)
-    if not signs or not all(sides):
-        raise ValueError("one side is empty" if signs else "there is no = < > in it")
-    held = [_holds(*link) for link in zip(sides, signs, sides[1:], strict=False)]
-    return "yes" if all(held) else "no"
 
 
 def _holds(left: str, sign: str, right: str) -> bool:
     a, b = _parsed(left), _parsed(right)
     if (a.is_Symbol or b.is_Symbol) and a.free_symbols != b.free_symbols:
-        raise ValueError(f"what {left if a.is_Symbol else right} is, is not known here")
-    if a.has(sympy.nan, sympy.zoo) or b.has(sympy.nan, sympy.zoo):
-        raise ValueError("division by zero")
+        raise ValueError(f"what {(left if a.is_Symbol else right).strip()} is, is not known here")
     if sign == "≈":
-        written = number(right)
+        written = number(right.strip())
         return bool(abs(a - b) <= (sympy.Rational(str(written.half)) if written and written.half else abs(b) / 100))
     zero = is_zero(a - b, b if b.is_number else 1)
-    if sign in "=≠" and zero is not None:
-        return zero == (sign == "=")
-    if sign in "=≠" or not (a - b).is_extended_real or (a - b).free_symbols:
-        raise ValueError("undecided" if sign in "=≠" else "the order is only checked of real numbers")
-    return sign in "≤≥" if zero else bool((a - b).evalf(30) < 0) == (sign in "<≤")
+    if zero is None or not (zero or sign in "=≠" or (a - b).is_comparable):
+        raise ValueError("undecided: only real numbers have an order")
+    return bool(zero) == (sign in "=≤≥") if zero or sign in "=≠" else bool((a - b).evalf(30) < 0) == (sign in "<≤")
 
 
 def _value(expression: str) -> str:
-    if not expression:
-        raise ValueError("it is empty")
     value = sympy.simplify(_parsed(expression))
     if (value.is_Rational and max(abs(value.p), value.q) >= 10**LONGEST_RESULT) or len(written := str(value)) > LONGEST_RESULT:
         raise ValueError("the result is too long")
@@ -129,10 +114,12 @@ def _value(expression: str) -> str:
 
 
 def _parsed(text: str) -> Any:
-    found = parse(text)
+    found = parse(text.strip())
     if found is None or not hasattr(found, "evalf"):
-        raise ValueError("it does not parse")
-    return found.doit()
+        raise ValueError("it does not parse" if text.strip() else "it is empty")
+    if (found := found.doit()).has(sympy.nan, sympy.zoo):
+        raise ValueError("division by zero")
+    return found
 
 
 @functools.lru_cache(maxsize=256)
@@ -143,7 +130,9 @@ def parse(text: str) -> Any:
     text = rewritten(text, _TOWER)
     if len(text) > LONGEST or _REFUSED.search(text):
         return None
-    found = (_READ(f"${rewritten(without_commas(text), _FOR_THE_PARSER)}$") or [None])[0]
+    found, *_ = read(
+        f"${rewritten(without_commas(text), _FOR_THE_PARSER)}$", [_READER], fallback_mode="no_fallback", parsing_timeout=None
+    ) or [None]
     if not hasattr(found, "free_symbols") or (isinstance(found, sympy.Expr) and RELATION.search(text)):
         return None  # of what it cannot read it takes what follows the last equals sign
     found = found.subs({s: sympy.I if str(s) == "i" else sympy.Symbol(str(s), real=True) for s in found.free_symbols})
@@ -161,6 +150,4 @@ def is_zero(difference: Any, scale: Any = 1) -> bool | None:
     size = sympy.Float(1) if symbols else abs(sympy.sympify(scale).evalf(30))
     if value.is_number and value.is_finite and abs(value) > size * sympy.Float("1e-20") + sympy.Float("1e-300"):
         return False
-    if not symbols and sympy.expand_complex(difference) == 0:
-        return True
     return True if sympy.simplify(difference) == 0 else difference.equals(0)
