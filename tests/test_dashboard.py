@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -137,6 +138,19 @@ def wrong(shown: Mapping[str, str], row: Row) -> dict[str, tuple[str, float | No
         for name, text in shown.items()
         if not agrees(text, row.get(name, 0 if name.startswith("ended/") else None))
     }
+
+
+def test_base_against_trained_is_the_headline(dashboard: Open, viewed_run: Path, changed: Change) -> None:
+    page = dashboard(viewed_run)
+    summary = json.loads((viewed_run / "summary.json").read_text())
+    table = page.get_by_test_id("evaluated")
+    heads = table.locator("thead th").all_inner_texts()[1:]
+    assert heads == [name for name in summary["trained"]["alone"] if re.fullmatch(r"pass@\d+|greedy", name)]
+    for row, mode in zip(table.locator("tbody tr").all(), ("alone", "with_agents"), strict=True):
+        for name, text in zip(heads, row.locator("td").all_inner_texts(), strict=True):
+            assert [float(figure) for figure in text.split(" → ")] == pytest.approx(
+                [summary[policy][mode][name] for policy in ("base", "trained")], abs=5e-4
+            )
 
 
 def test_there_is_a_panel_for_what_was_measured_and_none_for_what_was_not(dashboard: Open, viewed_run: Path, changed: Change) -> None:

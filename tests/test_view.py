@@ -163,7 +163,7 @@ def test_numbers_are_short_and_what_was_not_trained_on_has_none(tmp_path: Path) 
     assert index["traces"]["advantage"] == [0.9354, None]
     assert index["traces"]["error"] == [None, "AgentError: gone"]
     assert index["traces"]["consults"] == [{"knowledge": 1}, {"knowledge": 1}]
-    assert index["problems"] == [{"id": "train-7", "kind": "hard"}]
+    assert index["problems"] == [{"id": "train-7", "kind": "hard", "question": group(7).problem.question}]
     one, two = pages_of(viewed)[0]["traces"]
     assert one["segments"][1]["learned"] == {
         "logprobs": [-1.23] * 3, "ratios": [0.281] * 3, "coefficients": [0.3] * 3, "advantages": [0.935] * 3,

@@ -99,7 +99,7 @@ def test_it_opens_from_a_file_with_the_runs_name_and_state_and_its_first_trace(
     expect(page.locator("h1")).to_contain_text("quickstart")
     expect(page.locator("h1")).to_contain_text("finished 4/4 steps")
     trace = page.get_by_test_id("trace")
-    expect(trace.locator("h2")).to_have_text(logged[0].group.problem.id)
+    expect(trace.locator("h2")).to_have_text(logged[0].group.problem.question)
     expect(trace.locator(".facts")).to_contain_text(logged[0].group.problem.question)
     expect(trace.locator(".facts")).to_contain_text(logged[0].group.problem.answer)
     expect(trace.locator(".facts")).to_contain_text(str(logged[0].group.traces[0].seed))

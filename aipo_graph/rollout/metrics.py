@@ -62,7 +62,7 @@ def rollout_metrics(
         metrics["prompts/too_long"] = float(len(too_long))
     for agent in agents:
         metrics[f"consults/{agent}"] = _mean(sum(s.source == "agent" and s.author == agent for s in t.segments) for t in helped)
-    for kind in {group.problem.kind for group in groups if group.problem.kind}:
+    for kind in sorted({group.problem.kind for group in groups if group.problem.kind}):
         metrics[f"reward/alone/{kind}"] = _mean(
             t.reward for g in groups if g.problem.kind == kind for t in g.traces if t.trained and not t.with_agents
         )

@@ -27,6 +27,8 @@ from .record import Row, rounded, rows, trace_of
 
 PAGE_TRACES, PAGE_BYTES = 50, 256_000
 """A page holds no more traces, and is closed by the one with which its lines are this long."""
+TITLE = 200
+"""Characters of a question in the list of traces."""
 NAMED = 5
 """Damaged lines that a note names one by one."""
 
@@ -42,6 +44,7 @@ class Line:
     """How many readable ones came before."""
     problem: str
     kind: str
+    question: str
     rows: tuple[Row, ...]
 
 
@@ -167,7 +170,9 @@ class ViewedRun:
         if not _is_step(logged.step):
             return False
         problem = logged.group.problem
-        self._lines.append(Line(offset, len(line), logged.step, len(self._lines), problem.id, problem.kind, rows(logged)))
+        self._lines.append(
+            Line(offset, len(line), logged.step, len(self._lines), problem.id, problem.kind, problem.question[:TITLE], rows(logged))
+        )
         for trace in logged.group.traces:
             self._nodes |= dict.fromkeys(trace.path)
             stops = (START, *trace.path, END) if trace.status in TRAINED else (START, *trace.path)
@@ -230,7 +235,7 @@ class ViewedRun:
     def index(self) -> dict[str, Any]:
         """What a page shows before any trace is opened."""
         shown = [(line, index, entry) for line in self._shown() for index, entry in enumerate(line.rows)]
-        problems = {line.problem: {"id": line.problem, "kind": line.kind} for line, _, _ in shown}
+        problems = {line.problem: {"id": line.problem, "kind": line.kind, "question": line.question} for line, _, _ in shown}
         place = {name: i for i, name in enumerate(problems)}
         columns: dict[str, list[Any]] = {
             "step": [line.step for line, _, _ in shown],

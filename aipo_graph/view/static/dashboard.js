@@ -280,6 +280,22 @@ function Progress({ runs }) {
   </div>`;
 }
 
+/** The base policy against the trained one on held-out problems, once a run is finished. */
+function Evaluated({ run }) {
+  const { base, trained } = run.summary ?? {};
+  const modes = [["alone", "alone"], ["with agents", "with_agents"]].filter(([, mode]) => base?.[mode] && trained?.[mode]);
+  if (!modes.length) return null;
+  const heads = Object.keys(trained[modes[0][1]]).filter((name) => /^(pass@\d+|greedy)$/.test(name));
+  return html`<table class="evaluated" data-testid="evaluated">
+    <caption>${visible(run.name)}, held-out problems</caption>
+    <thead><tr><th scope="col"></th>${heads.map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
+    <tbody>${modes.map(([label, mode]) => html`<tr key=${mode}>
+      <th scope="row">${label}</th>
+      ${heads.map((name) => html`<td>${fixed(base[mode][name], 3)} → <strong>${fixed(trained[mode][name], 3)}</strong></td>`)}
+    </tr>`)}</tbody>
+  </table>`;
+}
+
 function Position({ board, axis }) {
   const x = useChartCursor(board);
   const where = axis === "step" ? `step ${grouped(x)}` : `${AMOUNT.format(x)} tokens`;
@@ -360,6 +376,7 @@ function Dashboard({ runs: given }) {
   };
   return html`<div class="dashboard" data-testid="dashboard">
     <span hidden ref=${(element) => (board.probe = element ?? board.probe)}></span>
+    ${runs.map((run, r) => html`<${Evaluated} key=${r} run=${run} />`)}
     <dl class="key-figures">
       <${Progress} runs=${runs} />
       ${KEY_FIGURES.filter(([, metric]) => names.includes(metric)).map(([label, metric]) => html`

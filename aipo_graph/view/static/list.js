@@ -58,7 +58,7 @@ function TraceRow({ entry, top, chosen, place, count, onChoose }) {
       data-testid="trace-row" data-key=${entry.key} onClick=${() => onChoose(entry.key)}>
     <${Mark} entry=${entry} />
     <div class="row-main">
-      <div class="row-name"><bdi>${visible(cut(entry.problem, 120))}</bdi></div>
+      <div class="row-name" title=${visible(entry.problem)}><bdi>${visible(cut(entry.question, 120))}</bdi></div>
       <div class="row-more">step ${entry.step} · <span
         class=${entry.withAgents ? "with" : "alone"}>${entry.withAgents ? "with agents" : "alone"}</span>
         ${wasCut(entry) ? html` · <span class="bad"><bdi>${visible(cut(entry.error || entry.status, 200))}</bdi></span>`

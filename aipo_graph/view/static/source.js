@@ -88,6 +88,7 @@ function entriesOf(run, place) {
     const problem = run.problems[columns.problem[index]];
     return {
       key: `${place}.${group}.${member}`, run: place, step, group, member, problem: problem.id, kind: problem.kind,
+      question: problem.question || problem.id,
       reward: columns.reward[index], status: columns.status[index], withAgents: Boolean(columns.with_agents[index]),
       tokens: columns.tokens[index], error: columns.error[index], consults: columns.consults[index],
       advantage: columns.advantage[index], page: columns.page[index], row: columns.row[index],

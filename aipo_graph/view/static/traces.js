@@ -156,7 +156,7 @@ function OneTrace({ runs, source, entry, trace, left, all, colour, place, go }) 
   return html`<article class="trace" data-testid="trace" data-key=${entry.key}>
     <div class="card head">
       <div class="about">
-        <div class="title"><${Mark} entry=${entry} /><h2><bdi>${visible(cut(entry.problem, 200))}</bdi></h2></div>
+        <div class="title"><${Mark} entry=${entry} /><h2 title=${visible(entry.problem)}><bdi>${visible(cut(entry.question, 200))}</bdi></h2></div>
         <${Chips} entry=${entry} run=${runs.length > 1 && runs[entry.run]} />
         ${entry.error !== null && html`<p class="reason" data-testid="reason"><${Clipped} text=${entry.error} /></p>`}
         <${Facts} key=${entry.key} trace=${trace} entry=${entry} />
