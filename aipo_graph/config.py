@@ -43,11 +43,12 @@ PATHS = (
 """Fields that may name a file. In a YAML file such a path may be relative to that file."""
 
 MAY_CHANGE = {
-    "run": "name dir threads device trackers checkpoint_every keep_checkpoints trace_groups tracing",
+    "run": "name dir threads device trackers checkpoint_every trace_groups tracing",
     "task": "max_prompt_tokens timeout",
     "rollout": "timeout max_failed",
     "agents": "max_tokens concurrency attempts timeout",
     "engine": "*",
+    "cluster": "*",
     "train": "steps tokens micro_batch_tokens gradient_checkpointing patience",
     "evaluate": "*",
 }
@@ -93,8 +94,6 @@ class Run(Section):
     """Where metrics go besides metrics.jsonl."""
     checkpoint_every: PositiveInt = 10
     """Steps between checkpoints."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints kept; at least two, so that a damaged one can be skipped."""
     trace_groups: NonNegativeInt = 2
     """Groups per step written to traces.jsonl."""
     tracing: bool = False
@@ -248,6 +247,9 @@ class Engine(Section):
     """Longest prompt plus completion, in tokens; 0 is the model's own."""
     max_batch: PositiveInt = 256
     """Sequences decoded at once."""
+    gpus: PositiveInt = 1
+    """vllm in a cluster: GPUs over which an engine spreads one copy of the policy (tensor parallel). There is one engine per so many of
+    the GPUs that the learner leaves."""
     deterministic: bool = True
     """local: form batches at fixed points only, so that a run repeats bit for bit. Turn off where agents are slow to answer."""
 
@@ -264,6 +266,16 @@ class Engine(Section):
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"engine.urls: {url!r} is no base URL; write http://HOST:PORT")
         return self
+
+
+class Cluster(Section):
+    address: Annotated[str, StringConstraints(pattern=r"^(|local|auto|[\w.-]+:\d+)$")] = ""
+    """Ray: local starts it on this machine, auto or HOST:PORT joins a running cluster; empty is without, in this process. Needs the extra
+    `ray`."""
+    learners: PositiveInt = 1
+    """Processes over which the learner's tensors and batches are divided (FSDP2), one GPU each where there are any."""
+    workers: NonNegativeInt = 0
+    """Processes that run graphs, one CPU each; 0 is one per node. With engine.kind = local each has an engine of its own."""
 
 
 class Loss(Section):
@@ -285,8 +297,6 @@ class Loss(Section):
     """aipo: factor of an agent token's ratio in a trace with negative advantage: 0 blames no reply for a failure, 1 by the ratio."""
     behaviour: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability assumed for agent tokens whose helper recorded none (mu)."""
-    gamma: PositiveFloat = 0.1
-    """luffy: the constant of pi / (pi + gamma)."""
     clip_low: NonNegativeFloat = 0.2
     """Lower clip of the policy ratio, 1 - clip_low; cispo as published has none: 1 or more."""
     clip_high: PositiveFloat = 0.28
@@ -321,8 +331,6 @@ class Loss(Section):
 class Optimizer(Section):
     lr: PositiveFloat = 5e-4
     """Peak learning rate."""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW weight decay."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW betas."""
     warmup_steps: NonNegativeInt = 5
@@ -376,6 +384,7 @@ class Config(Section):
     rollout: Rollout = Rollout()
     agents: Agents = Agents()
     engine: Engine = Engine()
+    cluster: Cluster = Cluster()
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
@@ -390,10 +399,20 @@ class Config(Section):
             )
         if unknown := sorted(set(self.agents.models) - set(self.agents.use)):
             raise ValueError(f"agents.models.{unknown[0]}: agents.use has no {unknown[0]!r}; add it there (empty for a model alone)")
-        if self.engine.kind == "vllm" and self.rollout.max_lag:
+        if self.cluster.address:
+            if ":" in self.run.device:
+                raise ValueError(f"run.device = {self.run.device}: in a cluster Ray chooses the GPU of each process; say cuda")
+            if self.engine.kind != "local" and any(spec.partition(":")[0] == "policy" for spec in self.agents.models.values()):
+                raise ValueError("agents.models: policy: in a cluster nothing keeps the starting weights; serve them and say vllm:URL")
+        elif self.cluster != Cluster():
+            name, count = next((name, count) for name, count in self.cluster if count != getattr(Cluster(), name))
+            raise ValueError(f"cluster.{name} = {count}: needs a Ray cluster; say cluster.address: local, or a running one's")
+        elif self.engine.kind == "vllm" and self.rollout.max_lag:
             raise ValueError(
                 f"rollout.max_lag = {self.rollout.max_lag}: engine.kind = vllm sleeps while the learner learns; use 0, or a server"
             )
+        if self.engine.gpus > 1 and not (self.engine.kind == "vllm" and self.cluster.address):
+            raise ValueError(f"engine.gpus = {self.engine.gpus}: used by engine.kind = vllm in a cluster alone; leave it 1")
         if self.loss.baseline == "counterfactual" and self.rollout.with_agents == 1:
             raise ValueError("loss.baseline = counterfactual: rollout.with_agents = 1 leaves no traces alone to compare with; use 0.5")
         if self.train.minibatches > self.rollout.problems:

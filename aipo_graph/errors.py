@@ -39,6 +39,10 @@ class GraphError(AipoError):
     """A bug in a user's graph: lost, edited or invented tokens. Ends the run; never counted as a failed trace."""
 
 
+class LostError(AipoError):
+    """A process of the learner died. In a run all of them start again, and it goes on from its last checkpoint."""
+
+
 class TrainError(AipoError):
     """Training cannot go on: too many failed traces, nothing to learn from, or several bad steps in a row."""
 

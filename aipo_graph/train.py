@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from aipo_graph.engines.decoder import device_here
 from aipo_graph.engines.handover import sweep
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.open import open_engine
-from aipo_graph.errors import AipoError, TrainError
+from aipo_graph.errors import AipoError, ConfigError, LostError, TrainError
 from aipo_graph.evaluate import Evaluation, follow, start
 from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.provenance import contents, model_contents, problems_digest
@@ -41,7 +41,7 @@ from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.metrics import exclusions, rollout_metrics
 from aipo_graph.rollout.stream import Stream
 from aipo_graph.tasks.open import open_task, problems_of
-from aipo_graph.types import Task, TraceGroup
+from aipo_graph.types import Engine, Task, TraceGroup
 
 Cursor = Mapping[str, Any]
 """What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn, whether it is finished."""
@@ -220,17 +220,14 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
     torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     path, task, evaluated = files.model(config.policy.model), open_task(config), config.evaluate.problems > 0
+    if config.cluster.address and files.objects():
+        raise ConfigError(f"cluster.address = {config.cluster.address}: objects of this process reach no other; give paths, file.py:name")
     # Data that cannot be trained on is refused before anything is loaded.
     asked = problems_of(config, lambda: map(task.train, range(TOLD)))
     told = contents(config) | model_contents(path) | {"the task's problems": problems_digest(asked)}
     with RunLog(config, console, files=told, force=force) as log, launched(config, path, log.folder, console) as config:
         log.console.print(f"run folder {log.folder}")
         sweep(log.folder)
-        learner = Learner(config, path, device_here(config))
-        cursor = learner.restore(log.folder / "checkpoints")
-        needed, free = learner.checkpoint_bytes / 1e9, shutil.disk_usage(log.folder).free / 1e9
-        if needed > free:
-            log.note(f"a checkpoint takes about {needed:.1f} GB, and {log.folder} has {free:.1f} GB left: this run cannot be saved")
         before, made = read_metrics(log.folder / "metrics.jsonl"), Run(log.folder)
         known = made.summary if made.finished else {}
         evaluation, values = log.folder / "evaluation", dict[str, Values]()
@@ -244,8 +241,16 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             first = waiting is not None and (waiting.here or config.engine.kind != "local")
             if waiting and first:
                 values["base"] = follow(waiting, console)
-            if not learn(config, path, task, learner, cursor, log, on_step):
+            cluster = stack.enter_context(_cluster(config, log)) if config.cluster.address else None
+            learner: Any = cluster.learners(path) if cluster else Learner(config, path, device_here(config))
+            cursor = learner.restore(log.folder / "checkpoints")
+            needed, free = learner.checkpoint_bytes / 1e9, shutil.disk_usage(log.folder).free / 1e9
+            if needed > free:
+                log.note(f"a checkpoint takes about {needed:.1f} GB, and {log.folder} has {free:.1f} GB left: this run cannot be saved")
+            if not learn(config, path, task, learner, cursor, log, on_step, cluster):
                 return
+            if cluster:
+                learner.close()
             del learner  # its memory is the evaluation's, which is another process
             gc.collect()
             torch.cuda.empty_cache()
@@ -268,8 +273,27 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             console.print(f"ask it: python -m aipo_graph.demo {log.folder}", markup=False)
 
 
-def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Cursor, log: RunLog, on_step: OnStep | None = None) -> bool:
-    """Trains from the cursor to the end and exports the policy. Returns False where it was stopped before."""
+def _cluster(config: Config, log: RunLog) -> AbstractContextManager[Any]:
+    """The run's processes, which end with the context. Raises ConfigError where Ray is not installed or does not answer."""
+    from aipo_graph import cluster
+
+    return cluster.joined(config, log.folder, log.note)
+
+
+def learn(
+    config: Config,
+    path: str,
+    task: Task,
+    learner: Any,
+    cursor: Cursor,
+    log: RunLog,
+    on_step: OnStep | None = None,
+    cluster: Any = None,
+) -> bool:
+    """Trains from the cursor to the end and exports the policy. Returns False where it was stopped before.
+
+    Where a process of the learner was lost, it goes on from the last checkpoint.
+    """
     finished = _finished(config, learner.version, cursor.get("tokens", 0.0))
     log.resume_at(learner.version)
     if learner.version:
@@ -277,11 +301,16 @@ def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Curso
     if not finished:
         stopping = threading.Event()
 
-        async def main() -> bool:
-            async with opened(config, path, task, log) as stream:
-                return await loop(config, learner, stream, log, cursor, stopping, on_step)
+        async def main(cursor: Cursor) -> bool:
+            async with opened(config, path, task, log, cluster) as stream:
+                while True:
+                    try:
+                        return await loop(config, learner, stream, log, cursor, stopping, on_step)
+                    except LostError:
+                        cursor = await asyncio.to_thread(learner.restore, log.folder / "checkpoints")
+                        log.resume_at(learner.version)
 
-        finished = loops.run(main(), interrupted=stopping.set)
+        finished = loops.run(main(cursor), interrupted=stopping.set)
     if not finished:
         log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")
         return False
@@ -292,10 +321,14 @@ def learn(config: Config, path: str, task: Task, learner: Learner, cursor: Curso
 
 
 @asynccontextmanager
-async def opened(config: Config, path: str, task: Task, log: RunLog) -> AsyncIterator[Stream]:
-    """Where training steps come from: graph runs and the policy's engine, which ends with the context."""
-    engine = await open_engine(config, path)
-    try:
+async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: Any = None) -> AsyncIterator[Stream]:
+    """Where training steps come from: graph runs and the policy's engine, here or in a cluster. What they started ends with the context."""
+    async with AsyncExitStack() as stack:
+        if cluster:
+            engine: Engine = await stack.enter_async_context(cluster.opened(path))
+        else:
+            engine = await open_engine(config, path)
+            stack.push_async_callback(engine.close)
         chats = await open_chats(config, engine)
         for line in describe(chats, config):
             log.console.print(line, markup=False)
@@ -304,10 +337,8 @@ async def opened(config: Config, path: str, task: Task, log: RunLog) -> AsyncIte
         for line in rollouts.inputs[0].warnings(task.train(0)):
             log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
-        yield Stream(rollouts, config)
-    finally:
-        gc.unfreeze()
-        await engine.close()
+        stack.callback(gc.unfreeze)
+        yield Stream(cluster.sampling(rollouts) if cluster else rollouts, config)
 
 
 def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:
@@ -323,7 +354,9 @@ def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:
 def explain(config: Config, console: Console) -> None:
     """What a dry run says beside the settings: the memory that they need, and the command of the server that they sample from."""
     path = files.model(config.policy.model)
-    console.print(memory.table(memory.estimate(config, path)))
+    console.print(memory.table(found := memory.estimate(config, path)))
+    for line in memory.placement(config, found) if config.cluster.address else ():
+        console.print(line, markup=False)
     if config.engine.kind == "server":
         try:
             console.print(f"server of the policy: {serve_text(config, path)}", markup=False)

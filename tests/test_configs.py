@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from started import run_module
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from aipo_graph import cli
 from aipo_graph.config import Config
@@ -26,11 +26,15 @@ LARGE = {
     "qwen3_4b_full_8gpu": Qwen3Config(
         hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, intermediate_size=9728, tie_word_embeddings=True
     ),
+    "qwen2p5_7b_full_8gpu": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, intermediate_size=18944
+    ),
+    "qwen3_32b_lora_2nodes": Qwen3Config(hidden_size=5120, num_hidden_layers=64, num_attention_heads=64, intermediate_size=25600),
     "llama3p2_3b_lora_1gpu": LlamaConfig(
         vocab_size=128256, hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, intermediate_size=8192, tie_word_embeddings=True
     ),
 }
-"""The models' shapes, as on the hub; eight key-value heads of width 128 each."""
+"""The models' shapes, as on the hub; eight key-value heads of width 128 each, four of Qwen2.5-7B."""
 GPU = 80 * 10**9
 
 
@@ -71,7 +75,7 @@ def test_dry_run_accepts_it_without_the_network(path: Path, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_three_for_large_models_are_there(root: Path) -> None:
+def test_those_for_large_models_are_there(root: Path) -> None:
     assert {f"{name}.yaml" for name in LARGE} <= {path.name for path in CONFIGS}
 
 
@@ -105,7 +109,7 @@ def test_each_agent_asks_the_helper_that_the_comment_serves(large: str, root: Pa
 @pytest.fixture
 def shape(large: str, tmp_path: Path) -> str:
     model: Any = LARGE[large]
-    model.num_key_value_heads, model.head_dim = 8, 128
+    model.num_key_value_heads, model.head_dim = 4 if large.startswith("qwen2p5") else 8, 128
     model.save_pretrained(tmp_path)
     return str(tmp_path)
 
@@ -122,6 +126,4 @@ def test_memory_is_what_the_comments_say(large: str, shape: str, root: Path) -> 
     else:
         said = int(re.findall(r"--dry-run estimates (\d+) GiB", text)[0])
         assert round(learner / 2**30) == said
-        assert learner < 0.6 * 141 * 10**9
-        lora = config.model_copy(update={"policy": config.policy.model_copy(update={"lora_rank": 64})})
-        assert estimate(lora, shape).total("learning") < 0.5 * GPU
+        assert learner < 0.9 * GPU

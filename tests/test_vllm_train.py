@@ -1,12 +1,17 @@
 """`python -m aipo_graph.train` on the real vLLM server: all weights and LoRA, every token and every sync checked against the learner."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from started import Started
+from test_cluster import begun, gone
+from test_train import words_of
 from vllm_world import CONTEXT, RANK
 
 from aipo_graph.log import read_metrics, read_traces
@@ -61,3 +66,20 @@ def test_training_through_the_server(vllm_server: str, embedded: Any, tmp_path: 
     for mode in ("alone", "with_agents"):
         assert summary["base"][mode]["greedy"] == embedded["base"][mode]["greedy"]
     assert summary["trained"]["with_agents"]["failed"] == {}
+
+
+def test_a_killed_sampler_comes_back_with_the_last_weights(vllm_server: str, tmp_path: Path) -> None:
+    """Over Ray: requests go through the sampler's process, and so do the weights."""
+    server = {"engine__kind": "server", "engine__urls": json.dumps([vllm_server]), "engine__max_context": CONTEXT}
+    words = words_of(**TINY, **server, cluster__address="local", evaluate__problems=0, rollout__max_lag=1)
+    driver = Started("aipo_graph.train", words, tmp_path, tmp_path / "out", tmp_path / "err")
+    driver.wait_for("\nstep 1/")
+    sampler = next(process for process in begun(tmp_path) if process["process"] == "sampler-0")
+    os.kill(sampler["pid"], signal.SIGKILL)
+    assert driver.wait() == 0
+    assert "sampler 0 on" in (tmp_path / "out").read_text()
+    rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["failed"] == 0 and row["sync_gap_max"] <= 1e-3 and row["lag_max"] <= 1 for row in rows)
+    assert rows[-1]["restarts/sampler"] == 1
+    assert gone(tmp_path)

@@ -32,11 +32,11 @@ class VllmEngine:
         self.eos_ids = facts.eos_ids
         self.version = 0
         self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank else "weights"
-        self.in_flight = False
+        self.in_flight = bool(config.cluster.address) and self.takes == "weights"
+        self._sleeps = cuda and not config.cluster.address
         self.max_context = facts.context
         self._facts = facts
         self._llm = llm
-        self._cuda = cuda
         self._labels = wire.Labels("policy")
         self._handover = Handover(config, facts)
         self._adapter: Any = None
@@ -61,14 +61,15 @@ class VllmEngine:
             lora = {"enable_lora": True, "max_lora_rank": max_rank(rank)}
         device: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": prefill_budget(facts.context)}
         if cuda:
-            device = {"gpu_memory_utilization": config.engine.memory, "enable_sleep_mode": True}
-            if not lora:
+            device = {"gpu_memory_utilization": config.engine.memory, "enable_sleep_mode": not config.cluster.address}
+            if not lora and not config.cluster.address:
                 device["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
         arguments = vllm.AsyncEngineArgs(
             model=model_path,
             dtype=config.policy.dtype,
             max_model_len=facts.context,
             max_num_seqs=config.engine.max_batch,
+            tensor_parallel_size=config.engine.gpus,
             logprobs_mode="processed_logprobs",
             enforce_eager=not cuda,
             disable_log_stats=True,
@@ -131,17 +132,20 @@ class VllmEngine:
         """An adapter or a directory on disk; on CUDA full weights, unless files name them otherwise, go from the
         learner's memory to vLLM's. Wakes it first.
 
-        Raises EngineError while a request is served, or where vLLM does not take them.
+        In a cluster requests wait, and go on under the new weights. Raises EngineError while one is served elsewhere, or where vLLM does
+        not take them.
         """
-        if self._under_way:
+        if self._under_way and not self.in_flight:
             raise EngineError(f"weights {version} cannot be loaded while {self._under_way} requests are sampled; wait for them")
         label = self._labels.of(version)
         try:
+            if self.in_flight:
+                await self._llm.pause_generation(mode="keep", clear_cache=False)
             if self._asleep:
                 await self._llm.wake_up(["weights"])
             if self.takes == "adapter":
                 await self._switch(label, weights)
-            elif self._cuda and not self._handover.renames:
+            elif self._sleeps and not self._handover.renames:
                 await asyncio.to_thread(self._send_ipc, list(weights), asyncio.get_running_loop())
             else:
                 path = await asyncio.to_thread(self._handover.write, label, weights)
@@ -150,8 +154,10 @@ class VllmEngine:
             if self._asleep:
                 await self._llm.wake_up(["kv_cache"])
                 self._asleep = False
-            await self._llm.reset_prefix_cache()
+            await self._llm.reset_prefix_cache(reset_running_requests=self.in_flight)
             await self._label(version)
+            if self.in_flight:
+                await self._llm.resume_generation()
         except (ValueError, RuntimeError, _vllm().exceptions.VLLMServerError) as error:
             raise EngineError(f"weights {version} were not taken by vLLM: {first_line(error)}; send the same model") from error
         self.version = version
@@ -180,7 +186,7 @@ class VllmEngine:
 
     async def sleep(self) -> None:
         """On CUDA: frees the cache and, unless adapters need the base weights, drops the weights, which `load_weights` brings anew."""
-        if self._cuda and not self._asleep:
+        if self._sleeps and not self._asleep:
             await self._llm.sleep(level=1 if self.takes == "adapter" else 2)
             self._asleep = True
 

@@ -24,6 +24,8 @@ from .model import check_rows, choose_attention, far_rows, load_model, load_toke
 
 BAD_STEPS = 3
 """Bad steps in a row that end a run."""
+KEPT = 2
+"""Checkpoints on disk: the second is for a damaged first."""
 logger = logging.getLogger(__name__)
 
 
@@ -70,9 +72,7 @@ class Learner:
         shards.settle(self.model)
         self.trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         setting = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=setting.lr, betas=setting.betas, weight_decay=setting.weight_decay, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=setting.lr, betas=setting.betas, weight_decay=0.0, fused=True)
         self.version = self.updates = self.bad_steps = self.idle_steps = 0
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -276,7 +276,7 @@ class Learner:
             self.version,
             {"model": self._kept(), "optimizer": optimizer, "rng": self._random_state()},
             {"counters": counters, "cursor": dict(cursor), "frozen": self.frozen},
-            keep=self.config.run.keep_checkpoints,
+            keep=KEPT,
         )
 
     def _random_state(self) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ from .batch import AGENT, POLICY, Batch
 CLAMP = 20.0
 """Bound of every log-ratio."""
 TINY = 1e-30
+GAMMA = 0.1
+"""LUFFY's constant."""
 BELOW = (0.001, 0.01, 0.1, 0.3, 1.0)
 """Bounds of the raw ratio of agent tokens whose cumulative shares are logged: a coarse histogram."""
 Sums = dict[str, Tensor]
@@ -115,7 +117,7 @@ def _mask(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> 
 def _luffy(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
     """A pi / (pi + gamma), with its gradient: policy shaping with mu = 1 (LUFFY, arXiv 2504.14945, section 3)."""
     probability = _exp(logprobs)
-    return -advantages * probability / (probability + loss.gamma)
+    return -advantages * probability / (probability + GAMMA)
 
 
 def _gated(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:

@@ -36,10 +36,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run keeps in memory. ``gpu``: name and bytes of the run's GPU, if this machine has one."""
+    """What a run keeps in memory, in a cluster each rank of its learner. ``gpu``: name and bytes of the run's GPU, if this machine has one;
+    ``policy``: bytes of one copy of the policy."""
 
     parts: tuple[Part, ...] = ()
     gpu: tuple[str, int] | None = None
+    policy: int = 0
     problem: str = ""
     """One line: why there is no estimate."""
 
@@ -69,7 +71,7 @@ def estimate(config: Config, model_path: str | Path | None = None) -> Estimate:
             lora.attach(model, config.policy, seed=0, experts=config.engine.kind == "local")
     gpu = _gpu(config.run.device)
     whole = count * BYTES[config.policy.dtype] + _bytes(model.buffers())
-    return Estimate((*_learner(config, model, whole), *_sampler(config, model, whole, gpu)), gpu)
+    return Estimate((*_learner(config, model, whole), *_sampler(config, model, whole, gpu)), gpu, whole)
 
 
 def _weight_type(config: Config) -> str:
@@ -82,7 +84,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _learner(config: Config, model: PreTrainedModel, whole: int) -> list[Part]:
     """``whole``: bytes of a plain copy of the model in ``policy.dtype``."""
-    rank, dtype, tokens = config.policy.lora_rank, config.policy.dtype, config.train.micro_batch_tokens
+    rank, dtype, tokens, ranks = config.policy.lora_rank, config.policy.dtype, config.train.micro_batch_tokens, config.cluster.learners
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     copy = 0 if rank or config.loss.kl_weight == 0 else whole
@@ -98,21 +100,48 @@ def _learner(config: Config, model: PreTrainedModel, whole: int) -> list[Part]:
     parts = [
         Part(
             "weights",
-            _bytes((*model.parameters(), *model.buffers())),
+            _bytes((*model.parameters(), *model.buffers())) // ranks,
             BOTH,
-            f"{_weight_type(config)}" + (f", LoRA rank {rank} in float32" if rank else ""),
+            f"{_weight_type(config)}" + (f", LoRA rank {rank} in float32" if rank else "") + (f", 1/{ranks} of them" if ranks > 1 else ""),
         ),
-        Part("gradients", 4 * count, ("learning",), f"float32, of {count:,} trained values"),
-        Part("optimizer", 8 * count + 4 * len(trained), BOTH, "AdamW: two float32 values each"),
+        Part("gradients", 4 * count // ranks, ("learning",), f"float32, of {count:,} trained values"),
+        Part("optimizer", (8 * count + 4 * len(trained)) // ranks, BOTH, "AdamW: two float32 values each"),
         Part(
-            "reference", copy, BOTH, "the adapter turned off" if rank else f"{dtype}, for loss.kl_weight" if copy else "loss.kl_weight is 0"
+            "reference",
+            copy // ranks,
+            BOTH,
+            "the adapter turned off" if rank else f"{dtype}, for loss.kl_weight" if copy else "loss.kl_weight is 0",
         ),
         Part("activations", (kept + ends) * tokens, ("learning",), f"{tokens:,} tokens (train.micro_batch_tokens): {how}"),
         Part("logits", COPIES * 4 * logits, ("learning",), f"float32, {logits // text.vocab_size:,} tokens at a time"),
     ]
+    if ranks > 1:
+        parts.insert(4, Part("gathered", _gathered(model), ("learning",), "two whole layers at a time, and what is in no layer"))
     if dtype == "bfloat16":
         parts.insert(4, Part("bfloat16 copies", 2 * count, ("learning",), "of trained weights, made by autocast"))
     return parts
+
+
+def _gathered(model: PreTrainedModel) -> int:
+    blocks = set(model._no_split_modules or ())
+    layers = [_bytes(module.parameters()) for module in model.modules() if type(module).__name__ in blocks]
+    return _bytes(model.parameters()) - sum(layers) + 2 * max(layers, default=0)
+
+
+def placement(config: Config, found: Estimate) -> list[str]:
+    """For ``--dry-run``: the processes of a cluster, what each takes, and the weights on a sampler's GPU."""
+    cluster, engine = config.cluster, config.engine
+    lines = [
+        f"processes, over Ray ({cluster.address}); the table is of each learner's GPU:",
+        f"  {cluster.learners} rank(s) of the learner, one GPU each",
+        f"  {cluster.workers or 'per node one'} worker(s), one CPU each" + (", and an engine of its own" if engine.kind == "local" else ""),
+    ]
+    if engine.kind == "vllm":
+        size = f"{shown(found.policy // engine.gpus)} of weights, the cache up to engine.memory = {engine.memory:g}"
+        lines.append(f"  a sampler per {engine.gpus} GPU(s) that are left, on each {size}")
+    elif engine.kind == "server":
+        lines.append(f"  {len(engine.urls) or 1} sampler(s), which ask the server(s)")
+    return lines
 
 
 def activation_bytes(config: Config, model: PreTrainedModel) -> tuple[int, int]:
@@ -143,6 +172,8 @@ def _sampler(config: Config, model: PreTrainedModel, whole: int, gpu: tuple[str,
     """The engine's share, where it runs on the learner's GPU."""
     setting, text = config.engine, model.config.get_text_config()
     size = BYTES[config.policy.dtype]
+    if config.cluster.address:
+        return []
     if setting.kind == "local":
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

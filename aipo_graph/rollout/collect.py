@@ -316,18 +316,22 @@ class Rollouts:
 
     async def run_group(self, problem: Problem, step: int) -> TraceGroup:
         """The G traces of one problem: first those with agents, then those alone."""
-        rollout = self.config.rollout
-        runs = [
-            self.run_trace(
-                problem, seed=derive_seed(self.config.run.seed, step, problem.id, sample), with_agents=sample < rollout.traces_with_agents
-            )
-            for sample in range(rollout.traces)
-        ]
-        return TraceGroup(problem, tuple(await gather(runs)))
+        members = self._members(problem, step)
+        return TraceGroup(problem, tuple(await gather([self.run_trace(problem, seed=seed, with_agents=w) for seed, w in members])))
+
+    def _members(self, problem: Problem, step: int) -> list[tuple[int, bool]]:
+        """Seed of each trace of a group, and whether it runs with agents."""
+        rollout, seed = self.config.rollout, self.config.run.seed
+        return [(derive_seed(seed, step, problem.id, i), i < rollout.traces_with_agents) for i in range(rollout.traces)]
 
     async def run_groups(self, draws: Sequence[Draw]) -> list[TraceGroup]:
         """The group of each draw, all at once. The first error ends them all."""
         return await gather([self.run_group(draw.problem, draw.index // self.config.rollout.problems) for draw in draws])
+
+    def lost_group(self, draw: Draw, error: str) -> TraceGroup:
+        """What stands for a group that could not be run: its traces, failed."""
+        members = self._members(draw.problem, draw.index // self.config.rollout.problems)
+        return TraceGroup(draw.problem, tuple(Trace(draw.problem.id, *member, (), (), "failed", {}, error) for member in members))
 
     def probe_ids(self) -> tuple[int, ...]:
         """A text to compare logprobs on: the first training problems' questions, up to PROBE_TOKENS tokens."""

