@@ -1,6 +1,7 @@
 """`from aipo_graph import train, evaluate, view`: objects as well as paths, in scripts, threads, running loops and a notebook's kernel."""
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from rollout_world import save_tiny
 from test_chat_graph import tokenizer
 from test_messages import QWEN
 
-from aipo_graph import Agent, Config, PolicyChatModel, Run, evaluate, train, view
+from aipo_graph import Agent, Config, PolicyChatModel, Run, evaluate, loops, train, view
 from aipo_graph.errors import ConfigError, GraphError, TrainError
 from aipo_graph.log import read_traces
 from aipo_graph.rollout import Context, State
@@ -56,14 +57,17 @@ def trained(policy: str, config: Mapping[str, Any] = BARE, **given: Any) -> Run:
     return train(policy, config, **{"graph": graph, "data": ROWS, "reward": odd, "steps": 1, "name": "mine", **given})
 
 
-def test_objects_train_and_are_evaluated_in_this_process(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_objects_train_and_are_evaluated_in_this_process(
+    policy: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[tuple[str, str, str]] = []
 
     def reward(question: str, answer: str, reply: str) -> float:
         seen.append((threading.current_thread().name, question, answer))
         return odd(reply)
 
-    run = trained(policy, SMALL, reward=reward, steps=2)
+    run = trained(policy, SMALL, reward=reward, steps=2, data=[*ROWS, {"question": "", "answer": "1"}])
+    assert sum("rows left out" in record.message for record in caplog.records) == 1, "said once"
     assert {(question, answer) for _, question, answer in seen} <= {(row["question"], row["answer"]) for row in ROWS}
     said = capsys.readouterr().out
     assert max(map(len, said[said.index("held-out problems, 95 %") : said.index("with agents, the trained")].splitlines())) <= 80
@@ -115,9 +119,36 @@ def test_in_a_thread(policy: str) -> None:
     assert runs[0].finished
 
 
-async def test_within_a_running_loop(policy: str) -> None:
-    assert trained(policy, SMALL).finished
+async def test_within_a_running_loop_and_evaluated_otherwise(policy: str) -> None:
+    """A finished run, called again with another evaluation, has that one, and trains nothing."""
+    first = trained(policy, SMALL)
+    spent = first.summary["wall_seconds"]
+    again = trained(policy, SMALL | {"evaluate": SMALL["evaluate"] | {"samples": 2}})
+    assert (again.summary["trained"]["with_agents"]["samples"], again.summary["wall_seconds"], len(again.metrics)) == (2, spent, 1)
     assert asyncio.get_running_loop().is_running()
+
+
+async def test_an_interrupt_in_a_notebook_lets_the_step_under_way_end() -> None:
+    """There the first one asks the run to stop; without anything to ask, it cancels."""
+    asked: list[bool] = []
+    main = threading.main_thread().ident
+    assert main is not None
+
+    async def step() -> str:
+        await asyncio.sleep(0.5)  # until the main thread waits
+        signal.pthread_kill(main, signal.SIGINT)
+        while not asked:
+            await asyncio.sleep(0.01)
+        return "saved"
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook's kernel has this one
+    try:
+        assert loops.run(step(), interrupted=lambda: asked.append(True)) == "saved"
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            loops.run(step())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_in_a_notebook(policy: str, tmp_path: Path) -> None:

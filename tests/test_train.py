@@ -151,6 +151,7 @@ def test_a_stopped_run_saves_and_goes_on(undisturbed: Path, tmp_path: Path) -> N
     process.wait_for("\nstep 1/")
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait() == 0
+    assert "note: stops once the step under way is done and saved" in (tmp_path / "out").read_text()
     assert "the same command goes on" in (tmp_path / "out").read_text()
     assert run(tmp_path).returncode == 0
     assert bits(tmp_path / "runs" / "quickstart") == bits(undisturbed)
