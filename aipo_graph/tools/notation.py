@@ -14,10 +14,10 @@ LONGEST = 512
 _ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅") | {ord("ℝ"): r"\mathbb{R}"}
 _SIGNS = r"""
 ≤ \le \leq \leqslant \leqq; ≥ \ge \geq \geqslant \geqq; ≠ \ne \neq; < \lt; > \gt; ≈ \approx; ∈ \in; ± \pm; ∓ \mp; / \div; : \colon;
-* \cdot \times \ast; | \mid \vert \lvert \rvert; ∪ \cup \bigcup; ∩ \cap \bigcap; ∖ \setminus \smallsetminus \backslash; Å \AA; % percent;
+* \cdot \times \ast; | \mid \vert \lvert \rvert; ∪ \cup \bigcup; ∩ \cap \bigcap; ∖ \setminus \smallsetminus \backslash; Å \AA \angstrom;
 ∨ \lor \vee or; ∧ \land \wedge and; \{ \lbrace; \} \rbrace; ( \langle; ) \rangle; ∞ \infty infinity Infinity infty inf; π \pi \uppi pi;
-μ \mu \upmu \textmu; Ω \Omega \upOmega \textohm; € \euro \pounds; ° \circ \degree \textdegree degree degrees; ∅ \emptyset \varnothing;
-i \imath; \frac \dfrac \tfrac \cfrac; \tan \tg tg"""
+μ \mu \upmu \textmu; Ω \Omega \upOmega \textohm \ohm; € \euro \pounds; ° \circ \degree \textdegree degree degrees; ∅ \emptyset \varnothing;
+i \imath; % percent; [ \lbrack; ] \rbrack; \frac \dfrac \tfrac \cfrac; \tan \tg tg"""
 _FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot csc log ln exp lcm gcd"
 _MEANINGS = {name: sign for sign, *names in map(str.split, _SIGNS.split(";")) for name in names}
 _MEANINGS |= {name: rf"\{name} " for name in _FUNCTIONS.split()}

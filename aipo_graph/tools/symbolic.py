@@ -27,7 +27,10 @@ _REFUSED = re.compile(
 _CLAIM: Rules = [
     (r"(?<=[%\d}])\s+of\s+", "*"), (r"(?<![\d.,])(\d[\d,]*(?:\.\d+)?)\s?%(?!\s*[\d(])", r"(\1/100)"),
 ]  # fmt: skip
-_TOWER: Rules = [(r"\^\{(-?)(\d\d?)\^\{(\d\d?)\}\}", lambda m: f"^{{{m[1]}{int(m[2]) ** int(m[3])}}}")] * 3
+_TOWER: Rules = [
+    (r"\^\{([^{}]*)\}\^\{([^{}]*)\}", r"^{\1^{\2}}"),
+    *[(r"\^\{(-?)(\d\d?)\^\{(\d\d?)\}\}", lambda m: f"^{{{m[1]}{int(m[2]) ** int(m[3])}}}")] * 3,
+]  # fmt: skip
 _FOR_THE_PARSER: Rules = [
     # Side by side the parser would read any whole number and fraction as a mixed number, (3)(4) as 7.
     (r"((?<![_^.\w])(?:\d+\.\d+|\d+(?!\d|\s?\\frac\{\d+\}\{\d+\}))|\))\s*(?=\(|\\(?!begin|end|r)[a-z])|(?<=\))(?=\d)", r"\1*"),
