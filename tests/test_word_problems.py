@@ -107,8 +107,8 @@ def test_an_empty_file_and_one_too_small_to_split_are_refused(tmp_path):
     with pytest.raises(TaskError, match="no records"):
         word_problems(path)
     path.write_text('{"question": "1+1?", "answer": "#### 2"}\n' * 3)
-    with pytest.raises(TaskError, match="add more"):
-        word_problems(path)
+    with pytest.raises(TaskError, match="each of its 1 problems is held out"):
+        word_problems(path).train(0)
 
 
 async def test_its_agents_answer_from_sympy_and_the_corpus(root: Path) -> None:
