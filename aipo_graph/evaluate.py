@@ -154,14 +154,13 @@ def evaluate(
 ) -> Values:
     """Evaluates a policy on held-out problems: what evaluation.json holds, and the ``folder`` where it lies (docs/python.md).
 
-    Objects reach no other process: with them this one samples, anew at each call.
+    Objects reach no other process: with them this one samples, anew at each call. What is not named here may be an object or a path, and is
+    above what the config says, or is as for ``start``.
 
     Args:
         model: a model directory, the folder of a run, ``operators`` or a hub name.
         config: default: the settings of the run that made the model, else the quick start's.
-        graph, solo, agents, task, reward: objects or paths, over those of the config.
         data: the problems, all of which are held out: a file, a data set of the hub, or rows.
-        out, modes, kind, k, greedy_only, preset: see ``start``.
         console: what says how far it is; default: standard output.
 
     Raises AipoError in one line.

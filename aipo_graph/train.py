@@ -188,13 +188,14 @@ def train(
 ) -> Run:
     """Trains a policy, or goes on with a begun run, to its exported policy, its evaluation and summary.json (docs/python.md).
 
-    Works in a notebook and in any thread. A run that was stopped goes on by the same call.
+    Works in a notebook and in any thread. A run that was stopped goes on by the same call. What is not named here may be an object or a
+    path, and is above what the config says.
 
     Args:
         model: a model directory, the folder of a run, ``operators`` or a hub name; default: the config's.
         config: what is not given otherwise; default: the settings' defaults, and without a model the quick start.
-        graph, solo, agents, task, data, heldout, reward: objects or paths, over those of the config.
-        steps, name: `train.steps` and `run.name`; where nothing names the run, the model does.
+        steps: `train.steps`.
+        name: `run.name`; where nothing names the run, the model does.
         on_step: called after each step with its number and metrics; what is true stops the run.
         force: let a begun run go on although settings or files have changed that change what it learns.
         console: where it says what it does; default: standard output.

@@ -8,7 +8,8 @@ def view(run: Any, other: Any = None, *, out: str | Path | None = None, traces: 
     """Writes a run's traces and curves as one HTML file that works offline, opens it where there is a display, and says where it is.
 
     Args:
-        run, other: what `train` returned, a run's folder, or its name below runs/; with ``other`` both are compared.
+        run: what `train` returned, a run's folder, or its name below runs/.
+        other: another one, to compare it with.
         out: the file; default: view.html in the first run's folder.
         traces: of a run with more, evenly spaced steps are shown.
 
