@@ -137,16 +137,17 @@ class Actor:
 
 
 class Worker(Actor):
-    """Runs graphs: over samplers, or where there are none over the engine in it."""
+    """Runs graphs: over the samplers of these names, or where there are none over the engine in it."""
 
-    def __init__(self, name: str, run: Run, samplers: Sequence[Any]) -> None:
+    def __init__(self, name: str, run: Run, samplers: Sequence[str]) -> None:
         super().__init__(name, run)
         self._samplers = samplers
         self._turn = asyncio.Lock()
 
     async def _open(self) -> Any:
         config, path = self.run.config, self.run.path
-        engine: Any = Remote(Facts.read(config, path).eos_ids, self._samplers) if self._samplers else await super()._open()
+        samplers = [ray.get_actor(name) for name in self._samplers]
+        engine: Any = Remote(Facts.read(config, path).eos_ids, samplers) if samplers else await super()._open()
         self.rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
         gc.freeze()
         return engine
@@ -481,14 +482,14 @@ class Cluster:
         """Samplers and workers, which end with the context."""
         gpus, runs = self._engine_gpus, [replace(self.run(path), config=config) for config in self._sampler_configs()]
         self.samplers = [Process(self, Sampler, f"sampler-{i}", run, gpus=gpus) for i, run in enumerate(runs)]
-        actors = [sampler.actor for sampler in self.samplers]
-        own = 0 if actors else gpus
-        self.workers = [Process(self, Worker, f"worker-{i}", self.run(path), actors, cpus=1, gpus=own) for i in range(self._worker_count)]
+        names = [f"{self.config.run.name}/{sampler.name}" for sampler in self.samplers]
+        own = 0 if names else gpus
+        self.workers = [Process(self, Worker, f"worker-{i}", self.run(path), names, cpus=1, gpus=own) for i in range(self._worker_count)]
         engine = Samplers(self, path)
         feeding = [asyncio.create_task(engine.feed(sampler)) for sampler in self.samplers]
         try:
             await gather([process.ready() for process in (*self.samplers, *self.workers)])
-            engine.in_flight = bool(actors) and all(sampler.found["in_flight"] == "True" for sampler in self.samplers)
+            engine.in_flight = bool(names) and all(sampler.found["in_flight"] == "True" for sampler in self.samplers)
             yield engine
         finally:
             for task in feeding:

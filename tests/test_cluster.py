@@ -6,6 +6,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,12 @@ def address() -> Iterator[str]:
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | TOKEN)
     assert process.stdin is not None
     assert process.stdout is not None
-    yield process.stdout.readline().strip()
+    limit = threading.Timer(300, process.kill)
+    limit.start()
+    found = process.stdout.readline().strip()
+    limit.cancel()
+    assert found, "Ray did not start"
+    yield found
     process.communicate("\n", timeout=60)
 
 

@@ -77,7 +77,7 @@ def test_a_killed_sampler_comes_back_with_the_last_weights(vllm_server: str, tmp
     sampler = next(process for process in begun(tmp_path) if process["process"] == "sampler-0")
     os.kill(sampler["pid"], signal.SIGKILL)
     assert driver.wait() == 0
-    assert "sampler 0 on" in (tmp_path / "out").read_text()
+    assert "sampler-0 on" in (tmp_path / "out").read_text()
     rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row["failed"] == 0 and row["sync_gap_max"] <= 1e-3 and row["lag_max"] <= 1 for row in rows)
