@@ -1,4 +1,4 @@
-"""The report: `python -m experiments.report` fills docs/results.md and the pages behind it, and draws, from the study's stored runs.
+"""The report: `python -m experiments.report` fills docs/results.md, the pages behind it and README's table, and draws, from stored runs.
 
 Equal runs give equal files. What has not run yet is shown as missing.
 """
@@ -18,6 +18,7 @@ from experiments.report.stored import Study, read
 
 def texts(study: Study, out: Path) -> dict[Path, str]:
     """The page and those behind it, filled. Raises ConfigError where a page or a place in it lacks, OSError."""
+    readme = out.parent.parent / "README.md"
     pages = {path.stem: path for path in (out.parent / "results").glob("*.md")}
     names = list(dict.fromkeys([*grid.EXPERIMENTS, *study.cells]))
     if absent := [name for name in names if name not in pages]:
@@ -26,6 +27,7 @@ def texts(study: Study, out: Path) -> dict[Path, str]:
         **{pages[name]: filled(pages[name], {"runs": experiments.text(study, name)}) for name in names},
         pages["how"]: filled(pages["how"], {"runs": how.runs(study), "claims": how.comparisons(study)}),
         out: filled(out, summary.parts(study)),
+        **({readme: filled(readme, {"quick start": summary.quick_start(study)})} if readme.is_file() else {}),
     }
 
 

@@ -46,6 +46,14 @@ def conditions(study: Study) -> str:
     return table(["helpers are", *(f"`{method}`" for method in METHODS)], rows)
 
 
+def quick_start(study: Study) -> str:
+    """The quick start's recipe beside what does without one part of it."""
+    rows = {"untrained": "base", "trained": "aipo", "helpers' words masked": "mask", "GRPO without helpers": "grpo"}
+    heads = [study.named("coefficients", metric).replace("_", " ") for metric in METRICS]
+    cells = {told: [short(study.mean("coefficients", name, metric)) for metric in METRICS] for told, name in rows.items()}
+    return table(["", *heads], [[told, *found] for told, found in cells.items()])
+
+
 def counted(study: Study) -> str:
     """In how many conditions `aipo` is separated from each other method, and whether it is never below and above each somewhere."""
     orders = {
