@@ -85,7 +85,7 @@ class Trial:
         return self.wait("a step after the kill", lambda: self.step() > before or self.driver.poll() is not None)
 
     def end(self) -> list[tuple[str, str]]:
-        """Digests of all that two equal runs share: files, and the tensors of the checkpoint, whose order in a rank's file is torch's own."""
+        """Digests of all that two equal runs share: files, and the tensors of the checkpoint, in whose files their order is torch's."""
         if self.driver.wait(LIMIT):
             raise SystemExit(f"the run failed; see {self._log.name}")
         self.wait("all processes end", lambda: not self.left())
