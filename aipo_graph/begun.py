@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aipo_graph.cli import leaves, read_yaml, write_whole, write_yaml
-from aipo_graph.config import Config, may_change
+from aipo_graph.config import GONE, Config, may_change
 from aipo_graph.errors import ConfigError
 
 CONFIG, FILES, CHANGES = "config.yaml", "files.json", "changes.jsonl"
@@ -62,6 +62,7 @@ def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool
     before = {section: values for section, values in read_yaml(path)[0].items() if isinstance(values, dict)}
     now = config.model_dump(mode="json")
     defaults, known = Config().model_dump(mode="json"), [key for key, _ in leaves(Config)]
+    defaults["loss"]["negative"] = 1.0  # as it was done where no setting said so
     changed: dict[str, tuple[Any, Any]] = {}
     for key in known:
         section, _, name = key.partition(".")
@@ -71,7 +72,11 @@ def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool
     old_files = _read(folder / FILES)
     changed |= {key: (old_files[key], files[key]) for key in files if old_files.get(key, files[key]) != files[key]}
     gone = [f"{section}.{name}" for section, values in before.items() for name in values if f"{section}.{name}" not in known]
-    refused = [key for key in changed if key in files or not may_change(key)]
+    for key in gone:
+        section, _, name = key.partition(".")
+        if key in GONE and before[section][name] != GONE[key]:
+            changed[key] = (before[section][name], GONE[key])
+    refused = [key for key in changed if key in files or key in gone or not may_change(key)]
     if refused and not force:
         raise ConfigError(_refusal(folder, changed, refused, files))
     return Begun(folder, config, files, changed, tuple(refused), tuple(gone))

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource,
 from rich.console import Console
 from rich.text import Text
 
-from aipo_graph.config import PATHS
+from aipo_graph.config import GONE, PATHS
 from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.load import find, text
 
@@ -57,12 +57,21 @@ def parse(
         if layer:
             above, lines = read_yaml(layer)
             above = {key: {} if value is None else value for key, value in above.items()}  # a section whose lines are all comments
+            _leave_out_gone(above)
             _resolve_paths(above, layer.parent)
             if isinstance(task := above.get("task"), dict) and "name" in task:  # one task's data, columns and options are no other's
                 values.pop("task", None)
             values = _merge(cls, values, above)
             places |= {key: f"{layer}:{line}" for key, line in lines.items()}
     return validated(cls, _merge(cls, values, given), set(_flatten(given)), places), Options(path, dry_run)
+
+
+def _leave_out_gone(above: Mapping[str, Any]) -> None:
+    """Settings that a run of an earlier version wrote, where they say what is done now."""
+    for key, now in GONE.items():
+        section, _, name = key.partition(".")
+        if isinstance(held := above.get(section), dict) and held.get(name) == now:
+            del held[name]
 
 
 def validated(cls: type[C], values: Mapping[str, Any], given: Collection[str] = (), places: Mapping[str, str] = {}) -> C:

@@ -25,6 +25,8 @@ Algorithm = Literal["grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo"]
 Coefficient = Literal["aipo", "mask", "ppo", "luffy", "gated", "sft", "echo"]
 RETIRED = {"clip": "aipo", "shortfall": "aipo"}
 """Coefficients of agent tokens that are gone, and what did better in their place in the study."""
+GONE = {"run.keep_checkpoints": 2, "loss.gamma": 0.1, "optimizer.weight_decay": 0.0}
+"""Settings of earlier versions, and the value that is now the only one."""
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.=+,-]*$", max_length=100)]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]

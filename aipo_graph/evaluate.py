@@ -130,6 +130,8 @@ def start(
     if modes is None:
         same = config.rollout.solo == config.rollout.graph and not config.rollout.helpers
         modes = ("with_agents",) if same else MODES
+    if not modes or not set(modes) <= set(MODES):
+        raise ConfigError(f"modes = {modes!r}: give some of {', '.join(MODES)}")
     parts = plan(config, task, kinds, modes, greedy_only)
     return Evaluation(config, task, found, parts, k, out, preset, aside)
 

@@ -97,6 +97,8 @@ class RunLog:
         if self._begun:
             for note in self._begun.record(step):
                 self.note(note)
+            self._begun = None  # said and written once, however often a learner is lost and comes back
+        self.pause()
         for name in ("metrics.jsonl", "traces.jsonl", "excluded.jsonl"):
             _cut(self.folder / name, step)
         if self._interactive:

@@ -113,7 +113,9 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     (tmp_path / "r" / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert "tracing" not in FIXTURE.read_text()
     (tmp_path / "r" / "config.yaml").write_text(FIXTURE.read_text())
-    settings = parse(["configs/quickstart.yaml", f"--run.dir={tmp_path}", "--run.name=r", "--run.trackers=[]"], Config, prog="train")[0]
+    settings = parse(
+        ["configs/quickstart.yaml", f"--run.dir={tmp_path}", "--run.name=r", "--run.trackers=[]", "--loss.negative=1"], Config, prog="train"
+    )[0]
     said = go_on(settings)
     assert said == [
         "note: run.keep_checkpoints, a setting of another version, is passed over",
@@ -122,8 +124,24 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
         "note: run.trackers = [] from here on, ['tensorboard'] before",
     ]
     assert go_on(settings) == []
+    assert parse([str(FIXTURE)], Config, prog="evaluate")[0].loss.floor == 0.3  # it is a settings file, too
     with pytest.raises(ConfigError, match="has changed since"):
         go_on(settings, files=FILES | {"rollout.prompts/solo.md": "other"})
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "said"),
+    [
+        ("  weight_decay: 0.0", [], r"it has loss.negative = 1.0, not 0.0; keep it"),
+        ("  weight_decay: 0.1", ["--loss.negative=1"], r"it has optimizer.weight_decay = 0.1, not 0.0; keep it"),
+    ],
+)
+def test_what_an_earlier_version_learned_by_is_not_changed_silently(line: str, flags: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "r" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "r" / "config.yaml").write_text(FIXTURE.read_text().replace("  weight_decay: 0.0", line))
+    words = ["configs/quickstart.yaml", f"--run.dir={tmp_path}", "--run.name=r", "--run.trackers=[]", *flags]
+    with pytest.raises(ConfigError, match=said):
+        go_on(parse(words, Config, prog="train")[0])
 
 
 def test_a_run_without_a_checkpoint_is_begun_anew(tmp_path: Path) -> None:

@@ -152,11 +152,10 @@ import os, sys, time
 from aipo_graph.config import Config, Run
 from aipo_graph.log import RunLog
 with RunLog(Config(run=Run(name="r", dir=sys.argv[1], trackers=()))):
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # it has closed its copy of the lock
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """
 

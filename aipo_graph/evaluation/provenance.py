@@ -40,7 +40,7 @@ def settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
     )
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     flat |= {f"task.{key}": value for key in ("reward", "weights") if (value := getattr(config.task, key))}
-    flat |= {f"rollout.{key}": value for key in ("inputs", "output") if (value := getattr(config.rollout, key))}
+    flat |= {f"rollout.{key}": value for key in ("inputs", "output", "helpers") if (value := getattr(config.rollout, key))}
     if files.objects():
         flat["objects"] = uuid4().hex  # nobody can say whether they are those of an earlier call
     if config.task.options:

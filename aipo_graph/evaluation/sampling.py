@@ -149,14 +149,18 @@ class Sampling:
         self.close()
 
 
+_MAIN = threading.Lock()
+
+
 @contextmanager
 def _main_unseen() -> Iterator[None]:
     """A child that starts within does not run the caller's script again, which need not guard itself with `if __name__ == "__main__"`."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _MAIN:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 # --- in a worker
