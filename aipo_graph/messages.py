@@ -208,7 +208,7 @@ class ChatFormat:
         found, at = [], len(between[0])
         for index, after in zip(heard, between[1:], strict=True):
             said = [form for blanked in (self._neutralise_tags, self._neutralise) for form in [blanked(str(messages[index].text))]]
-            forms = [form for each in said for form in (each, each.strip())]
+            forms = [f for each in said for f in (each, each.strip(), each.rstrip(), each.lstrip(), each.lstrip("\n"), each.strip("\n"))]
             forms += [json.dumps(form, ensure_ascii=False)[1:-1] for form in forms]
             end = next((at + len(form) for form in forms if text.startswith(form + after, at)), None)
             if end is None:
@@ -234,21 +234,24 @@ class ChatFormat:
         marks = [f"heard{i:04}" for i in range(len(results))]
         marked = [result.model_copy(update={"content": mark}) for result, mark in zip(results, marks, strict=True)]
         frame = self.follow([*messages, *marked], len(messages) - 1, seen, sampled, tools)
-        between = re.split("|".join(marks), frame or "")
+        if frame is None:  # a history would leave its reasoning out; here its exact tokens stay
+            before, now = self.render(messages, tools, reply=False), self.render([*messages, *marked], tools)
+            frame = before[self._end(before, sampled) :] + now[len(before) :] if now.startswith(before) else ""
+        between = re.split("|".join(marks), frame)
         return between if len(between) == len(results) + 1 else None
 
     def closing(self, after: str) -> str:
         """The first mark in what the template writes after a tool's result: where the policy ends one that it writes itself."""
         found = re.search(f"{self._specials.pattern}|{calls.TAG}", after)
-        return found.group() if found else after.strip()[:1]
+        return found.group() if found else next(filter(None, map(str.strip, after.splitlines())), "")
 
     def written(self, text: str, after: str, end: str) -> tuple[str, str]:
         """Of a result that the policy wrote, what it says, and what is left to write of ``after``, the template's text behind a result."""
-        said, ended, _ = text.partition(end)
+        said, ended, over = text.partition(end)
         *_, last = ["", *self._specials.findall(text)]
         mark = end if ended else last if last and last in after else ""
         before, _, rest = after.partition(mark) if mark else ("", "", after)
-        return self.without_specials(said).strip().removesuffix(before.strip()).rstrip(), rest
+        return self.without_specials(said).strip().removesuffix(before.strip()).rstrip(), rest.removeprefix(over)
 
     def _learn(self, specials: set[str]) -> None:
         """Finds out how the template writes calls, what it expects for that, and what else it puts around a reply."""
@@ -424,12 +427,16 @@ class ChatFormat:
         reasoning = messages[reply].additional_kwargs.get("reasoning_content")
         if reasoning and self._neutralise_tags(reasoning) not in written:
             return None
+        return written[self._end(written, sampled) :] + now[len(before) :]
+
+    def _end(self, written: str, sampled: str) -> int:
+        """Where in what the template writes of a reply the sampled text ends."""
         *_, last = ["", *self._specials.findall(sampled)]
         if last and sampled.endswith(last) and last in written:
-            end = written.rindex(last) + len(last)
-        else:  # cut short, or ended in a way that the template does not know
-            *_, end = [len(written.rstrip()), *(match.start() for match in self._specials.finditer(written))]
-        return written[end:] + now[len(before) :]
+            return written.rindex(last) + len(last)
+        # cut short, or ended in a way that the template does not know
+        *_, end = [len(written.rstrip()), *(match.start() for match in self._specials.finditer(written))]
+        return end
 
     def parse(self, text: str, tools: Sequence[Mapping[str, Any]] = (), *, seed: int = 0) -> AIMessage:
         """A sampled reply as a message: content, tool calls, and the reasoning apart. Never raises; linear in the text's length.

@@ -37,7 +37,7 @@ from aipo_graph.rollout.collect import Rollouts, gather
 from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.open import open_task
-from aipo_graph.types import Problem, Reply, Trace, TraceGroup
+from aipo_graph.types import Completion, Problem, Reply, Trace, TraceGroup
 
 PROBLEM = Problem("p", "6*7?", "42")
 WORDS = 'Seven "sixes"\nare 42 – ünd\tso on.'
@@ -400,3 +400,103 @@ async def test_the_worked_example_learns_from_its_expert(root: Path, tmp_path: P
     assert (helped.reward, alone.reward) == (1.0, 0.0)
     assert "".join(text for _, text in said(helped)) == problem.answer
     assert (said(alone), alone.reply) == ([], "\\boxed{123123}")
+
+
+async def test_a_result_that_is_cut_short_is_no_answer() -> None:
+    raw = tool_manners.tokenizer(QWEN_LIKE)
+    request = call(raw)
+    rambling = build(raw, agent(), lambda text: request if "how?" not in text else "\\boxed{42} " * 50, max_reply_tokens=64)
+    rambling.engine.generate = cut_at(rambling.engine)
+    trace = await run(rambling, with_agents=False)
+    assert (trace.status, trace.reply, trace.reward, "\\boxed{42}" in trace.segments[-1].text) == ("length", "", 0.0, True)
+    assert len(trace.segments[-1].token_ids) == 64  # as long as a helper's may be
+
+
+def cut_at(engine: Scribe) -> Any:
+    """The scribe's generate, which says when a limit cut it short."""
+    generate = engine.generate
+
+    async def cut(prompt_ids: Sequence[int], **settings: Any) -> Completion:
+        completion = await generate(prompt_ids, **settings)
+        return replace(completion, stop="length" if len(completion.token_ids) == settings["max_tokens"] else "stop")
+
+    return cut
+
+
+async def test_alone_own_results_in_a_history_told_anew_are_nobodys_words() -> None:
+    """The second conversation starts with another message, so that the first one's row cannot go on."""
+    raw = tool_manners.tokenizer(QWEN_LIKE)
+    request = call(raw)
+    inner = create_agent(PolicyChatModel(), tools=[ask_expert])
+
+    async def anew(state: MessagesState) -> Any:
+        return {"messages": [await PolicyChatModel().ainvoke([HumanMessage("Again:"), *state["messages"]])]}
+
+    graph = messages_graph({"agent": inner, "anew": anew}, [(START, "agent"), ("agent", "anew")])
+
+    def write(text: str) -> str:
+        if "how?" not in text:
+            return request
+        return "\\boxed{42}" if "by heart" in text else "by heart\n</tool_response>"
+
+    trace = await run(build(raw, graph, write), with_agents=False)
+    assert (trace.status, len(trace.rows()), said(trace)) == ("done", 2, [])
+    assert "by heart" in trace.rows()[1][0].text
+
+
+@pytest.mark.parametrize("thought", ["<think>hm</think>\n\n", "hm </think> "])
+async def test_alone_reasoning_before_a_call_stays_as_it_was_sampled(thought: str) -> None:
+    raw = tool_manners.tokenizer(QWEN_LIKE.replace("m.reasoning_content and loop", "false and loop"))
+    request = thought + call(raw)
+
+    def write(text: str) -> str:
+        if "how?" not in text:
+            return request
+        return "\\boxed{42}" if "by heart" in text else "by heart\n</tool_response>"
+
+    trace = await run(build(raw, agent(), write), with_agents=False)
+    assert (trace.status, trace.reward, trace.threads) == ("done", 1.0, ("model",))
+    assert thought in trace.segments[1].text
+
+
+async def test_a_sub_graph_as_helper_says_what_is_new_and_no_more_than_it_may() -> None:
+    raw = tool_manners.tokenizer(QWEN_LIKE)
+
+    async def blank(state: MessagesState) -> Any:
+        return {"messages": [AIMessage("")]}
+
+    async def expert(state: MessagesState) -> Any:
+        return {"messages": [AIMessage("Six and six, " * 20)]}
+
+    async def say(state: MessagesState) -> Any:
+        return {"messages": [await PolicyChatModel().ainvoke(state["messages"])]}
+
+    inner = messages_graph({"blank": blank, "expert": expert}, [(START, "blank"), ("blank", "expert")])
+    graph = messages_graph({"experts": inner, "say": say}, [(START, "experts"), ("experts", "say")])
+    trace = await run(build(raw, graph, lambda text: "\\boxed{42}", ["experts"], max_reply_tokens=12))
+    assert (trace.status, said(trace)) == ("done", [("experts", "Six and six,")])
+    assert PROBLEM.question in trace.segments[0].text
+
+
+async def test_a_forced_call_of_a_helper_fits_alone_too() -> None:
+    raw = tool_manners.tokenizer(QWEN_LIKE)
+    request = call(raw)
+
+    async def ask(state: MessagesState) -> Any:
+        message = await PolicyChatModel().bind_tools([ask_expert], tool_choice="ask_expert").ainvoke(state["messages"])
+        results = [ToolMessage(WORDS, name="ask_expert", tool_call_id=made["id"]) for made in message.tool_calls]
+        return {"messages": [message, *results]}
+
+    async def say(state: MessagesState) -> Any:
+        last = state["messages"][-1]
+        return {"messages": [last if last.type == "ai" else await PolicyChatModel().ainvoke(state["messages"])]}
+
+    def write(text: str) -> str:
+        if "how?" not in text:
+            return request
+        return "\\boxed{42}" if "by heart" in text or "Seven" in text else "by heart\n</tool_response>"
+
+    graph = messages_graph({"ask": ask, "say": say}, [(START, "ask"), ("ask", "say")])
+    for with_agents in (True, False):
+        trace = await run(build(raw, graph, write), with_agents=with_agents)
+        assert (trace.status, trace.reward, trace.scores["misfits"], len(said(trace))) == ("done", 1.0, 0.0, int(with_agents))

@@ -23,10 +23,12 @@ from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
     BaseMessage,
+    BaseMessageChunk,
     InvalidToolCall,
     ToolCall,
     ToolMessage,
     convert_to_messages,
+    message_chunk_to_message,
 )
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
@@ -45,6 +47,8 @@ Schema = Mapping[str, Any]
 T = TypeVar("T")
 
 
+ROLES = frozenset({"human", "user", "ai", "assistant", "system", "developer"})
+"""What a message may be called that is no object yet."""
 THREADS = 1024
 """Plain nodes at once: each waits in a thread of its own while the policy writes, and an engine may wait for all of them to have asked."""
 _LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
@@ -56,6 +60,10 @@ def _with_threads(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
         _LOOPS.add(loop)
         loop.set_default_executor(ThreadPoolExecutor(THREADS, "graph"))
     return loop
+
+
+Said = tuple[str, str]
+"""A message's type and text."""
 
 
 class OutOfTokens(GraphBubbleUp):
@@ -142,14 +150,17 @@ class ChatRun(BaseCallbackHandler):
         self.rewrites = 0
         self.invalid_calls = 0
         self.misfits = 0
+        self.unanswered = False
+        """The run ended within a result that the policy wrote, or before the reply to it."""
         self.strangers: set[str] = set()
         """Chat models that are not the policy."""
         self._helpers = frozenset(helpers)
         self._longest = longest
         self._alone = alone
-        self._helping: dict[UUID, str] = {}
-        self._said: dict[tuple[str, str], str] = {}
-        """Message type and text -> the helper whose node wrote it."""
+        self._helping: dict[UUID, tuple[str, frozenset[Said]]] = {}
+        """A helper's node that runs -> its name, and the messages that it was given."""
+        self._said: dict[Said, str] = {}
+        """What helpers' nodes wrote -> whose."""
         self._known: set[str] = set()
         """Messages whose words are agent segments already."""
         self._own: dict[str, tuple[BaseMessage, ...]] = {}
@@ -190,8 +201,9 @@ class ChatRun(BaseCallbackHandler):
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """A helper's node has ended: what it wrote are its words."""
-        if name := self._helping.pop(run_id, None):
-            self._said |= {(message.type, str(message.text)): name for message in _messages(outputs)}
+        name, given = self._helping.pop(run_id, ("", frozenset()))
+        for said in {(message.type, str(message.text)) for message in _messages(outputs if name else ())} - given:
+            self._said[said] = min(name, self._said.get(said, name))  # whoever of two that say the same ends first
 
     def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: UUID, tags: list[str] | None = None, **kwargs: Any) -> None:
         """A node's task starts. Where it does so again, LangGraph retries it: what the failed attempt sampled is no part of the trace."""
@@ -199,7 +211,7 @@ class ChatRun(BaseCallbackHandler):
             return
         metadata = kwargs.get("metadata") or {}
         if (node := metadata.get("langgraph_node")) in self._helpers:
-            self._helping[run_id] = str(node)
+            self._helping[run_id] = str(node), frozenset((message.type, str(message.text)) for message in _messages(inputs))
         ns, step = str(metadata.get("langgraph_checkpoint_ns", "")), int(metadata.get("langgraph_step", 0))
         if "|" not in ns and step != self._step:
             self.settle()
@@ -219,24 +231,28 @@ class ChatRun(BaseCallbackHandler):
         Raises OutOfTokens, EngineError, Misfit where it is not the call that ``choice`` wants, and GraphError once the run is over:
         a thread may outlive it.
         """
-        if self._ended:
-            raise GraphError("PolicyChatModel was called after its run had ended: await or join what a node starts")
         ns = str(get_config()["metadata"].get("langgraph_checkpoint_ns", ""))
         shown = tuple(self._shortened(message) for message in messages)
         turn = self._prompt(shown, tuple(tools), ns)
         message = self._finish(turn, await self._sample(turn, stop, limit))
         before: tuple[BaseMessage, ...] = ()
-        while self._alone and (calls := self._calls(message)):
+        offered = self._helpers.intersection(map(_name, tools))
+        while self._alone and (calls := self._calls(message, offered)):
+            self.unanswered = True
             results, turn = await self._by_itself((*turn.messages, message), calls, turn)
             before += (message, *results)
             message = self._finish(turn, await self._sample(turn, stop, limit))
+            self.unanswered = False
         self._own[str(message.id)] = before
-        if not _fits(message, tools, choice):
+        asked = next((m for m in before if isinstance(m, AIMessage)), message)
+        if not _fits(asked if _wanted(choice) in self._helpers else message, tools, choice):
             self.misfits += 1
             raise Misfit
         return message.model_copy(deep=True)
 
     async def _sample(self, turn: Turn, stop: Sequence[str] = (), limit: int | None = None) -> Completion:
+        if self._ended:
+            raise GraphError("PolicyChatModel was called after its run had ended: await or join what a node starts")
         # Of what runs beside it nothing counts before its superstep has ended: who is faster must not matter.
         left = self._budget - sum(old.tokens for i, old in enumerate(self._turns) if i < self._settled or old.task == turn.task)
         if left <= 0:
@@ -257,14 +273,16 @@ class ChatRun(BaseCallbackHandler):
         except BaseException:
             self._turns = [old for old in self._turns if old is not turn]
             raise
-        if turn not in self._turns:  # its attempt has failed meanwhile
+        if gone := turn not in self._turns:  # its attempt has failed meanwhile
             self._ledger.forget([completion])
         turn.completion, turn.text = completion, self._chat.decode(completion.token_ids)
+        if gone and turn.parent is not None and self._alone:
+            raise asyncio.CancelledError  # nobody waits for what would follow
         return completion
 
-    def _calls(self, message: AIMessage) -> list[ToolCall]:
+    def _calls(self, message: AIMessage, offered: Collection[str]) -> list[ToolCall]:
         """The calls of helpers in a reply. Beside other calls they cannot be answered by the policy, and are invalid."""
-        calls = [call for call in message.tool_calls if call["name"] in self._helpers]
+        calls = [call for call in message.tool_calls if call["name"] in offered]
         if calls and len(calls) < len(message.tool_calls):
             message.tool_calls = [call for call in message.tool_calls if call not in calls]
             message.invalid_tool_calls += [
@@ -290,10 +308,12 @@ class ChatRun(BaseCallbackHandler):
                 "name a graph without this tool as rollout.solo"
             )
         opening, *closings = between
+        if not all(map(self._chat.closing, closings)):
+            raise GraphError(f"the chat template writes nothing after {calls[0]['name']}'s results: nobody could tell where one ends")
         for result, after in zip(results, closings, strict=True):
             end = self._chat.closing(after)
             turn = self._after(turn, opening, result.name or turn.node)
-            if (await self._sample(turn, (end,))).stop == "length":
+            if (await self._sample(turn, (end,), self._longest)).stop == "length":
                 self._refused = True
                 raise OutOfTokens
             said, opening = self._chat.written(turn.text, after, end)
@@ -354,24 +374,25 @@ class ChatRun(BaseCallbackHandler):
 
     def _helper(self, message: BaseMessage) -> str | None:
         """Whose words a message holds, if a helper's."""
-        if isinstance(message, ToolMessage):
-            return message.name if message.name in self._helpers and message.status != "error" else None
-        if str(message.id) in self._own:
-            return None
+        if str(message.id) in self._own or (isinstance(message, ToolMessage) and (self._alone or message.status == "error")):
+            return None  # alone, no helper's tool runs: the policy wrote it
         return message.name if message.name in self._helpers else self._said.get((message.type, str(message.text)))
 
     def _shortened(self, message: BaseMessage) -> BaseMessage:
         """A helper's message as the policy reads it: no longer than `agents.max_reply_tokens`."""
-        if not self._helpers or not self._helper(message):
+        name = self._helper(message) if self._helpers else None
+        if not name:
             return message
         text = self._chat.cut(str(message.text), self._longest)
+        self._said.setdefault((message.type, text), name)
         return message if text == message.text else message.model_copy(update={"content": text})
 
     def _heard(
         self, text: str, messages: Sequence[BaseMessage], start: int, author: str, write: Callable[[Sequence[BaseMessage]], str | None]
     ) -> tuple[Heard, ...]:
         """The template's text as segments, in which helpers' words among ``messages[start:]`` stand by themselves."""
-        whose = {index: name for index, message in enumerate(messages) if index >= start and (name := self._helper(message))}
+        heard = [index for index, message in enumerate(messages) if index >= start and str(message.text).strip()]
+        whose = {index: name for index in heard if (name := self._helper(messages[index]))}
         if not whose:
             return (Heard(Segment("context", author, self._chat.encode(text), text)),)
         places = self._chat.places(text, messages, tuple(whose), write)
@@ -381,17 +402,17 @@ class ChatRun(BaseCallbackHandler):
                 "be told from its own: leave these names out of rollout.helpers"
             )
         spans = [(str(index), first, last) for index, (first, last) in zip(whose, places, strict=True)]
-        heard = []
+        parts = []
         for ids, words, index in self._chat.pieces(text, spans):
             if index is None:
-                heard.append(Heard(Segment("context", author, ids, words)))
+                parts.append(Heard(Segment("context", author, ids, words)))
                 continue
             message = messages[int(index)]
             reply = message.response_metadata.get("reply")
             mu = reply.logprobs if isinstance(reply, Reply) and reply.token_ids == ids else None
             key = str(getattr(message, "tool_call_id", None) or message.id or (message.type, words))
-            heard.append(Heard(Segment("agent", whose[int(index)], ids, words, logprobs=mu), key))
-        return tuple(heard)
+            parts.append(Heard(Segment("agent", whose[int(index)], ids, words, logprobs=mu), key))
+        return tuple(parts)
 
     def settle(self) -> tuple[Segment, ...]:
         """All segments, those of the superstep that has just ended included."""
@@ -553,29 +574,40 @@ def _refuse(settings: Iterable[str]) -> None:
 
 def _fits(message: AIMessage, tools: Sequence[Schema], choice: Any) -> bool:
     """Whether a reply has the call that a `tool_choice` wants, in any provider's form, with arguments that the tool takes."""
-    if choice in (None, False, "auto", "none"):
+    if choice in (None, False, "auto", "none") or (isinstance(choice, dict) and choice.get("type") in ("auto", "none")):
         return True
-    named = choice.get("function", choice).get("name") if isinstance(choice, dict) else choice
-    named = None if named in (True, "any", "required") else named
-    schemas = {str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in tools}
+    named = _wanted(choice)
+    schemas = {_name(tool): tool.get("function", {}).get("parameters") or {} for tool in tools}
     made = [call for call in message.tool_calls if call["name"] in schemas and named in (None, call["name"])]
     return bool(made) and all(Draft202012Validator(schemas[call["name"]]).is_valid(call["args"]) for call in made)
+
+
+def _wanted(choice: Any) -> str | None:
+    """The tool that a `tool_choice` names, if it does."""
+    named = choice.get("function", choice).get("name") if isinstance(choice, dict) else choice
+    return named if isinstance(named, str) and named not in ("any", "required", "auto", "none") else None
+
+
+def _name(tool: Schema) -> str:
+    return str(tool.get("function", tool).get("name"))
 
 
 def _messages(outputs: Any) -> Iterator[BaseMessage]:
     """The messages in what a node returned."""
     match outputs:
+        case BaseMessageChunk():
+            yield message_chunk_to_message(outputs)
         case BaseMessage():
             yield outputs
         case Command():
             yield from _messages(outputs.update)
         case dict():
-            if {"role", "content"} <= outputs.keys():
+            if {"role", "content"} <= outputs.keys() and outputs["role"] in ROLES:
                 yield from convert_to_messages([outputs])
             else:
                 for value in outputs.values():
                     yield from _messages(value)
-        case (str(), str()):
+        case (str() as role, str()) if role in ROLES:
             yield from convert_to_messages([outputs])
         case list() | tuple():
             for value in outputs:

@@ -239,7 +239,7 @@ class Rollouts:
         if status in TRAINED and not any(s.source == "policy" for s in segments):
             why = reason or (f"its nodes asked {', '.join(sorted(chat.strangers))}" if chat and chat.strangers else "no node asked it")
             status, reason = "failed", f"NoTokens: the graph ended without a word of the policy ({why}); see its routes"
-        reply = self._reply(segments, graph, status)
+        reply = "" if chat and chat.unanswered else self._reply(segments, graph, status)
         if (key := self.config.rollout.output) in graph.channels:
             found = said(state, key)
             reply = self.tokenizer.without_specials(found or "")
