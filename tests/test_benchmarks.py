@@ -16,9 +16,9 @@ import yaml
 from rollout_world import bpe, save_tiny
 
 from aipo_graph import cli
-from aipo_graph import evaluate as command
 from aipo_graph.config import Config, TaskSection
 from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.evaluate import main
 from aipo_graph.load import nearest
 from aipo_graph.tasks.benchmarks import BENCHMARKS, lettered
 from aipo_graph.tasks.datasets import MAPPINGS, DatasetTask
@@ -279,7 +279,7 @@ def test_a_model_is_evaluated_on_it_by_the_command(name: str, tiny: str, tmp_pat
     values["task"]["heldout"] = str(FILES.get(name, Path(__file__).parent / "fixtures" / "gsm8k_test.parquet"))
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
     modes = [] if name == "math500" else ["--alone-only"]
-    assert cli.main(command.main, [tiny, str(tmp_path / "settings.yaml"), *SMALL, *modes, "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(main, [tiny, str(tmp_path / "settings.yaml"), *SMALL, *modes, "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     count = {"aime2024": 4, "aime2025": 3, "math500": 5, "gpqa_diamond": 5, "gsm8k": 2}[name]
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()[1:]]
