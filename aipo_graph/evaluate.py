@@ -163,10 +163,13 @@ def evaluate(
         model: a model directory, the folder of a run, ``operators`` or a hub name.
         config: default: the settings of the run that made the model, else the quick start's.
         data: the problems, all of which are held out: a file, a data set of the hub, or rows.
+        preset: a benchmark's protocol over the settings, as the command has it; a config that is an object must follow it already.
         console: what says how far it is; default: standard output.
 
     Raises AipoError in one line.
     """
+    if preset and (config is None or isinstance(config, str | Path)):
+        config = _read([str(model), *(["--config", str(config)] if config else []), "--preset", preset])[1]
     with configured(
         own_settings(model) if config is None else config, graph=graph, solo=solo, agents=agents, task=task, heldout=data, reward=reward
     ) as settings:

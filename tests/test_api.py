@@ -19,7 +19,7 @@ from test_chat_graph import tokenizer
 from test_messages import QWEN
 
 from aipo_graph import Agent, Config, PolicyChatModel, Run, evaluate, loops, train, view
-from aipo_graph.errors import ConfigError, GraphError, TrainError
+from aipo_graph.errors import AipoError, ConfigError, GraphError, TrainError
 from aipo_graph.log import read_traces
 from aipo_graph.rollout import Context, State
 
@@ -262,3 +262,11 @@ def test_importing_the_package_is_fast_and_brings_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "'train'" in done.stdout
+
+
+@pytest.mark.parametrize(("preset", "said"), [("gsm8k", "openai/gsm8k"), ("gsm9k", "no such preset; did you mean 'gsm8k'")])
+def test_a_preset_is_laid_over_the_settings_as_by_the_command(preset: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data set is asked for, which is not here."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(AipoError, match=said):
+        evaluate("operators", preset=preset)
