@@ -3,7 +3,7 @@
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -201,9 +201,10 @@ class ChatFormat:
         mark = "heard"
         while mark in text:
             mark += "x"
-        frame = write([m.model_copy(update={"content": f"{mark}{i:04}"}) if i in heard else m for i, m in enumerate(messages)])
-        between = re.split("|".join(f"{mark}{i:04}" for i in heard), frame or "")
-        if len(between) != len(heard) + 1 or not text.startswith(between[0]):
+        marks = {index: f"{mark}{index:04}" for index in heard}
+        frame = write([m.model_copy(update={"content": marks[i]}) if i in marks else m for i, m in enumerate(messages)])
+        between = _between(frame or "", marks.values())
+        if between is None or not text.startswith(between[0]):
             return None
         found, at = [], len(between[0])
         for index, after in zip(heard, between[1:], strict=True):
@@ -237,8 +238,7 @@ class ChatFormat:
         if frame is None:  # a history would leave its reasoning out; here its exact tokens stay
             before, now = self.render(messages, tools, reply=False), self.render([*messages, *marked], tools)
             frame = before[self._end(before, sampled) :] + now[len(before) :] if now.startswith(before) else ""
-        between = re.split("|".join(marks), frame)
-        return between if len(between) == len(results) + 1 else None
+        return _between(frame, marks)
 
     def closing(self, after: str) -> str:
         """The first mark in what the template writes after a tool's result: where the policy ends one that it writes itself."""
@@ -486,15 +486,21 @@ class ChatFormat:
         """The reasoning and what follows it; all is reasoning while it is not closed."""
         if self._harmony:
             text = CHANNEL.sub(r" to=\2<|channel|>commentary", text)
-            reasoning = "\n".join(self._specials.sub("", found).strip() for found in ANALYSIS.findall(text))
+            reasoning = "\n".join(self.without_specials(found).strip() for found in ANALYSIS.findall(text))
             return reasoning.strip(), ANALYSIS.sub("", text)
         for opening, closing in self._thoughts:
             opened = self.opening.rstrip().endswith(opening) or text.lstrip().startswith(opening)
             before, closed, after = text.rpartition(closing)
             if closed or opened:
                 inside = (before if closed else text).strip().removeprefix(opening)
-                return self._specials.sub("", inside).strip(), after if closed else ""
+                return self.without_specials(inside).strip(), after if closed else ""
         return "", text
+
+
+def _between(frame: str, marks: Collection[str]) -> list[str] | None:
+    """What stands before, between and after the marks; None unless each stands there once."""
+    found = re.split("|".join(marks), frame)
+    return found if len(found) == len(marks) + 1 else None
 
 
 def _tool(name: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.config import get_config
 from langgraph.errors import GraphBubbleUp
 from langgraph.types import Command
-from pydantic import ConfigDict, model_validator
+from pydantic import model_validator
 
 from aipo_graph.errors import GraphError
 from aipo_graph.messages import ChatFormat
@@ -236,8 +236,8 @@ class ChatRun(BaseCallbackHandler):
         turn = self._prompt(shown, tuple(tools), ns)
         message = self._finish(turn, await self._sample(turn, stop, limit))
         before: tuple[BaseMessage, ...] = ()
-        offered = self._helpers.intersection(map(_name, tools))
-        while self._alone and (calls := self._calls(message, offered)):
+        offered = self._helpers.intersection(map(_name, tools)) if self._alone else ()
+        while calls := self._calls(message, offered):
             self.unanswered = True
             results, turn = await self._by_itself((*turn.messages, message), calls, turn)
             before += (message, *results)
@@ -509,8 +509,6 @@ class PolicyChatModel(BaseChatModel):
 
     A tool or a node that raises fails its trace: let a tool answer a bad call with a text, which the policy can learn from.
     """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     cache: Literal[False] = False
     """Never LangChain's cache of answers: each trace samples its own."""
