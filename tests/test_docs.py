@@ -99,7 +99,7 @@ def test_every_block_says_what_it_is() -> None:
     for page in PAGES:
         assert read(page).count("\n```") == 2 * len(blocks(page)), f"{page}: a fence that is not closed, or not at the line's start"
         for block in blocks(page):
-            assert block.language in ("python", "sh", "yaml", "json") or (page == "README.md" and "──" in block.text), block
+            assert block.language in ("python", "sh", "yaml", "json"), block
     for page in set(PAGES) - {"README.md"}:
         assert not re.search(r"^```\w+ (?!title=)", read(page), re.M), f"{page}: the site would show this block as text"
 

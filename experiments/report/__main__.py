@@ -1,6 +1,6 @@
-"""The report: `python -m experiments.report` fills docs/results.md, the pages behind it and README's table, and draws, from stored runs.
+"""The report: `python -m experiments.report` fills docs/results.md, the pages behind it and the quick start's table, and draws.
 
-Equal runs give equal files. What has not run yet is shown as missing.
+From stored runs: equal runs give equal files. What has not run yet is shown as missing.
 """
 
 import argparse
@@ -12,13 +12,14 @@ from aipo_graph.cli import write_whole
 from aipo_graph.errors import ConfigError
 from experiments import grid
 from experiments.report import experiments, how, summary
+from experiments.report.experiments import METRICS
 from experiments.report.markdown import filled
 from experiments.report.stored import Study, read
 
 
 def texts(study: Study, out: Path) -> dict[Path, str]:
     """The page and those behind it, filled. Raises ConfigError where a page or a place in it lacks, OSError."""
-    readme = out.parent.parent / "README.md"
+    tables = {out.parent.parent / "README.md": ("alone pass@1", "with_agents pass@1"), out.parent / "quick-start.md": METRICS}
     pages = {path.stem: path for path in (out.parent / "results").glob("*.md")}
     names = list(dict.fromkeys([*grid.EXPERIMENTS, *study.cells]))
     if absent := [name for name in names if name not in pages]:
@@ -27,7 +28,7 @@ def texts(study: Study, out: Path) -> dict[Path, str]:
         **{pages[name]: filled(pages[name], {"runs": experiments.text(study, name)}) for name in names},
         pages["how"]: filled(pages["how"], {"runs": how.runs(study), "claims": how.comparisons(study)}),
         out: filled(out, summary.parts(study)),
-        **({readme: filled(readme, {"quick start": summary.quick_start(study)})} if readme.is_file() else {}),
+        **{page: filled(page, {"quick start": summary.quick_start(study, metrics)}) for page, metrics in tables.items() if page.is_file()},
     }
 
 

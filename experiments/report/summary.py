@@ -1,6 +1,7 @@
 """What is filled into the page that a reader finishes: the main table, the verdicts, what did not work, what has not run."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import grid
@@ -46,11 +47,11 @@ def conditions(study: Study) -> str:
     return table(["helpers are", *(f"`{method}`" for method in METHODS)], rows)
 
 
-def quick_start(study: Study) -> str:
+def quick_start(study: Study, metrics: Sequence[str] = METRICS) -> str:
     """The quick start's recipe beside what does without one part of it."""
     rows = {"untrained": "base", "trained": "aipo", "helpers' words masked": "mask", "GRPO without helpers": "grpo"}
-    heads = [study.named("coefficients", metric).replace("_", " ") for metric in METRICS]
-    cells = {told: [short(study.mean("coefficients", name, metric)) for metric in METRICS] for told, name in rows.items()}
+    heads = [study.named("coefficients", metric).replace("_", " ") for metric in metrics]
+    cells = {told: [short(study.mean("coefficients", name, metric)) for metric in metrics] for told, name in rows.items()}
     return table(["", *heads], [[told, *found] for told, found in cells.items()])
 
 
