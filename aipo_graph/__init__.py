@@ -1,8 +1,10 @@
 """Reinforcement learning for LangGraph policies that consult helper agents while they train (AIPO, arXiv 2605.08401)."""
 
+import gc
 import importlib
 import os
 import sys
+from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 # The Hub's and vLLM's usage reports, read when they are imported: nothing leaves this machine unasked. A value of the user's own stays.
 os.environ.setdefault("DO_NOT_TRACK", "1")
+if sys.argv[:1] == ["-m"] and any(option == "-m" and name.startswith(f"{__name__}.") for option, name in pairwise(sys.orig_argv)):
+    gc.disable()  # a command starts: a quarter of it would go into looking for garbage among what is imported; cli.main turns it on
 __version__ = "0.1.0"
 __all__ = ["Agent", "Config", "PolicyChatModel", "Run", "evaluate", "train", "view"]
 COMMANDS = {"train", "evaluate", "view"}

@@ -1,5 +1,6 @@
 """`aipo-graph COMMAND`, or `python -m aipo_graph COMMAND`: the commands under one name."""
 
+import gc
 import sys
 
 from aipo_graph import cli
@@ -23,7 +24,10 @@ def command(argv: list[str]) -> None:
     elif name not in COMMANDS:
         raise ConfigError(f"no command {name!r}{nearest(name, COMMANDS)}")
     else:
-        load(COMMANDS[name])(argv[1:])
+        gc.disable()  # as for python -m aipo_graph.COMMAND
+        run = load(COMMANDS[name])
+        gc.enable()
+        run(argv[1:])
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -131,6 +132,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and turn an expected failure into one line on stderr; returns the exit code (0, 2, 130)."""
+    gc.enable()
     try:
         command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

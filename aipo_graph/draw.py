@@ -4,17 +4,12 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables.graph import Edge
 from langchain_core.runnables.graph import Graph as Drawing
 from langgraph.graph import END, START
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch
-from matplotlib.path import Path
 from pydantic_settings import CliPositionalArg
 
 from aipo_graph import cli
@@ -22,7 +17,7 @@ from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.rollout.open import open_graph
 
-POLICY, AGENT, ENDS, LINE = "#0b6e99", "#d9730d", "#5f6b73", "#3c4449"
+COLOURS, LINE = {"policy": "#0b6e99", "agent": "#d9730d", "end": "#5f6b73"}, "#3c4449"
 COLUMN, ROW, HALF, TALL, PORT, LOOP, MARGIN = 3.2, 1.05, 0.85, 0.34, 0.22, 0.75, 0.15
 """Between the middles of columns and of rows; half a box's width and height; between edges at its side; height of a loop; white rim."""
 PIXELS = 64
@@ -88,33 +83,8 @@ def _box(name: str, column: int, y: Mapping[str, float], distance: Mapping[str, 
     return Box(column, y[name], max(TALL, PORT * max(map(len, sides.values())) / 2), ports)
 
 
-def figure(drawing: Drawing, agents: frozenset[str]) -> Figure:
-    """The picture: solid edges always follow, dashed ones are the router's choice."""
-    at = boxes(drawing)
-    right, top, bottom = _limits(drawing, at)
-    drawn = Figure(figsize=((right + HALF + MARGIN) * 0.85, (top - bottom) * 0.85), dpi=200)
-    axes = drawn.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.set_xlim(-HALF - MARGIN, right)
-    axes.set_ylim(bottom, top)
-    for name, box in at.items():
-        _draw_box(axes, name, box, AGENT if name in agents else ENDS if name in (START, END) else POLICY)
-    for edge in drawing.edges:
-        points = _points(edge, at)
-        curve = Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
-        dashes: Any = (0, (4, 2.5)) if edge.conditional else "solid"
-        axes.add_patch(PathPatch(curve, fill=False, edgecolor=LINE, linewidth=1.3, linestyle=dashes, zorder=1))
-        # A head of its own: one that belongs to a dashed line has a dashed outline.
-        (x1, y1), (x2, y2) = points[2:]
-        before = (x2 + 0.1 * (x1 - x2), y2 + 0.1 * (y1 - y2))
-        axes.add_patch(
-            FancyArrowPatch(before, points[3], arrowstyle="-|>", mutation_scale=14, color=LINE, linewidth=0, shrinkB=0, zorder=3)
-        )
-    return drawn
-
-
 def layout(drawing: Drawing, agents: frozenset[str]) -> dict[str, Any]:
-    """The same picture as numbers, for a page to draw: boxes by their middles, edges as cubic curves of four points, y downwards."""
+    """The picture as numbers, for a page or a file: boxes by their middles, edges as cubic curves of four points, y downwards."""
     at = boxes(drawing)
     right, top, bottom = _limits(drawing, at)
 
@@ -125,8 +95,9 @@ def layout(drawing: Drawing, agents: frozenset[str]) -> dict[str, Any]:
     for name, box in at.items():
         x, y = place(box.x, box.y)
         size = {"width": round(2 * _half_width(name) * PIXELS, 1), "height": round(2 * box.half * PIXELS, 1)}
+        label = name.strip("_") if name in (START, END) else name
         role = "agent" if name in agents else "end" if name in (START, END) else "policy"
-        nodes.append({"name": name, "label": _label(name), "role": role, "x": x, "y": y, **size})
+        nodes.append({"name": name, "label": label, "role": role, "x": x, "y": y, **size})
     edges = [
         {"source": edge.source, "target": edge.target, "conditional": edge.conditional, "points": [place(*p) for p in _points(edge, at)]}
         for edge in {(edge.source, edge.target): edge for edge in drawing.edges}.values()
@@ -151,19 +122,6 @@ def _half_width(name: str) -> float:
     return HALF * 0.6 if name in (START, END) else HALF
 
 
-def _label(name: str) -> str:
-    return name.strip("_") if name in (START, END) else name
-
-
-def _draw_box(axes: Axes, name: str, box: Box, colour: str) -> None:
-    half = _half_width(name)
-    shape = "round,pad=0,rounding_size=0.18"
-    corner = (box.x - half, box.y - box.half)
-    axes.add_patch(FancyBboxPatch(corner, 2 * half, 2 * box.half, boxstyle=shape, facecolor=colour, edgecolor="none", zorder=2))
-    label = _label(name)
-    axes.text(box.x, box.y, label, color="white", ha="center", va="center", fontsize=min(13.0, 150 / max(len(label), 1)), zorder=3)
-
-
 def _points(edge: Edge, at: Mapping[str, Box]) -> list[tuple[float, float]]:
     """A cubic curve from side to side; over the top for a loop, up or down within a column, below for a long way back."""
     one, two = at[edge.source], at[edge.target]
@@ -184,11 +142,38 @@ def _points(edge: Edge, at: Mapping[str, Box]) -> list[tuple[float, float]]:
     return [(one.x, one.y - one.half), (one.x, low), (two.x, low), (two.x, two.y - two.half)]
 
 
-def save(drawing: Drawing, agents: frozenset[str], path: FilePath) -> None:
-    """Writes the picture in the format of the path's suffix; the same graph gives the same bytes. Raises ConfigError."""
+def save(drawing: Drawing, agents: frozenset[str], path: Path) -> None:
+    """Draws the layout in the format of the path's suffix; the same graph gives the same bytes. Raises ConfigError.
+
+    Solid edges always follow, dashed ones are the router's choice.
+    """
+    from matplotlib import patches, rc_context  # takes a second, which every other command is spared
+    from matplotlib.figure import Figure
+    from matplotlib.path import Path as Curve
+
+    picture = layout(drawing, agents)
+    drawn = Figure(figsize=(picture["width"] / PIXELS * 0.85, picture["height"] / PIXELS * 0.85), dpi=200)
+    axes = drawn.add_axes((0, 0, 1, 1), xlim=(0, picture["width"]), ylim=(picture["height"], 0))
+    axes.set_axis_off()
+    for edge in picture["edges"]:
+        points = edge["points"]
+        dashes: Any = (0, (4, 2.5)) if edge["conditional"] else "solid"
+        curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
+        axes.add_patch(patches.PathPatch(curve, fill=False, edgecolor=LINE, linewidth=1.3, linestyle=dashes, zorder=1))
+        # A head of its own: one that belongs to a dashed line has a dashed outline.
+        (x, y), (control_x, control_y) = points[3], points[2]
+        before = (x + 0.1 * (control_x - x), y + 0.1 * (control_y - y))
+        head = patches.FancyArrowPatch(before, points[3], arrowstyle="-|>", mutation_scale=14, color=LINE, linewidth=0, shrinkB=0, zorder=3)
+        axes.add_patch(head)
+    for node in picture["nodes"]:
+        x, y, width, height, label = (node[key] for key in ("x", "y", "width", "height", "label"))
+        shape, colour = f"round,pad=0,rounding_size={0.18 * PIXELS}", COLOURS[node["role"]]
+        corner = (x - width / 2, y - height / 2)
+        axes.add_patch(patches.FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=colour, edgecolor="none", zorder=2))
+        axes.text(x, y, label, color="white", ha="center", va="center", fontsize=min(13.0, 150 / max(len(label), 1)), zorder=3)
     try:
         with rc_context({"svg.hashsalt": "aipo_graph"}):
-            figure(drawing, agents).savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
+            drawn.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write {path}: {error}; name a file in a folder that exists") from error
 
@@ -197,12 +182,12 @@ def command(argv: list[str]) -> None:
     settings, _ = cli.parse(argv, Draw, prog="python -m aipo_graph.draw")
     pictures = [(name, suffix) for name, suffix in ((settings.png, ".png"), (settings.svg, ".svg")) if name]
     for name, suffix in pictures:
-        if FilePath(name).suffix != suffix:
+        if Path(name).suffix != suffix:
             raise ConfigError(f"--{suffix[1:]} {name}: the file's name must end in {suffix}")
     drawing = open_graph(settings.graph or settings.rollout.graph).get_graph()
     print(drawing.draw_mermaid(), end="")
     for name, _ in pictures:
-        save(drawing, frozenset(settings.agents.use), FilePath(name))
+        save(drawing, frozenset(settings.agents.use), Path(name))
 
 
 if __name__ == "__main__":

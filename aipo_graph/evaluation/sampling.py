@@ -170,6 +170,7 @@ def _work(
     config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, parent: Connection, whole: bool = False
 ) -> None:
     """A worker's life: take the next unit, sample it, write it, tell the parent how many; None at the end."""
+    gc.disable()  # until all is imported
     if config.engine.kind == "vllm":  # it has processes of its own, which would be left behind
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -271,6 +272,7 @@ async def _sample_units(rollouts: Any, parts: Sequence[Part], left: Iterator[Uni
     config: Config = rollouts.config
     closed = config.engine.kind == "local" and config.engine.deterministic
     gc.freeze()  # what is loaded stays: collections need not walk it
+    gc.enable()
     file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(samples: Sequence[Sample]) -> None:
