@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from aipo_graph.config import Config, Engine, Policy
+from aipo_graph.engines.decoder import draw
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import EngineError
 from aipo_graph.types import Completion
@@ -132,6 +133,46 @@ async def test_tokens_depend_on_prompt_and_seed_only() -> None:
     assert await ask(99, asked[0][1]) != alone[0]
 
 
+@pytest.mark.parametrize("vocabulary", [100, 256, 257, 5_000])
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution_at_every_vocabulary(vocabulary: int) -> None:
+    """Also where most tokens are ruled out, one holds all, and the uniform number is next to 0 or 1."""
+    random_ = torch.Generator().manual_seed(vocabulary)
+    logits = 4 * torch.randn(64, vocabulary, generator=random_)
+    logits[:16, torch.randperm(vocabulary, generator=random_)[: vocabulary * 9 // 10]] = -torch.inf
+    logits[16:20] = -torch.inf
+    logits[16:20, vocabulary // 2] = 0
+    uniforms = torch.rand(64, dtype=torch.float64, generator=random_)
+    uniforms[::3], uniforms[1::3] = 0.0, 1 - 2**-53
+    temperatures = [0.0, 1.0, 0.7, 1.0] * 16
+    ids, logprobs = draw(logits, temperatures, uniforms.tolist())
+    for row, temperature in enumerate(temperatures):
+        due = (logits[row].double() / (temperature or 1.0)).log_softmax(-1)
+        token, cdf = ids[row], due.exp().cumsum(-1)
+        assert logprobs[row] == pytest.approx(due[token].item(), abs=1e-5)
+        if temperature:
+            assert (cdf[token - 1] if token else 0) - 1e-6 <= uniforms[row] <= cdf[token] + 1e-6
+        else:
+            assert token == logits[row].argmax()
+
+
+@pytest.mark.parametrize("vocabulary", [VOCAB, 3_000])
+def test_drawn_frequencies_match_the_softmax(vocabulary: int) -> None:
+    count = 20_000
+    logits = 3 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).tolist()
+    drawn = Counter(draw(logits.expand(count, -1), [1.0] * count, uniforms)[0])
+    assert chi_square(drawn, logits.softmax(-1).double() * count) < 4
+
+
+def chi_square(seen: Counter[int], expected: torch.Tensor) -> float:
+    """In standard deviations above its mean; tokens that are due less than five times count as one."""
+    cells = [(seen[token], due) for token, due in enumerate(expected.tolist()) if due >= 5]
+    cells.append((seen.total() - sum(count for count, _ in cells), max(seen.total() - sum(due for _, due in cells), 1e-9)))
+    freedom = len(cells) - 1
+    assert freedom > 3
+    return (sum((count - due) ** 2 / due for count, due in cells) - freedom) / (2 * freedom) ** 0.5
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 async def test_sampled_frequencies_match_the_softmax(temperature: float) -> None:
     model = tiny()
@@ -141,13 +182,7 @@ async def test_sampled_frequencies_match_the_softmax(temperature: float) -> None
     frequencies = Counter(completion.token_ids[0] for completion in drawn)
     with torch.no_grad():
         expected = (model(torch.tensor([[3, 1, 4]])).logits[0, -1] / temperature).softmax(-1).double() * count
-    common = [token for token in range(VOCAB) if expected[token] >= 5]
-    cells = [(frequencies[token], expected[token].item()) for token in common]
-    cells.append((count - sum(seen for seen, _ in cells), max(count - sum(due for _, due in cells), 1e-9)))
-    chi_square = sum((seen - due) ** 2 / due for seen, due in cells)
-    freedom = len(cells) - 1
-    assert freedom > 3
-    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+    assert chi_square(frequencies, expected) < 4
 
 
 async def test_temperature_zero_is_the_greedy_decoding_of_transformers() -> None:

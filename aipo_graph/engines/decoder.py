@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from aipo_graph.config import Config
@@ -29,6 +30,8 @@ from aipo_graph.forward import (
 
 LAYERS = {"full_attention", "sliding_attention"}
 SERVER = "; use engine.kind = server or vllm"
+BLOCK = 256
+"""Tokens of a large vocabulary whose probabilities a draw adds up first."""
 
 
 @dataclass(slots=True)
@@ -228,14 +231,42 @@ def draw(logits: torch.Tensor, temperatures: Sequence[float], uniforms: Sequence
 
     Raises FloatingPointError if a logprob is not finite.
     """
-    temperatures_B = torch.tensor(temperatures, device=logits.device)[:, None]
-    greedy_B = temperatures_B == 0
-    logprobs_BV = (logits.float() / temperatures_B.masked_fill(greedy_B, 1.0)).log_softmax(-1)
-    cdf_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
-    target_B = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cdf_BV[:, -1:]
-    drawn_B = torch.searchsorted(cdf_BV, target_B, right=True).clamp_(max=logits.shape[-1] - 1)
-    drawn_B = torch.where(greedy_B, logprobs_BV.argmax(-1, keepdim=True), drawn_B)
-    chosen_B = logprobs_BV.gather(-1, drawn_B)
+    scores_BV = logits.float()
+    if set(temperatures) - {0, 1}:
+        scores_BV = scores_BV / torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)[:, None]
+    uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None]
+    if logits.shape[-1] > BLOCK:
+        drawn_B, norm_B = _by_blocks(scores_BV, uniforms_B)
+    else:
+        scores_BV, norm_B = scores_BV.log_softmax(-1), torch.zeros((), device=logits.device)
+        drawn_B = _inverse_cdf(scores_BV.exp(), uniforms_B)
+    if 0 in temperatures:
+        greedy_B = torch.tensor([temperature == 0 for temperature in temperatures], device=logits.device)[:, None]
+        drawn_B = torch.where(greedy_B, scores_BV.argmax(-1, keepdim=True), drawn_B)
+    chosen_B = scores_BV.gather(-1, drawn_B) - norm_B
     if not torch.isfinite(chosen_B).all():
         raise FloatingPointError("the logits are not finite, so the weights are broken")
     return drawn_B[:, 0].tolist(), chosen_B[:, 0].tolist()
+
+
+def _inverse_cdf(weights_BN: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    cdf_BN = weights_BN.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf_BN, uniforms_B * cdf_BN[:, -1:], right=True).clamp_(max=weights_BN.shape[-1] - 1)
+
+
+def _by_blocks(scores_BV: torch.Tensor, uniforms_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The draw among sums of BLOCK tokens, then within one: ids [B, 1], and the log of the sum of exp(scores) [B, 1].
+
+    Float64 sums over the whole of a large vocabulary would cost more than the model's step.
+    """
+    highest_B = scores_BV.amax(-1, keepdim=True)
+    weights_BV = (scores_BV - highest_B).exp_()
+    weights_BNK = pad(weights_BV, (0, -weights_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    mass_BN = weights_BNK.sum(-1).double()
+    block_B = _inverse_cdf(mass_BN, uniforms_B)
+    cdf_BN = mass_BN.cumsum(-1)
+    before_B = cdf_BN.gather(-1, block_B) - mass_BN.gather(-1, block_B)
+    left_B = ((uniforms_B * cdf_BN[:, -1:] - before_B) / mass_BN.gather(-1, block_B)).clamp_(0, 1 - 1e-12)  # 1 would be past its tokens
+    inside_BK = weights_BNK[torch.arange(len(weights_BNK), device=block_B.device), block_B[:, 0]]
+    drawn_B = block_B * BLOCK + _inverse_cdf(inside_BK, left_B)
+    return drawn_B.clamp_(max=scores_BV.shape[-1] - 1), highest_B + cdf_BN[:, -1:].log().float()
