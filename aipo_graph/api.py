@@ -1,6 +1,7 @@
 """What a call from Python gives `train` and `evaluate`, objects as well as paths, as settings; and the run that comes of it."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ TaskLike = str | Task | Callable[[Config], Task]
 DataLike = str | Path | Iterable[Mapping[str, Any]]
 """A file, a data set of the hub, or the rows themselves."""
 RewardLike = str | Callable[..., Any] | Mapping[str, Any]
+
+TRACERS = re.compile(r"LANG(SMITH|CHAIN)_((\w+_)?TRACING(_V2)?|HANDLER)")
+"""The variables that turn tracers on."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,9 @@ def configured(
         changes["task.reward"] = named("reward", reward)
     if task is None and (data is not None or heldout is not None) and base.task.name == Config().task.name:
         changes["task.name"] = "dataset"
-    with load.given(objects):
-        if graph is not None and solo is None and "solo" not in base.rollout.model_fields_set:
+    with load.given(objects), tracers_restored():
+        own = "solo" in base.rollout.model_fields_set and base.rollout.solo != base.rollout.graph
+        if graph is not None and solo is None and not own:
             changes |= _alone(base, changes["rollout.graph"], agents is None)
         values = base.model_dump()
         for key, value in changes.items():
@@ -117,6 +122,21 @@ def configured(
             if value is not None:
                 values[section][name] = value
         yield cli.validated(Config, values)
+
+
+@contextmanager
+def tracers_restored() -> Iterator[None]:
+    """What a run does to the variables of tracers (`run.tracing`) ends with it."""
+    before = {name: value for name, value in os.environ.items() if TRACERS.fullmatch(name)}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if TRACERS.fullmatch(name)]:
+            del os.environ[name]
+        os.environ.update(before)
+        from langsmith.utils import get_env_var  # half a second, which `--help` is spared
+
+        get_env_var.cache_clear()  # type: ignore[attr-defined]
 
 
 def settings_of(config: Settings) -> Config:

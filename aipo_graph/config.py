@@ -394,11 +394,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.train.micro_batch_tokens < self.rollout.max_tokens:
-            raise ValueError(
-                f"train.micro_batch_tokens = {self.train.micro_batch_tokens}: below rollout.max_tokens = {self.rollout.max_tokens}, "
-                "so one trace would not fit"
-            )
         if unknown := sorted(set(self.agents.models) - set(self.agents.use)):
             raise ValueError(f"agents.models.{unknown[0]}: agents.use has no {unknown[0]!r}; add it there (empty for a model alone)")
         if self.cluster.address:

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aipo_graph import cli
 from aipo_graph import load as files
 from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Settings, TaskLike, configured
-from aipo_graph.config import Config, Train
+from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.provenance import digest, protocol, settings
@@ -241,17 +241,6 @@ class Command(Config):
     """alone, with_agents, or both with their difference; --alone-only and --with-agents-only are short for one."""
     out: str = ""
     """Folder of the results; what it holds already is not sampled again. Default: one of its own under evaluations/."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _untrained(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Nothing is trained here: a budget of tokens need not fit a run's training batches."""
-        rollout, train = values.get("rollout"), values.get("train", {})
-        if not (isinstance(rollout, dict) and isinstance(train, dict)):
-            return values
-        tokens, room = (str(found) for found in (rollout.get("max_tokens"), train.get("micro_batch_tokens", Train().micro_batch_tokens)))
-        fits = not (tokens.isdecimal() and room.isdecimal()) or int(tokens) <= int(room)
-        return values if fits else values | {"train": train | {"micro_batch_tokens": tokens}}
 
 
 SHORT = {

@@ -27,6 +27,8 @@ OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, co
 CLIENT_FAULTS = (("openai", "OpenAIError"), ("anthropic", "AnthropicError"), ("botocore.exceptions", "BotoCoreError"),
                  ("google.auth.exceptions", "GoogleAuthError"))  # fmt: skip
 
+_IMPORTED: dict[str, tuple[Path, bytes]] = {}
+"""Name of a module made of a file -> the file, and what stood in it."""
 OBJECT = "object:"
 """What a setting begins with that stands for an object of the call's: ``object:graph``."""
 _OBJECTS: ContextVar[Mapping[str, Any]] = ContextVar("objects", default=MappingProxyType({}))
@@ -102,8 +104,8 @@ def model(name: str) -> str:
 def load(spec: str, *, base: Path | None = None) -> Any:
     """The object that ``file.py:name`` (looked up by :func:`find`), ``package.module:name`` or ``object:name`` names.
 
-    A file is imported once per process, so that its classes keep their identity. Raises ConfigError in one line: no such file,
-    no such name, or what the import raised and where.
+    A file is imported once, so that its classes keep their identity, and anew once it or another that was loaded so has changed.
+    Raises ConfigError in one line: no such file, no such name, or what the import raised and where.
     """
     if spec.startswith(OBJECT):
         name = spec.removeprefix(OBJECT)
@@ -178,21 +180,27 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _import_file(path: Path) -> ModuleType:
+    if any(file.is_file() and file.read_bytes() != code for file, code in _IMPORTED.values()):
+        for name in _IMPORTED:
+            sys.modules.pop(name, None)
+        _IMPORTED.clear()
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     # The module's name is a function of the path, so that a second load finds it, and two files of one name do not meet.
     name = f"aipo_file_{digest}_{path.stem}"
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None or module_spec.loader is None:
+    if module_spec is None:
         raise ImportError(f"not a Python file: {path}")
     module = importlib.util.module_from_spec(module_spec)
     # Registered before it runs: dataclasses and LangGraph look up a class's module to resolve annotations.
     sys.modules[name] = module
+    _IMPORTED[name] = path, path.read_bytes()
     try:
-        module_spec.loader.exec_module(module)
+        # Without the loader's cache of bytecode, which takes an edit within a second for the file that it knows.
+        exec(compile(_IMPORTED[name][1], str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[name], _IMPORTED[name]
         raise
     return module
 

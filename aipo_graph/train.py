@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import inspect
 import os
 import shutil
 import signal
@@ -46,7 +47,7 @@ from aipo_graph.types import Engine, Task, TraceGroup
 Cursor = Mapping[str, Any]
 """What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn, whether it is finished."""
 OnStep = Callable[[int, Mapping[str, float]], Any]
-"""Called after each step with its number and metrics; what is true stops the run."""
+"""Called, and awaited if it is asynchronous, after each step with its number and metrics; what is true stops the run."""
 TOLD = 64
 """Training problems by which a begun run knows its task again."""
 
@@ -99,7 +100,8 @@ async def loop(
                 metrics["tokens_per_second"] = metrics["tokens/policy"] / (ended - started)
                 started = ended
                 log.step(learner.version, metrics, shown, learned)
-                if on_step is not None and on_step(learner.version, metrics):
+                asked = on_step(learner.version, metrics) if on_step else False
+                if await asked if inspect.isawaitable(asked) else asked:
                     stopping.set()
                 tokens += metrics["tokens/policy"]
                 finished = _finished(config, learner.version, tokens)
@@ -221,6 +223,7 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
     torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     path, task, evaluated = files.model(config.policy.model), open_task(config), config.evaluate.problems > 0
+    check(config)
     if config.cluster.address and files.objects():
         raise ConfigError(f"cluster.address = {config.cluster.address}: objects of this process reach no other; give paths, file.py:name")
     # Data that cannot be trained on is refused before anything is loaded.
@@ -334,7 +337,7 @@ async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: An
         for line in describe(chats, config):
             log.console.print(line, markup=False)
         rollouts = Rollouts.open(config, engine, task, chats)
-        log.graph(layout(rollouts.graph.get_graph(), frozenset(rollouts.agents)))
+        log.graph(layout(rollouts.graph.get_graph(), frozenset([*rollouts.agents, *config.rollout.helpers])))
         for line in rollouts.inputs[0].warnings(task.train(0)):
             log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
@@ -350,6 +353,15 @@ def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:
         "train_tokens": {"policy": sum(row["tokens/policy"] for row in rows), "agent": sum(row["tokens/agent"] for row in rows)},
         **values,
     }
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for settings that only training cannot use."""
+    if config.train.micro_batch_tokens < config.rollout.max_tokens:
+        raise ConfigError(
+            f"train.micro_batch_tokens = {config.train.micro_batch_tokens}: below rollout.max_tokens = {config.rollout.max_tokens}, "
+            "so one trace would not fit"
+        )
 
 
 def explain(config: Config, console: Console) -> None:
@@ -369,6 +381,7 @@ def main(argv: list[str]) -> None:
     command, options = cli.parse(argv, Command, prog="python -m aipo_graph.train", doc=__doc__ or "", default="configs/quickstart.yaml")
     config = Config.model_validate({name: getattr(command, name) for name in Config.model_fields})
     if options.dry_run:
+        check(config)
         print(cli.write_yaml(config), end="")
         explain(config, Console(stderr=True, soft_wrap=True, highlight=False))
         return

@@ -1,6 +1,7 @@
 """`from aipo_graph import train, evaluate, view`: objects as well as paths, in scripts, threads, running loops and a notebook's kernel."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from typing import Any
 
 import nbformat
 import pytest
+import yaml
 from langchain.agents import create_agent
-from langgraph.graph import START, StateGraph
+from langgraph.graph import START, MessagesState, StateGraph
+from langsmith.utils import get_env_var, tracing_is_enabled
 from nbclient import NotebookClient
 from rollout_world import save_tiny
 from test_chat_graph import tokenizer
@@ -101,6 +104,44 @@ def test_a_callback_logs_and_stops_and_the_same_call_goes_on(policy: str) -> Non
     with pytest.raises(ConfigError, match="has no policy yet"):
         _ = run.policy
     assert trained(policy, steps=3).summary["steps"] == 3
+
+
+def test_an_asynchronous_callback_is_awaited_and_what_tracers_had_set_is_as_before(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANGSMITH_TRACING", "true")
+    monkeypatch.delenv("LANGCHAIN_TRACING_V2", raising=False)
+    get_env_var.cache_clear()  # type: ignore[attr-defined]
+    assert tracing_is_enabled()
+    seen: list[tuple[int, str | None]] = []
+
+    async def logs(step: int, metrics: Mapping[str, float]) -> None:
+        seen.append((step, os.environ.get("LANGSMITH_TRACING")))
+
+    assert trained(policy, steps=2, on_step=logs).finished
+    assert seen == [(1, "false"), (2, "false")]
+    assert (os.environ["LANGSMITH_TRACING"], os.environ.get("LANGCHAIN_TRACING_V2"), tracing_is_enabled()) == ("true", None, True)
+
+
+def test_a_runs_policy_in_another_graph_runs_alone_in_that_one(policy: str) -> None:
+    """Which is what the run did, without another solo graph of its own; and no limit of training's is the evaluation's."""
+    Path("mine.py").write_text(
+        "from langchain.agents import create_agent\nfrom aipo_graph import PolicyChatModel\n\n\n"
+        "def build():\n    return create_agent(PolicyChatModel(), tools=[])\n"
+    )
+    run = trained(policy, graph="mine.py:build")
+    text = (run.dir / "config.yaml").read_text().replace("micro_batch_tokens: 4096", "micro_batch_tokens: 16")
+    assert "micro_batch_tokens: 16" in text
+    (run.dir / "config.yaml").write_text(text)
+    asked: list[str] = []
+
+    async def asks(state: MessagesState) -> dict[str, Any]:
+        asked.append(str(state["messages"][-1].text))
+        return {"messages": [await PolicyChatModel().ainvoke(state["messages"])]}
+
+    graph = StateGraph(MessagesState).add_node(asks).add_edge(START, "asks")
+    short = SMALL["evaluate"]
+    settings = Config.model_validate(yaml.safe_load(text) | {"evaluate": short})
+    values = evaluate(run.dir, settings, graph=graph, data=ROWS[:1], reward=odd, modes=("alone",))
+    assert (values["alone"]["problems"], set(asked)) == (1, {"2*2?"})
 
 
 def test_another_reward_under_the_same_name_is_noticed(policy: str) -> None:

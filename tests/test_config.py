@@ -1,5 +1,6 @@
 """Settings: small, documented, and every mistake answered in one line that names it."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -190,7 +191,6 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("--optimizer.betas 0.9,1", "optimizer.betas = (0.9, 1.0): both must be below 1"),
         ("--train.minibatches 99", "train.minibatches = 99: more than rollout.problems = 32"),
         ("--loss.baseline counterfactual --rollout.with_agents 1", "loss.baseline = counterfactual: rollout.with_agents = 1"),
-        ("--train.micro_batch_tokens 9", "train.micro_batch_tokens = 9: below rollout.max_tokens = 160"),
     ],
 )
 def test_bad_command_line_is_one_line(argv: str, message: str) -> None:
@@ -262,3 +262,11 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert Console(stderr=True).no_color
     assert main(lambda argv: settings("--nope"), []) == 2
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_trace_must_fit_a_training_batch_where_there_is_training(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--train.micro_batch_tokens", "9", "--dry-run"]
+    with pytest.raises(ConfigError, match=r"train.micro_batch_tokens = 9: below rollout.max_tokens = 160"):
+        importlib.import_module("aipo_graph.train").main(words)
+    importlib.import_module("aipo_graph.evaluate").main(["operators", *words])
+    assert "micro_batch_tokens: 9" in capsys.readouterr().out

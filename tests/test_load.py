@@ -46,6 +46,17 @@ def test_a_file_is_imported_once_and_its_annotations_resolve(here: Path) -> None
     assert dataclasses.fields(first)[0].name == "x"
 
 
+def test_a_file_that_was_edited_is_read_again_and_so_is_what_stands_on_it(here: Path) -> None:
+    (here / "rules.py").write_text("WORD = 'one'\n")
+    (here / "my.py").write_text("from aipo_graph.load import load\nclass A:\n    word = load('rules.py:WORD')\n")
+    first = load("my.py:A")
+    (here / "rules.py").write_text("WORD = 'two'\n")  # of the same size, within a second
+    assert (first.word, load("my.py:A").word) == ("one", "two")
+    again = load("my.py:A")
+    (here / "rules.py").unlink()
+    assert load("my.py:A") is again
+
+
 def test_two_files_of_one_name_do_not_meet(here: Path) -> None:
     for folder in ("a", "b"):
         (here / folder).mkdir()
