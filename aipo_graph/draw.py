@@ -10,6 +10,7 @@ from typing import Any
 from langchain_core.runnables.graph import Edge
 from langchain_core.runnables.graph import Graph as Drawing
 from langgraph.graph import END, START
+from langgraph.prebuilt import ToolNode
 from pydantic_settings import CliPositionalArg
 
 from aipo_graph import cli
@@ -17,7 +18,7 @@ from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.rollout.open import open_graph
 
-COLOURS, LINE = {"policy": "#0b6e99", "agent": "#d9730d", "end": "#5f6b73"}, "#3c4449"
+COLOURS, LINE = {"policy": "#0b6e99", "agent": "#d9730d", "tool": "#7446b0", "end": "#5f6b73"}, "#3c4449"
 COLUMN, ROW, HALF, TALL, PORT, LOOP, MARGIN = 3.2, 1.05, 0.85, 0.34, 0.22, 0.75, 0.15
 """Between the middles of columns and of rows; half a box's width and height; between edges at its side; height of a loop; white rim."""
 PIXELS = 64
@@ -96,14 +97,19 @@ def layout(drawing: Drawing, agents: frozenset[str]) -> dict[str, Any]:
         x, y = place(box.x, box.y)
         size = {"width": round(2 * _half_width(name) * PIXELS, 1), "height": round(2 * box.half * PIXELS, 1)}
         label = name.strip("_") if name in (START, END) else name
-        role = "agent" if name in agents else "end" if name in (START, END) else "policy"
-        nodes.append({"name": name, "label": label, "role": role, "x": x, "y": y, **size})
+        nodes.append({"name": name, "label": label, "role": _role(drawing, name, agents), "x": x, "y": y, **size})
     edges = [
         {"source": edge.source, "target": edge.target, "conditional": edge.conditional, "points": [place(*p) for p in _points(edge, at)]}
         for edge in {(edge.source, edge.target): edge for edge in drawing.edges}.values()
     ]
     width, height = place(right, bottom)
     return {"width": width, "height": height, "nodes": nodes, "edges": edges}
+
+
+def _role(drawing: Drawing, name: str, agents: frozenset[str]) -> str:
+    data = drawing.nodes[name].data
+    tools = frozenset(data.tools_by_name) if isinstance(data, ToolNode) else frozenset()
+    return "end" if name in (START, END) else "agent" if agents & {name, *tools} else "tool" if tools else "policy"
 
 
 def _limits(drawing: Drawing, at: Mapping[str, Box]) -> tuple[float, float, float]:

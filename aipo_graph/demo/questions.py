@@ -38,6 +38,11 @@ class Questions:
         held_out = self._held_out("")
         return held_out[0].question if held_out else ""
 
+    @property
+    def notation(self) -> str:
+        """How to read a question, where the task says so."""
+        return str(getattr(self._task, "notation", ""))
+
     def sample(self, kind: str = "") -> Problem:
         """A held-out problem of a kind (default: the task's main one). Raises ConfigError, TaskError."""
         held_out = self._held_out(kind)

@@ -33,7 +33,6 @@ from aipo_graph.demo.threads import Json, Maker, Planned, Threads, open_threads
 from aipo_graph.draw import layout
 from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.rollout.collect import Rollouts
-from aipo_graph.rollout.protocol import FEEDBACK, tags
 from aipo_graph.types import Problem
 from aipo_graph.view.page import assemble, csp, has_display
 from aipo_graph.view.pieces import Pieces, open_pieces
@@ -113,7 +112,8 @@ class Server:
         return web.Response(text=self._html, content_type="text/html")
 
     async def _about(self, request: web.Request) -> web.Response:
-        demo, agents = self._demo, frozenset(self._rollouts.agents)
+        demo = self._demo
+        agents = frozenset([*self._rollouts.agents, *demo.rollout.helpers])
         return web.json_response(
             {
                 "version": __version__,
@@ -121,7 +121,7 @@ class Server:
                 "agents": sorted(agents),
                 "kinds": list(self._questions.kinds),
                 "example": self._questions.example,
-                "feedback": tags(FEEDBACK),
+                "notation": self._questions.notation,
                 "most_samples": MOST_SAMPLES,
                 "graphs": {
                     "alone": layout(self._rollouts.solo.get_graph(), agents),

@@ -167,6 +167,7 @@ class Operators:
     """
 
     kinds = ("hard", "easy")
+    notation = "%6475IEB?: apply the rules of I, E and B to 6475; @ from left to right, % from right to left, & the first one last."
 
     def __init__(self, seed: int, easy_share: float):
         self._seed = seed

@@ -19,7 +19,7 @@ class _Form(BaseModel):
 class _Node(_Form):
     name: str
     label: str
-    role: Literal["policy", "agent", "end"]
+    role: Literal["policy", "agent", "tool", "end"]
     x: float
     y: float
     width: PositiveFloat

@@ -83,6 +83,7 @@ class ViewedRun:
         self._lines: list[Line] = []
         self._points: list[dict[str, Any]] = []
         self._nodes: dict[str, None] = {}
+        self._writers = set[str]()
         self._moves: dict[tuple[str, str], None] = {}
         self._damaged: dict[Growing, list[int]] = {self._metrics: [], self._traces: []}
         for growing in self._damaged:
@@ -175,6 +176,7 @@ class ViewedRun:
         )
         for trace in logged.group.traces:
             self._nodes |= dict.fromkeys(trace.path)
+            self._writers |= {segment.author.partition("/")[0] for segment in trace.segments if segment.source == "policy"}
             stops = (START, *trace.path, END) if trace.status in TRAINED else (START, *trace.path)
             self._moves |= dict.fromkeys(pairwise(stops))
         return True
@@ -265,12 +267,20 @@ class ViewedRun:
             "steps": int(steps) if steps.isdecimal() and len(steps) < 10 else max((point["step"] for point in self._points), default=0),
             "metrics": self._columns(),
             "summary": self._summary,
-            "graph": self._graph or (graph_of_paths(self._nodes, self._moves, agents) if self._nodes else None),
+            "graph": self._picture(agents),
             "agents": agents,
             "problems": list(problems.values()),
             "traces": columns,
             "pages": self.pages,
         }
+
+    def _picture(self, agents: Sequence[str]) -> dict[str, Any] | None:
+        """The graph, in which a node that ran without a word of the policy's is not drawn as the policy."""
+        graph = self._graph or (graph_of_paths(self._nodes, self._moves, agents) if self._nodes else None)
+        silent = self._nodes.keys() - self._writers
+        for node in graph["nodes"] if graph else ():
+            node["role"] = "tool" if node["role"] == "policy" and node["name"] in silent else node["role"]
+        return graph
 
     def _columns(self) -> dict[str, list[float | None]]:
         keys = dict.fromkeys(["step", *(key for point in self._points for key in point)])

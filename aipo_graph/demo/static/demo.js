@@ -2,8 +2,7 @@
 
 const BEAT_MS = 130;
 const CALM = matchMedia("(prefers-reduced-motion: reduce)");
-const TITLES = { alone: "Alone", with_agents: "With agents" };
-const MODES = [["both", "Both"], ["alone", "Alone"], ["with_agents", "With agents"]];
+const TITLES = {};
 const MOST_VOTES = 4;
 const SHADES = ["source", "logprob"];
 const GONE = "The server does not answer. Is it still running?";
@@ -161,8 +160,17 @@ function stateOf(run, running) {
 
 const STATES = {
   right: ["✓", "right"], wrong: ["✗", "wrong"], answered: ["•", "answered"], silent: ["–", "no answer"],
-  failed: ["!", "failed"], stopped: ["■", "stopped"], running: ["…", "running"], lost: ["?", "not finished"],
+  failed: ["!", "failed"], stopped: ["■", "stopped"], running: ["…", "running"], lost: ["?", "not finished"], tied: ["=", "tied"],
 };
+
+/** What came of one side: of one sample its state, of several that of their vote. */
+function Badge({ runs, running }) {
+  const states = runs.map((run) => stateOf(run, running));
+  const [first, second] = votesOf(runs);
+  const vote = first && (first.samples.length === second?.samples.length ? "tied" : isKnown(first.right) ? first.right ? "right" : "wrong" : "answered");
+  const state = runs.length === 1 || !vote || states.includes("running") ? states.find((one) => one === "running") || states[0] : vote;
+  return html`<span class=${`badge ${state}`} data-testid="badge">${runs.length > 1 && state === vote ? "vote: " : ""}${STATES[state].join(" ")}</span>`;
+}
 
 /** What came of one side, in words. */
 function verdict(runs, running) {
@@ -187,26 +195,6 @@ function majority(runs) {
 
 function isKnown(value) {
   return value !== null && value !== undefined;
-}
-
-/**
- * A segment as it would stand with agents: where the policy wrote feedback of its own, that is a line for itself.
- * `feedback`: its opening and its closing tag.
- */
-function linesOf(segment, [opening, closing]) {
-  if (segment.source !== "policy") return [segment];
-  const text = segment.tokens.join("");
-  const starts = [];
-  let place = 0;
-  segment.tokens.forEach((piece, index) => {
-    const breaks = text.startsWith(opening, place) || text.startsWith(closing, place - closing.length);
-    if (!index || (piece && breaks)) starts.push(index);
-    place += piece.length;
-  });
-  return starts.map((start, line) => {
-    const end = starts[line + 1];
-    return { ...segment, tokens: segment.tokens.slice(start, end), logprobs: segment.logprobs?.slice(start, end) };
-  });
 }
 
 function Field({ name, label, error, children }) {
@@ -243,6 +231,7 @@ function AskForm({ about, form, setForm, error, running, onAsk, onStop, onSample
             data-testid="stop">Stop<kbd>Esc</kbd></button>`
         : html`<button class="button primary" type="submit" data-testid="ask">Ask<kbd>↵</kbd></button>`}
     </div>
+    ${about.notation && html`<p class="muted" data-testid="notation">${about.notation}</p>`}
     <p class="error" id="error" role="alert" data-testid="error">${error && visible(error.message)}</p>
     <div class="options">
       <div class="sampler">
@@ -253,7 +242,7 @@ function AskForm({ about, form, setForm, error, running, onAsk, onStop, onSample
           ${about.kinds.map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
         </select>`}
       </div>
-      <${Switch} label="which graphs" options=${MODES} value=${form.mode} testid="mode"
+      <${Switch} label="which graphs" options=${[["both", "Both"], ...Object.entries(TITLES)]} value=${form.mode} testid="mode"
         onChange=${(mode) => setForm({ ...form, mode })} />
       <${Field} name="samples" label="Samples" error=${error}>${number("samples", 1, 1, about.most_samples)}<//>
       <${Field} name="temperature" label="Temperature" error=${error}>${number("temperature", 0.1, 0)}<//>
@@ -320,19 +309,15 @@ function Side({ about, mode, runs, running, sample, shade, onSample }) {
   const [step, setStep] = useState(null);
   const [node, setNode] = useState(null);
   const visits = useMemo(() => visitOfSegments(run), [run]);
-  const lines = useMemo(() => new Map(run.segments.flatMap(
-    (segment, index) => linesOf(segment, about.feedback).map((line) => [line, visits[index]]),
-  )), [run]);
-  const written = useMemo(() => ({ ...run, segments: [...lines.keys()] }), [lines]);
-  const atStep = (line) => step !== null && lines.get(line) === step;
-  const lit = (line) => (node === null ? atStep(line) : line.author === node);
+  const marks = useMemo(() => new Map(run.segments.map((segment, index) => [segment, visits[index]])), [run]);
+  const lit = (segment) => (node === null ? step !== null && marks.get(segment) === step : segment.author === node);
   const state = stateOf(run, running);
   const box = useRef(null);
   useEffect(() => {
     if (state === "running") box.current.scrollTop = box.current.scrollHeight;
   }, [run.segments.length, state]);
   return html`<section class="card side" aria-label=${TITLES[mode]} data-testid=${`side-${mode}`} data-state=${state}>
-    <header><h3>${TITLES[mode]}</h3><span class=${`badge ${state}`}>${STATES[state].join(" ")}</span></header>
+    <header><h3>${TITLES[mode]}</h3><${Badge} runs=${runs} running=${running} /></header>
     <div class="tally"><${Chips} runs=${runs} running=${running} sample=${run.sample} onSample=${onSample} />
       <${Votes} runs=${runs} onSample=${onSample} /></div>
     <div class="picture" style=${{ maxWidth: `${graph.width}px` }}>${run.status
@@ -341,22 +326,22 @@ function Side({ about, mode, runs, running, sample, shade, onSample }) {
     <div class="written">
       ${run.error && html`<p class="fault" data-testid="fault">${visible(run.error)}</p>`}
       <div class="transcript" tabindex="0" role="region" aria-label=${`what was written: ${TITLES[mode]}`} ref=${box}>
-        <${TraceTokens} trace=${written} colour=${shade} marked=${lit} />
+        <${TraceTokens} trace=${run} colour=${shade} marked=${lit} />
         ${state === "running" && html`<p class="writing muted"><i></i><bdi>${visible(run.active || "waits")}</bdi></p>`}
       </div>
-      ${run.status && html`<${Facts} run=${run} />`}
+      ${run.status && html`<${Facts} about=${about} run=${run} />`}
     </div>
   </section>`;
 }
 
-function Facts({ run }) {
+function Facts({ about, run }) {
   const tokens = {};
   for (const { source, tokens: written } of run.segments) tokens[source] = (tokens[source] || 0) + written.length;
   const consults = run.segments.filter((segment) => segment.source === "agent").length;
   const facts = [
     ["answer", run.answer === null ? "–" : html`<bdi>${visible(cut(run.answer, 80))}</bdi>`],
     ...(isKnown(run.reward) ? [["reward", fixed(run.reward)]] : []),
-    ["consults", grouped(consults)],
+    ...(about.agents.length || consults ? [["consults", grouped(consults)]] : []),
     ["sampled tokens", grouped(tokens.policy || 0)],
     ...(run.status === "done" ? [] : [["ended", run.status]]),
     ...Object.entries(run.scores).filter(([name, value]) => value && ["violation", "leaks"].includes(name)),
@@ -508,11 +493,13 @@ function Demo({ about }) {
 function Welcome({ about, onAsk }) {
   const words = {
     alone: "The policy answers by itself.",
-    with_agents: `The policy may ask ${about.agents.join(", ")}; what they reply stands among its own words.`,
+    with_agents: about.agents.length
+      ? `The policy may ask ${about.agents.join(", ")}; what they reply stands among its own words.`
+      : "The policy runs in its graph, with its tools.",
   };
   return html`<section class="welcome" aria-label="what this page shows">
-    <p>Ask a question: the policy, which is the language model that is trained, answers it alone and with the help of
-      its agents, while you watch.
+    <p>Ask a question: the policy, which is the language model that is trained, answers it
+      ${sortsOf(about.agents).alone} and ${sortsOf(about.agents).with_agents}, while you watch.
       ${about.example && html` <button class="button" type="button" data-testid="example"
         onClick=${() => onAsk({ question: about.example })}>Try <bdi>${visible(cut(about.example, 60))}</bdi></button>`}
     </p>
@@ -526,6 +513,10 @@ function Welcome({ about, onAsk }) {
 }
 
 getJson("/about").then(
-  (about) => render(html`<${Demo} about=${about} />`, document.getElementById("app")),
+  (about) => {
+    const sorts = Object.entries(sortsOf(about.agents));
+    Object.assign(TITLES, Object.fromEntries(sorts.map(([mode, name]) => [mode, name[0].toUpperCase() + name.slice(1)])));
+    render(html`<${Demo} about=${about} />`, document.getElementById("app"));
+  },
   (failure) => render(html`<p class="fault">${failure.message}</p>`, document.getElementById("app")),
 );

@@ -18,7 +18,7 @@ function TraceCard({ trace, entry, colour, run = null, graph = null, onOpen = nu
           class=${classes(entry.advantage > 0 && "good", entry.advantage < 0 && "bad")}
         >${signed(entry.advantage) || "–"}</dd></div>
         <div><dt>tokens</dt><dd>${grouped(entry.tokens)}</dd></div>
-        <div><dt>consults</dt><dd>${consultsOf(entry)}</dd></div>
+        ${Object.entries(entry.consults).map(([name, count]) => html`<div key=${name}><dt>${visible(name)}</dt><dd>${count}</dd></div>`)}
       </dl>
       ${entry.error !== null && html`<p class="reason"><${Clipped} text=${entry.error} limit=${200} keep=${160} /></p>`}
     </header>
@@ -33,7 +33,8 @@ function GroupView({ runs, source, entry, all, colour, go }) {
   const entries = useMemo(() => groupOf(all, entry), [all, entry.run, entry.group]);
   const { loaded, error } = useTraces(source, entries);
   if (!loaded) return html`<${Waiting} error=${error} />`;
-  const mean = (kind) => meanReward(entries.filter((one) => one.withAgents === kind && !wasCut(one)));
+  const sorts = [...new Set(entries.map((one) => one.sort))];
+  const mean = (sort) => meanReward(entries.filter((one) => one.sort === sort && !wasCut(one)));
   const { about } = loaded[0].trace;
   return html`<article class="group" data-testid="group">
     <div class="card head">
@@ -46,8 +47,7 @@ function GroupView({ runs, source, entry, all, colour, go }) {
         <dl class="facts">
           <dt>question</dt><dd class="quote"><${Clipped} text=${about.question} /></dd>
           <dt>right answer</dt><dd class="quote"><${Clipped} text=${about.answer} /></dd>
-          <dt>mean reward</dt><dd>
-            <b>${fixed(mean(true), 2)}</b> with agents · <b>${fixed(mean(false), 2)}</b> alone</dd>
+          <dt>mean reward</dt><dd>${sorts.map((sort, i) => html`${i ? " · " : ""}<b>${fixed(mean(sort), 2)}</b> ${sort}`)}</dd>
         </dl>
       </div>
       <div class="graph-panel"><${GraphOfMany} graph=${runs[entry.run].graph} source=${source} entries=${entries} />
@@ -79,18 +79,28 @@ function sharedProblems(all) {
   return [...found].filter(([, entries]) => new Set(entries.map(sceneOf)).size > 1);
 }
 
-/** What to compare a trace with: its like in another run, else at another step, else a sibling of the other sort. */
+/** What to compare a trace with: its like in another run, else at another step, else a sibling of the other sort; best one that ended otherwise. */
 function partnerOf(entry, entries) {
   const score = (one) => 4 * (one.run !== entry.run) + 2 * (one.step !== entry.step)
-    + ((one.withAgents === entry.withAgents) === (sceneOf(one) !== sceneOf(entry)));
+    + ((one.withAgents === entry.withAgents) === (sceneOf(one) !== sceneOf(entry)))
+    + (outcomeOf(one) !== outcomeOf(entry)) / 2;
   const others = entries.filter((one) => one.key !== entry.key);
   return others.reduce((best, one) => (!best || score(one) > score(best) ? one : best), null);
+}
+
+/** The last trace alone of the first run, else any, whose like in another run ended otherwise: what two runs are opened with. */
+function tellingOf(all) {
+  const pairs = sharedProblems(all).flatMap(([, entries]) => entries.filter(({ run }) => run === 0)
+    .map((one) => [one, partnerOf(one, entries)]));
+  const score = ([one, two]) => 2 * (one.run !== two.run && outcomeOf(one) !== outcomeOf(two)) + !one.withAgents;
+  return pairs.reduce((best, pair) => (!best || score(pair) >= score(best) ? pair : best), null)?.[0];
 }
 
 /** Two traces of one problem side by side: at two steps, in two runs, or two siblings. */
 function Compare({ runs, source, entry, all, colour, place, go }) {
   const shared = useMemo(() => sharedProblems(all), [all]);
-  const a = all.get(place.a) || entry;
+  const telling = useMemo(() => (runs.length > 1 && !place.a ? tellingOf(all) : null), [all, place.a]);
+  const a = all.get(place.a) || telling || entry;
   const same = useMemo(() => [...all.values()].filter((one) => one.problem === a.problem), [all, a.problem]);
   const b = same.find((one) => one.key === place.b) || partnerOf(a, same);
   const elsewhere = new Set(same.map(sceneOf)).size > 1;
@@ -152,5 +162,5 @@ function sceneName(scene, runs) {
 
 function nameOf(entry, scene, runs) {
   const outcome = wasCut(entry) ? entry.status : outcomeOf(entry) === "unsolved" ? "not solved" : outcomeOf(entry);
-  return `${sceneName(scene, runs)} · #${entry.member + 1} ${entry.withAgents ? "with agents" : "alone"} · ${outcome}`;
+  return `${sceneName(scene, runs)} · #${entry.member + 1} ${entry.sort} · ${outcome}`;
 }

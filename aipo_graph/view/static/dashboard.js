@@ -1,7 +1,7 @@
 "use strict";
 
 const KEY_FIGURES = [
-  ["Reward alone", "reward/alone"], ["Reward with agents", "reward/with_agents"], ["Entropy", "entropy"],
+  ["Reward", "reward/alone"], ["Reward", "reward/with_agents"], ["Entropy", "entropy"],
   ["Tokens per second", "tokens_per_second"],
 ];
 const SMOOTHING = [1, 3, 5, 9, 15, 25, 51, 101, 201];
@@ -256,8 +256,9 @@ function Sparkline({ columns }) {
   </svg>`;
 }
 
-function KeyFigure({ label, metric, runs }) {
-  const columns = runs.map((run) => column(run, metric));
+/** The latest of a metric's running means, as its curve shows them. */
+function KeyFigure({ label, metric, runs, span }) {
+  const columns = runs.map((run) => runningMean(column(run, metric), span));
   const first = (values) => values.find((value) => value !== null) ?? null;
   return html`<div class="key-figure">
     <dt>${label}</dt>
@@ -283,13 +284,13 @@ function Progress({ runs }) {
 /** The base policy against the trained one on held-out problems, once a run is finished. */
 function Evaluated({ run }) {
   const { base, trained } = run.summary ?? {};
-  const modes = [["alone", "alone"], ["with agents", "with_agents"]].filter(([, mode]) => base?.[mode] && trained?.[mode]);
+  const modes = Object.entries(sortsOf(run.agents)).filter(([mode]) => base?.[mode] && trained?.[mode]);
   if (!modes.length) return null;
-  const heads = Object.keys(trained[modes[0][1]]).filter((name) => /^(pass@\d+|greedy)$/.test(name));
+  const heads = Object.keys(trained[modes[0][0]]).filter((name) => /^(pass@\d+|greedy)$/.test(name));
   return html`<table class="evaluated" data-testid="evaluated">
     <caption>${visible(run.name)}, held-out problems</caption>
     <thead><tr><th scope="col"></th>${heads.map((name) => html`<th scope="col">${name}</th>`)}</tr></thead>
-    <tbody>${modes.map(([label, mode]) => html`<tr key=${mode}>
+    <tbody>${modes.map(([mode, label]) => html`<tr key=${mode}>
       <th scope="row">${label}</th>
       ${heads.map((name) => html`<td>${fixed(base[mode][name], 3)} → <strong>${fixed(trained[mode][name], 3)}</strong></td>`)}
     </tr>`)}</tbody>
@@ -360,8 +361,9 @@ function Dashboard({ runs: given }) {
   }, [board]);
   const xs = useMemo(() => runs.map((run) => along(run, axis)), [runs, axis]);
   const names = useMemo(() => metricNames(runs), [runs]);
+  const agents = useMemo(() => [...new Set(runs.flatMap((run) => run.agents))], [runs]);
+  const sorts = sortsOf(agents);
   const sections = useMemo(() => {
-    const agents = [...new Set(runs.flatMap((run) => run.agents))];
     return DASHBOARD_SECTIONS.map(({ title, ...section }) => ({ title, panels: panelsOf(section, names, agents) }));
   }, [runs, names]);
   const skipped = useMemo(() => runs.map((run, r) => {
@@ -380,7 +382,7 @@ function Dashboard({ runs: given }) {
     <dl class="key-figures">
       <${Progress} runs=${runs} />
       ${KEY_FIGURES.filter(([, metric]) => names.includes(metric)).map(([label, metric]) => html`
-        <${KeyFigure} key=${metric} label=${label} metric=${metric} runs=${runs} />`)}
+        <${KeyFigure} key=${metric} label=${`${label} ${sorts[metric.split("/")[1]] ?? ""}`} metric=${metric} runs=${runs} span=${span} />`)}
     </dl>
     <${ChartControls} ...${shared} axis=${axis} onAxis=${chooseAxis} onSpan=${setSpan} zoomed=${zoom !== null}
       skipped=${skipped.flat().length} />

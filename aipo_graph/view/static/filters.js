@@ -60,7 +60,7 @@ function leftOf(entries, place) {
     && (!place.agent || asked(entry, place.agent))
     && (!place.help || entry.withAgents === (place.help === "with"))
     && (!place.failures || wasCut(entry))
-    && (!text || entry.problem.toLowerCase().includes(text)));
+    && (!text || `${entry.question} ${entry.problem}`.toLowerCase().includes(text)));
   const order = ORDERS[oneOf(ORDERS, place.order)][1];
   if (order) left.sort(order);
   performance.clearMeasures("filter");
@@ -90,6 +90,7 @@ function Choice({ label, value, options, onChange, testid }) {
 function Filters({ run, entries, left, place, go, search }) {
   const statuses = useMemo(() => [...new Set(entries.map((entry) => entry.status))].sort(), [entries]);
   const cutShort = useMemo(() => entries.filter(wasCut).length, [entries]);
+  const sorts = sortsOf(run.agents);
   const filtered = FILTERS.some((name) => place[name] !== "");
   const set = (name) => (value) => go({ [name]: value });
   const clear = (event) => {
@@ -97,20 +98,20 @@ function Filters({ run, entries, left, place, go, search }) {
     go(Object.fromEntries(FILTERS.map((name) => [name, ""])));
   };
   return html`<div class="filters" role="search" aria-label="filter traces">
-    <${Steps} entries=${entries} left=${left} place=${place} go=${go} />
-    <details class="choices-fold" open=${matchMedia("(min-width: 761px)").matches}><summary>filters</summary><div
+    <${Steps} entries=${entries} left=${left} place=${place} go=${go} sorts=${sorts} />
+    <details class="choices-fold" open=${!NARROW.matches}><summary>filters</summary><div
       class="choices">
       <${Choice} label="reward" testid="filter-reward" value=${place.reward} onChange=${set("reward")}
         options=${[["", "all"], ["solved", "solved"], ["partly", "partly"], ["unsolved", "not solved"]]} />
-      <${Choice} label="agents" testid="filter-help" value=${place.help} onChange=${set("help")}
-        options=${[["", "with or alone"], ["with", "with agents"], ["alone", "alone"]]} />
-      <${Choice} label="consulted" testid="filter-agent" value=${place.agent} onChange=${set("agent")}
-        options=${[["", "any or none"], ...run.agents.map((name) => [`=${name}`, spelt(name)]), ["none", "nobody"]]} />
+      <${Choice} label="ran" testid="filter-help" value=${place.help} onChange=${set("help")}
+        options=${[["", "all"], ["with", sorts.with_agents], ["alone", sorts.alone]]} />
+      ${run.agents.length > 0 && html`<${Choice} label="consulted" testid="filter-agent" value=${place.agent} onChange=${set("agent")}
+        options=${[["", "any or none"], ...run.agents.map((name) => [`=${name}`, spelt(name)]), ["none", "nobody"]]} />`}
       <${Choice} label="status" testid="filter-status" value=${place.status} onChange=${set("status")}
         options=${[["", "all"], ...statuses.map((name) => [name, spelt(name)])]} />
     </div></details>
     <div class="filter-row">
-      <input type="search" ref=${search} placeholder="problem id" aria-label="search problem id"
+      <input type="search" ref=${search} placeholder="question or id" aria-label="search by question or problem id"
         data-testid="filter-text"
         value=${place.text} onInput=${(event) => go({ text: event.target.value })} />
       <button type="button" class="button chip" aria-pressed=${String(Boolean(place.failures))}
@@ -133,7 +134,7 @@ function Filters({ run, entries, left, place, go, search }) {
 }
 
 /** Mean reward by step of what the other filters leave, over a pair of sliders that choose the steps. */
-function Steps({ entries, left, place, go }) {
+function Steps({ entries, left, place, go, sorts }) {
   const [low, high] = useMemo(() => stepsOf(entries), [entries]);
   const from = clamp(stepOr(place.from, low), low, high);
   const to = clamp(stepOr(place.to, high), from, high);
@@ -150,10 +151,10 @@ function Steps({ entries, left, place, go }) {
       <${StepField} label="first step" min=${low} max=${high} value=${from} testid="step-from" onChange=${begin} />
       <span>to</span>
       <${StepField} label="last step" min=${low} max=${high} value=${to} testid="step-to" onChange=${end} />
-      <span class="steps-key"><i class="key alone"></i>alone <i class="key with"></i>with agents</span>
+      <span class="steps-key"><i class="key alone"></i>${sorts.alone} <i class="key with"></i>${sorts.with_agents}</span>
     </div>
     <svg class="strip" viewBox="0 0 1 1" preserveAspectRatio="none" role="img"
-      aria-label="mean reward by step, alone and with agents">
+      aria-label=${`mean reward by step, ${sorts.alone} and ${sorts.with_agents}`}>
       <rect class="chosen" x=${share(from) - 0.5 / (high - low + 1)} width=${(to - from + 1) / (high - low + 1)} y="0"
         height="1" />
       ${["with", "alone"].map((name) => html`<path key=${name} class=${name} d=${curve(means[name])} />`)}

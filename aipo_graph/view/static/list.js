@@ -60,7 +60,7 @@ function TraceRow({ entry, top, chosen, place, count, onChoose }) {
     <div class="row-main">
       <div class="row-name" title=${visible(entry.problem)}><bdi>${visible(cut(entry.question, 120))}</bdi></div>
       <div class="row-more">step ${entry.step} · <span
-        class=${entry.withAgents ? "with" : "alone"}>${entry.withAgents ? "with agents" : "alone"}</span>
+        class=${entry.withAgents ? "with" : "alone"}>${entry.sort}</span>
         ${wasCut(entry) ? html` · <span class="bad"><bdi>${visible(cut(entry.error || entry.status, 200))}</bdi></span>`
           : consultsOf(entry) > 0 && ` · ${plural(consultsOf(entry), "consult")}`}</div>
     </div>

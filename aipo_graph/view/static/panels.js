@@ -198,12 +198,16 @@ function metricNames(runs) {
 
 /** The panels of a section that have data, with their lines as {label, metric, colour}. */
 function panelsOf(section, names, agents) {
+  if (!agents.length && section.title === "Consults") return [];
   const each = (panel) => (panel.per ? agents.map((agent) => ({ ...panel, agent })) : [panel]);
+  const sorts = sortsOf(agents);
+  const word = (label, metric) => (label === "*" ? label : sorts[metric.split("/")[1]] ?? label);
+  const helpOf = ({ help }) => (agents.length ? help : help.split(/(?<=[.:]) /).filter((said) => !/agent|consult/i.test(said)).join(" "));
   return section.panels.flatMap(each).map((panel) => {
     const fill = (text) => text.replace("AGENT", () => panel.agent);
-    const lines = panel.lines.flatMap(([label, metric, colour]) => linesOf(label, fill(metric), colour, names, agents));
+    const lines = panel.lines.flatMap(([label, metric, colour]) => linesOf(word(label, metric), fill(metric), colour, names, agents));
     lines.forEach((line, i) => (line.colour ??= hue(i)));
-    return { form: "lines", ...panel, title: fill(panel.title), lines };
+    return { form: "lines", ...panel, title: fill(panel.title), lines, help: helpOf(panel) };
   }).filter((panel) => panel.lines.length);
 }
 
@@ -212,6 +216,7 @@ function linesOf(label, metric, colour, names, agents) {
   if (after === undefined) return names.includes(metric) ? [{ label, metric, colour }] : [];
   const found = names.filter((name) => name.startsWith(before)).map((name) => name.slice(before.length));
   const others = found.filter((name) => !agents.includes(name));
+  if (before === "reward/alone/") others.sort();
   const ordered = [...agents.filter((agent) => found.includes(agent)), ...others];
   const colourOf = (name) => (agents.includes(name) ? hue(agents.indexOf(name)) : undefined);
   return ordered.map((name) => ({ label: name, metric: before + name, colour: colourOf(name) }));

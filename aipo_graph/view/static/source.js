@@ -80,6 +80,7 @@ async function unpack(name) {
 /** One entry per trace of a run, from the index's columns. `key` names it in links: run.group.member. */
 function entriesOf(run, place) {
   const columns = run.traces;
+  const sorts = sortsOf(run.agents);
   const members = new Map();
   return columns.step.map((step, index) => {
     const group = columns.group[index];
@@ -90,6 +91,7 @@ function entriesOf(run, place) {
       key: `${place}.${group}.${member}`, run: place, step, group, member, problem: problem.id, kind: problem.kind,
       question: problem.question || problem.id,
       reward: columns.reward[index], status: columns.status[index], withAgents: Boolean(columns.with_agents[index]),
+      sort: sorts[columns.with_agents[index] ? "with_agents" : "alone"],
       tokens: columns.tokens[index], error: columns.error[index], consults: columns.consults[index],
       advantage: columns.advantage[index], page: columns.page[index], row: columns.row[index],
     };

@@ -31,6 +31,11 @@ function minus(text) {
   return text.replaceAll("-", "−");
 }
 
+/** What the two sorts of traces are called: where no agent is, "alone" would say that there was one. */
+function sortsOf(agents) {
+  return agents.length ? { alone: "alone", with_agents: "with agents" } : { alone: "solo", with_agents: "in the graph" };
+}
+
 /** The names of classes that hold. */
 function classes(...names) {
   return names.filter(Boolean).join(" ");

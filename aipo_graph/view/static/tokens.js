@@ -72,7 +72,7 @@ function Legend({ colour }) {
   if (!scale.value) {
     return html`<div class="legend" data-testid="legend">
       <span class="swatch policy">policy</span><span class="swatch agent">agent</span><span
-        class="swatch context">context</span><span class="muted">${scale.title}; struck out is masked</span>
+        class="swatch tool">tool</span><span class="swatch context">context</span><span class="muted">${scale.title}; struck out is masked</span>
     </div>`;
   }
   const place = scale.edges.length / 2;
@@ -97,20 +97,58 @@ function NoColours({ trace, colour }) {
     : `No ${label} is recorded for this trace: it was not trained on, or its run is of an earlier version.`}</p>`;
 }
 
-/** The segments of one thread as turns: the policy writes, or something is spliced in, context around it included. */
+/** Where the policy's own feedback begins and ends, and the marks with which chat templates begin a message. */
+const FEEDBACK = /<feedback>|(?<=<\/feedback>)/g;
+const MESSAGE = new RegExp(
+  String.raw`<(?:[|｜](?:im_start|start_header_id|start_of_role|start|turn)[|｜]?|start_of_turn)>\s*(\w+)`
+  + String.raw`|<[|｜](system|user|assistant|tool|observation)[|｜]>|\[(INST|SYSTEM_PROMPT|TOOL_RESULTS)\]|<(tool)_response>`, "gi",
+);
+const MARKUP = /<[|｜][^<>]*[|｜]>|<(start|end)_of_turn>|\[\/?[A-Z_]+\]/g;
+const ROLES = { inst: "user", system_prompt: "system", tool_results: "tool", observation: "tool", ipython: "tool" };
+
+/** Parts [from, to) of a segment's tokens that stand apart: a policy's by its feedback tags, a prompt's by message, with its `role`. */
+function partsOf(segment, next) {
+  const text = segment.source === "agent" ? "" : segment.tokens.join("");
+  const policy = segment.source === "policy";
+  const found = [...text.matchAll(policy ? FEEDBACK : MESSAGE)];
+  const empty = (from, to) => !text.slice(from, to).replace(MARKUP, "").trim();
+  const marks = found.map((mark) => ({ at: mark.index, role: policy ? null : mark.slice(1).find(Boolean).toLowerCase() }))
+    .filter((_, i) => policy || (i + 1 === found.length && next?.source === "agent")
+      || !empty(found[i].index + found[i][0].length, found[i + 1]?.index));
+  if (marks.length && !policy && empty(0, found[0].index)) marks[0].at = 0;
+  const parts = [{ segment, from: 0, to: segment.tokens.length }];
+  let place = 0;
+  segment.tokens.forEach((piece, index) => {
+    place += piece.length;
+    while (marks.length && marks[0].at < place) {
+      const { role } = marks.shift();
+      if (index > parts.at(-1).from) {
+        parts.at(-1).to = index;
+        parts.push({ segment, from: index, to: segment.tokens.length });
+      }
+      parts.at(-1).role = role && (ROLES[role] || role);
+    }
+  });
+  return parts;
+}
+
+/** The segments of one thread as turns: the policy writes, or something is spliced in; a message of a chat is a turn of its own. */
 function turnsOf(segments) {
   const turns = [];
-  for (const segment of segments) {
-    const last = turns.at(-1);
-    const spliced = segment.source !== "policy";
-    if (last && spliced && last.spliced) last.segments.push(segment);
-    else turns.push({ spliced, segments: [segment] });
+  for (const part of segments.flatMap((segment, index) => partsOf(segment, segments[index + 1]))) {
+    const spliced = part.segment.source !== "policy";
+    if (spliced && turns.at(-1)?.spliced && !part.role) turns.at(-1).parts.push(part);
+    else turns.push({ spliced, parts: [part] });
   }
-  return turns.map(({ spliced, segments: parts }) => {
-    const agents = [...new Set(parts.filter((part) => part.source === "agent").map((part) => part.author))];
-    const kind = !spliced ? "policy" : agents.length ? "agent" : "context";
-    const author = spliced && parts[0] === segments[0] ? "prompt" : parts[0].author;
-    return { kind, segments: parts, name: agents.join(", ") || author };
+  const writers = new Set(segments.filter(({ source }) => source === "policy").map(({ author }) => author));
+  return turns.map(({ spliced, parts }) => {
+    const agents = [...new Set(parts.map(({ segment }) => segment).filter(({ source }) => source === "agent").map(({ author }) => author))];
+    const [{ segment: { author }, role }] = parts;
+    const prompt = parts[0].segment === segments[0];
+    const tool = role === "tool" || !(prompt || writers.has(author));
+    const kind = !spliced ? "policy" : agents.length ? "agent" : tool ? "tool" : "context";
+    const name = agents.join(", ") || (tool && !writers.has(author) && !prompt ? author : role || (prompt && spliced ? "prompt" : author));
+    return { kind, parts, name };
   });
 }
 
@@ -154,22 +192,22 @@ function TraceTokens({ trace, colour = "source", marked = null }) {
 }
 
 function Thread({ name, turns, place, colour, marked }) {
-  const lit = (turn) => marked !== null && turn.segments.some(marked);
+  const lit = (turn) => marked !== null && turn.parts.some(({ segment }) => marked(segment));
   return html`<section class="thread" aria-label=${name ? `thread ${spelt(name)}` : "transcript"}>
     ${name && html`<h4 class="thread-name">thread <b>${visible(name)}</b></h4>`}
     ${turns.map((turn, index) => html`<div key=${index} class=${classes("turn", turn.kind, lit(turn) && "lit")}>
       <div class="turn-name"><bdi>${visible(turn.name)}</bdi></div>
-      <div class="turn-text">${turn.segments.map((segment) => html`<${SegmentTokens} key=${place.get(segment)}
-        segment=${segment}
-        place=${place.get(segment)} colour=${colour} named=${segment.author !== turn.name} />`)}</div>
+      <div class="turn-text">${turn.parts.map((part) => html`<${SegmentTokens} key=${`${place.get(part.segment)}.${part.from}`}
+        ...${part} place=${place.get(part.segment)} colour=${colour} named=${part.segment.author !== turn.name} />`)}</div>
     </div>`)}
   </section>`;
 }
 
-function SegmentTokens({ segment, place, colour, named }) {
+/** Tokens [from, to) of a segment. */
+function SegmentTokens({ segment, from, to, place, colour, named }) {
   const [all, setAll] = useState(false);
-  const tokens = all ? segment.tokens : segment.tokens.slice(0, SHOWN_TOKENS);
-  const hidden = segment.tokens.length - tokens.length;
+  const tokens = segment.tokens.slice(from, all ? to : Math.min(to, from + SHOWN_TOKENS));
+  const hidden = to - from - tokens.length;
   const spaced = segment.tokens.some((piece) => /\s/.test(piece));
   return html`<span class=${classes("segment", segment.source, segment.masked && "masked")}
     data-author=${segment.author}>${
@@ -177,8 +215,8 @@ function SegmentTokens({ segment, place, colour, named }) {
         && html`<span
           class="author">${named && html`<bdi>${visible(segment.author)}</bdi> `}${segment.masked && "masked"}</span>`
     }${tokens.map((piece, index) => html`<span
-      key=${index} class=${`token ${tokenClass(segment, index, colour)}`} data-segment=${place} data-index=${index}
-      tabindex="-1">${pieceOf(piece)}</span>${!spaced && html`<wbr />`}`)}${
+      key=${index} class=${`token ${tokenClass(segment, from + index, colour)}`} data-segment=${place}
+      data-index=${from + index} tabindex="-1">${pieceOf(piece)}</span>${!spaced && html`<wbr />`}`)}${
       hidden > 0 && html`<button class="more" type="button"
         onClick=${() => setAll(true)}>… show ${plural(hidden, "more token")}</button>`
     }</span>`;

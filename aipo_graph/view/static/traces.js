@@ -1,5 +1,6 @@
 "use strict";
 
+const NARROW = matchMedia("(max-width: 760px)");
 const VIEWS = { trace: "Trace", group: "Group", compare: "Compare" };
 
 /** The traces tab: the list with its filters, and one trace, its group, or two compared. */
@@ -10,11 +11,13 @@ function Traces({ runs, source, place, go, follow, setFollow }) {
   const all = useMemo(() => new Map(tables.flat().map((entry) => [entry.key, entry])), [tables]);
   const left = useMemo(() => leftOf(entries, place), [entries, ...FILTERS.map((name) => place[name]), place.order]);
   const search = useRef(null);
+  const stage = useRef(null);
   const first = useSettled(left[0] || null);
   const entry = all.get(place.trace) || first;
   const choose = useCallback((key) => {
     setFollow(false);
     go({ trace: key, ...(place.view === "compare" ? { view: "trace" } : {}) });
+    if (NARROW.matches) stage.current.scrollIntoView();
   }, [place.view]);
   const move = (by) => {
     const at = left.findIndex((one) => one.key === entry?.key);
@@ -32,7 +35,7 @@ function Traces({ runs, source, place, go, follow, setFollow }) {
       <${Filters} run=${runs[run]} entries=${entries} left=${left} place=${place} go=${go} search=${search} />
       <${TraceList} entries=${left} chosen=${entry?.key} onChoose=${choose} />
     </aside>
-    <div class="stage">
+    <div class="stage" ref=${stage}>
       ${entry && html`<${Stage} runs=${runs} source=${source} entry=${entry} left=${left} all=${all} place=${place}
         go=${go} />`}
     </div>
@@ -107,7 +110,7 @@ function Stage({ runs, source, entry, left, all, place, go }) {
   const changes = {
     trace: () => ({}),
     group: () => ({ trace: entry.key }),
-    compare: () => ({ a: place.a || entry.key, b: place.a ? place.b : "" }),
+    compare: () => (runs.length > 1 && !place.trace ? {} : { a: place.a || entry.key, b: place.a ? place.b : "" }),
   };
   const shared = { runs, source, entry, left, all, colour, place, go };
   return html`
@@ -122,8 +125,7 @@ function Stage({ runs, source, entry, left, all, place, go }) {
 }
 
 function HelpTag({ entry }) {
-  return html`<span class=${`tag ${entry.withAgents ? "with" : "alone"}`}>${
-    entry.withAgents ? "with agents" : "alone"}</span>`;
+  return html`<span class=${`tag ${entry.withAgents ? "with" : "alone"}`}>${entry.sort}</span>`;
 }
 
 /** What is said of a trace in chips: step, with agents or alone, how it ended. */
