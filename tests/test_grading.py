@@ -210,9 +210,10 @@ async def test_answers_that_differ(answer, gold, workers):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["gold"][:30])
 async def test_what_says_a_gold_answer_and_what_does_not(case, workers):
-    refused = [answer for answer in case["same"] if not await equal(answer, case["gold"], workers)]
-    accepted = [answer for answer in case["different"] if await equal(answer, case["gold"], workers)]
-    assert (refused, accepted) == ([], [])
+    answers = [*case["same"], *case["different"]]
+    verdicts = await asyncio.gather(*(equal(answer, case["gold"], workers) for answer in answers))
+    wrong = [answer for answer, verdict in zip(answers, verdicts, strict=True) if verdict != (answer in case["same"])]
+    assert wrong == []
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ async def test_a_gold_of_a_list_of_one_is_read(workers):
 
 def test_the_tables_agree_with_what_they_are_said_to_hold():
     assert len(SAME) + len(DIFFERENT) >= 100
-    assert sum(len(case["same"]) + len(case["different"]) for case in CASES) >= 1158
+    assert sum(len(case["same"]) + len(case["different"]) for case in CASES) >= 3418
     assert not set(SAME) & set(DIFFERENT)
 
 

@@ -11,7 +11,7 @@ import pytest
 from aipo_graph.errors import ToolError
 from aipo_graph.tools import sandbox, symbolic
 
-BOMB = "(9^{99999})^{99999}"  # past the filter: one long C call
+BOMB = "(9^{99999})^{99999} = 1"  # past the filter: one long C call
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +25,20 @@ def worker_ids():
 
 
 async def test_a_function_of_the_package_runs_and_its_result_comes_back(workers):
-    assert await workers.run(symbolic._value, r"\frac{1}{2}+\frac{1}{3}", timeout=2) == "5/6"
+    assert await workers.run(symbolic._checked, r"\frac{1}{2}+\frac{1}{3} = 5/6", timeout=2) == "yes"
 
 
 async def test_a_call_out_of_cpu_time_is_the_inputs_fault_and_the_next_call_works(workers):
     with pytest.raises(sandbox.InputFault, match="CPU time"):
-        await workers.run(symbolic._value, BOMB, timeout=0.3)
-    assert await workers.run(symbolic._value, "1+1", timeout=2) == "2"
+        await workers.run(symbolic._checked, BOMB, timeout=0.3)
+    assert await workers.run(symbolic._checked, "1+1 = 2", timeout=2) == "yes"
 
 
 async def test_a_worker_has_little_memory_no_secrets_and_writes_no_file(workers, monkeypatch):
     monkeypatch.setenv("API_KEY", "hunter2")
     before = worker_ids()
     with sandbox.Workers(1) as pool:
-        await pool.run(symbolic._value, "1+1", timeout=2)
+        await pool.run(symbolic._checked, "1+1 = 2", timeout=2)
         (pid,) = worker_ids() - before
         process = psutil.Process(pid)
         assert process.rlimit(psutil.RLIMIT_AS) == (1 << 30, 1 << 30)
@@ -59,7 +59,7 @@ async def kill_the_worker_on_a_call(pool, call, seen):
 
 async def test_one_crash_is_retried_and_two_are_the_inputs_fault():
     with sandbox.Workers(1) as pool:
-        call, seen = asyncio.create_task(pool.run(symbolic._value, BOMB, timeout=20)), set()
+        call, seen = asyncio.create_task(pool.run(symbolic._checked, BOMB, timeout=20)), set()
         await kill_the_worker_on_a_call(pool, call, seen)
         await kill_the_worker_on_a_call(pool, call, seen)
         with pytest.raises(sandbox.InputFault, match="two workers"):
@@ -69,16 +69,16 @@ async def test_one_crash_is_retried_and_two_are_the_inputs_fault():
 async def test_a_worker_that_died_while_idle_costs_no_verdict():
     before = worker_ids()
     with sandbox.Workers(1) as pool:
-        assert await pool.run(symbolic._value, "1+1", timeout=2) == "2"
+        assert await pool.run(symbolic._checked, "1+1 = 2", timeout=2) == "yes"
         for pid in worker_ids() - before:
             os.kill(pid, signal.SIGKILL)
-        assert await pool.run(symbolic._value, "1+2", timeout=2) == "3"
+        assert await pool.run(symbolic._checked, "1+2 = 4", timeout=2) == "no"
 
 
 async def test_a_worker_that_cannot_start_is_our_fault(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with sandbox.Workers(1) as pool, pytest.raises(ToolError, match="did not start"):
-        await pool.run(symbolic._value, "1+1", timeout=2)
+        await pool.run(symbolic._checked, "1+1 = 2", timeout=2)
 
 
 async def test_only_module_level_functions_of_the_package_are_accepted(workers):
@@ -92,7 +92,7 @@ async def test_workers_are_replaced_after_max_calls():
     seen = set()
     with sandbox.Workers(1, max_calls=2) as pool:
         for _ in range(4):
-            await pool.run(symbolic._value, "1+1", timeout=2)
+            await pool.run(symbolic._checked, "1+1 = 2", timeout=2)
             seen |= worker_ids() - before
     assert len(seen) <= 2
     assert worker_ids() == before
@@ -110,14 +110,14 @@ async def test_the_event_loop_keeps_running_beside_bombs_and_honest_calls_are_an
     async def call(text):
         before = ticks
         try:
-            return await workers.run(symbolic._value, text, timeout=0.5)
+            return await workers.run(symbolic._checked, text, timeout=0.5)
         except sandbox.InputFault:
             assert ticks - before >= 10
             return "fault"
 
     tick = asyncio.create_task(ticker())
-    texts = ["1+1", BOMB, "2+2", BOMB, "3+3"]
-    assert await asyncio.gather(*map(call, texts)) == ["2", "fault", "4", "fault", "6"]
+    texts = ["1+1 = 2", BOMB, "2+2 = 5", BOMB, "3+3 = 6"]
+    assert await asyncio.gather(*map(call, texts)) == ["yes", "fault", "no", "fault", "yes"]
     tick.cancel()
 
 
@@ -125,12 +125,12 @@ def test_no_worker_is_left_after_exit_nor_after_kill_9():
     code = (
         "import asyncio, sys, time\n"
         "from aipo_graph.tools import symbolic\n"
-        "print(asyncio.run(symbolic.evaluate('sqrt(8)')), flush=True)\n"
+        "print(asyncio.run(symbolic.check('sqrt(8) = 2*sqrt(2)')), flush=True)\n"
         "time.sleep(float(sys.argv[1]))\n"
     )
     for seconds, kill in ((1, False), (60, True)):
         parent = subprocess.Popen([sys.executable, "-c", code, str(seconds)], stdout=subprocess.PIPE, text=True)
-        assert parent.stdout.readline().startswith("2*sqrt(2)")
+        assert parent.stdout.readline() == "yes\n"
         children = psutil.Process(parent.pid).children()
         assert children
         if kill:

@@ -15,30 +15,38 @@ _ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅�
 _SIGNS = r"""
 ≤ \le \leq \leqslant \leqq; ≥ \ge \geq \geqslant \geqq; ≠ \ne \neq; < \lt; > \gt; ≈ \approx; ∈ \in; ± \pm; ∓ \mp; / \div; : \colon;
 * \cdot \times \ast; | \mid \vert \lvert \rvert; ∪ \cup \bigcup; ∩ \cap \bigcap; ∖ \setminus \smallsetminus \backslash; Å \AA \angstrom;
-∨ \lor \vee or; ∧ \land \wedge and; \{ \lbrace; \} \rbrace; ( \langle; ) \rangle; ∞ \infty infinity Infinity infty inf; π \pi \uppi pi;
-μ \mu \upmu \textmu; Ω \Omega \upOmega \textohm \ohm; € \euro \pounds; ° \circ \degree \textdegree degree degrees; ∅ \emptyset \varnothing;
-i \imath; % percent; [ \lbrack; ] \rbrack; \frac \dfrac \tfrac \cfrac; \tan \tg tg"""
+∨ \lor \vee or OR; ∧ \land \wedge and AND; \{ \lbrace; \} \rbrace; ( \langle; ) \rangle; [ \lbrack; ] \rbrack; π \pi \uppi pi;
+∞ \infty infinity Infinity infty inf; μ \mu \upmu \textmu; Ω \Omega \upOmega \textohm \ohm; € \euro \pounds; % percent; i \imath;
+° \circ \degree \textdegree degree degrees; ∅ \emptyset \varnothing \empty; \frac \dfrac \tfrac \cfrac \nicefrac \sfrac; \tan \tg tg;
+\arctan \arctg arctg; \\ \cr"""
 _FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot csc log ln exp lcm gcd"
 _MEANINGS = {name: sign for sign, *names in map(str.split, _SIGNS.split(";")) for name in names}
 _MEANINGS |= {name: rf"\{name} " for name in _FUNCTIONS.split()}
+_UPPER, _LOWER = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 _BRACED = r"(\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})"
-_GAP = r"(?:\{[, ]\}|'|\s)+"
+_GAP = r"(?:(?:\\(?:mathord|text[a-z]*))?\{[, ]\}|'|\s)+"
+_BLOCK = r"\s*\{[^{}]*\}"
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 _COMMANDS: Rules = [
-    (r"^\s*\*\*(.+)\*\*\s*$", r"\1"), (r"\\(?:left|right|middle|[Bb]igg?[lr]?)(?![A-Za-z])\s?\.?", ""),
-    (r"\\(?:q?quad|(?:thin|med|thick)space|(?:display|text)style|bf|it|rm|sf|tt|tiny|(?:script|footnote|normal)size|small|[lL]arge|LARGE"
-     r"|[hH]uge)(?![A-Za-z])", " "),
+    (r"^\s*(\*\*?|__?)(.+)\1\W*$", r"\2"), (r"\\(?:left|right|middle|[Bb]igg?[lr]?)(?![A-Za-z])\s?\.?", ""), (r"\\not\s*=", "≠"),
+    # Switches of font, size and style, and what takes space.
+    (r"\\(?:(?:bf|it|rm|sf|tt|sl|sc|md|up)(?:series|shape|family)?|normalfont|selectfont|(?:display|text|script)style|boldmath|tiny|small"
+     r"|[lL]arge|LARGE|[hH]uge|(?:script|footnote|normal)size|centering|q?quad|(?:thin|med|thick|en)space|(?:math)?strut|hfill?)(?![A-Za-z])",
+     " "),
     (r"\\?[A-Za-z]+", lambda m: _MEANINGS.get(m[0], m[0])),
-    (r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}|(?<=\d,)\\[,:;!]\s?(?=\d{3}(?!\d))|(?<!\\)\\[!/]", ""),
-    (r"(?<!\\)\\[,:;> ()[\]]|~|\\[hv]?(?:space|phantom)\*?\s*\{[^{}]*\}|\s+", " "),
+    (rf"\\(?:(?:text)?color(?:box)?|raisebox)\s*(?:\[[^\]]*\])?{_BLOCK}|\\(?:fcolorbox|fontsize){_BLOCK}{_BLOCK}", ""),
+    (r"(?<=\d,)\\[,:;!]\s?(?=\d{3}(?!\d))|(?<!\\)\\[!/]", ""),
+    (rf"(?<!\\)\\[,:;> ()[\]]|~|\\[hvm]?(?:space|phantom)\*?{_BLOCK}|\\[hm]?(?:kern|skip)\s?-?[\d.]+ ?[a-z]{{2}}|\s+", " "),
     # Digits in groups of three, before the point and after it.
     (rf"(?<![\d.\\])\d{{1,3}}(?:{_GAP}\d{{3}})+(?!\d)|(?<=\d\.)\d{{3}}(?:{_GAP}\d{{3}})*{_GAP}\d{{1,3}}(?!\d)",
      lambda m: re.sub(r"\D", "", m[0])),
-    (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\([%&#_])", r"\1"), (r"\\?[$£€]", ""),
+    (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\&", "∧"), (r"\\([%#_])", r"\1"), (r"\\?[$£€¢]", ""),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\mathring\s*\{?A\}?", "Å"),
-    (r"\\(begin|end)\s*\{(?:array|[pbB]?matrix)\}(?:\s*\{[lcr| ]*\})?", r"\\\1{pmatrix}"),
-    (r"\\(?:text|math(?!bb))[a-z]*\s*|\\(?:operatorname\*?|[hm]box|f(?:rame)?box|boxed|boldsymbol|bm|pmb|bold|emph|underline|ensuremath)"
-     r"(?![A-Za-z])\s*", "\0"),
+    (r"\\(begin|end)\s*\{(?:array|(?:small|[pbB])?matrix)\}(?:\s*\{[lcr| ]*\})?", r"\\\1{pmatrix}"),
+    (r"\\\\\s*\[[\d.]+ ?[a-z]{2}\]", r"\\\\"),
+    # Fonts and boxes around something, quantities of siunitx.
+    (r"\\(?:text|math(?!bb\W*[A-Z]))[a-z]*\s*|\\(?:operatorname\*?|(?:[hmf]|frame)box|boxed|boldsymbol|bm|pmb|bold|emph|u(?:nder)?line"
+     r"|underbrace|ensuremath|smash|vec|num|SI|si|qty|unit)(?![A-Za-z])\s*", "\0"),
 ]  # fmt: skip
 _WRITTEN: Rules = [
     (r"\^\s?(?:\{\s?°\s?\}|°)", "°"), (r"\s+(?=[\^_°%}])|(?<=[\^_{])\s+", ""), (r"(?<=[\w)}])\s?\*\*\s?(?=[\w({-])", "^"),
@@ -48,10 +56,12 @@ _WRITTEN: Rules = [
     (r"√|\\sqrt\s*", r"\\sqrt"), (r"\\sqrt(\[\w+\])?\s*(?:\(([^()]*)\)|(\d+|[A-Za-zπ]))", r"\\sqrt\1{\2\3}"),
     (r"\\(frac|binom)\s*([\dA-Za-zπ])", r"\\\1{\2}"), (rf"\\(frac|binom)\s*{_BRACED}\s*([\dA-Za-zπ])", r"\\\1\2{\3}"),
     (r"\\(max|min|gcd|lcm) *[⦃(]([^⦃⦄()]*)[⦄)]", lambda m: rf"\{m[1]}({m[2].replace(',', ', ')})"),
+    (r"⦃ ?⦄", "∅"), (r"ℝ\^(?:\{\*\}|\*)", "ℝ∖⦃0⦄"), (r"(?<=[ℝ⦄)\]]) ?- ?(?=⦃)", "∖"),
     # ]0,1[ is (0,1).
     (r"(?:^|(?<=[∪∩∖∈∧∨=])) ?\]", "("), (r"\[ ?(?=[∪∩∖∧∨]|$)", ")"), (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"),
+    (r"(?<![^,;|:⦃⦄∧∨])[^,;|:⦃⦄∧∨±∓]*[±∓][^,;|:⦃⦄∧∨]*", lambda m: f"{m[0].translate(_UPPER)}, {m[0].translate(_LOWER)}"),
     # x ≠ 0, 1 is x ≠ 0 and x ≠ 1.
-    ("≠ ?± ?(.*)", r"≠\1, -\1"), *[(r"^([^=<>≤≥≠∈,]+≠)([^,]+),(?=[^=<>≤≥≠∈]+$)", r"\1\2∧\1")] * 4,
+    *[(r"^([^=<>≤≥≠∈,]+≠)([^,]+),(?=[^=<>≤≥≠∈]+$)", r"\1\2∧\1")] * 4,
     (r"(?i)\b(negative|minus|positive|plus) (?=[∞\d\\])", lambda m: "-" if m[1].lower() in ("negative", "minus") else "+"),
 ]  # fmt: skip
 
@@ -62,14 +72,14 @@ def plain(text: str) -> str:
     >>> plain(r"$\dfrac12$."), plain("x²"), plain("1½ cm"), plain(r"\boldsymbol{12\,345}\text{ and }+\infty")
     ('\\frac{1}{2}', 'x^{2}', '1 1/2 cm', '12345 ∧ +∞')
     """
-    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf" and letter != "\ufe0f")
     # Before NFKC, which turns x² into x2 and 1½ into 11⁄2.
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text.translate(_ALIKE)))
     text = unicodedata.normalize("NFKC", text).translate(_ALIKE)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # they delimit mathematics; an odd one, or one after a backslash, is money
         text = re.sub(r"(?<!\\)\$", "", text)
     text = " ".join(_ungrouped(rewritten(text, _COMMANDS)).split())
-    return " ".join(rewritten(text, _WRITTEN).split()).rstrip(".,;: ")
+    return " ".join(rewritten(text, _WRITTEN).split()).rstrip(".,;:\\ ")
 
 
 def rewritten(text: str, rules: Rules) -> str:
@@ -81,9 +91,9 @@ def rewritten(text: str, rules: Rules) -> str:
 def _ungrouped(text: str) -> str:
     """Takes out the braces that are no argument of a command, an exponent or an index: those of fonts (marked by a zero) and bare ones."""
     while (match := re.search(r"(\\[A-Za-z]+ ?|[\^_\2\]] ?)?\{([^{}]*)\}", text)) is not None:
-        group = f"{match[1].rstrip()}\1{match[2]}\2" if match[1] else f" {match[2]} "
+        group = f"{match[1].rstrip()}\1{match[2]}\2" if match[1] else f"\0{match[2]}\0"
         text = text[: match.start()] + group + text[match.end() :]
-    return text.translate({0: " ", 1: "{", 2: "}"})
+    return re.sub(r"(?<=\d)\0+(?=\d)", "", text).translate({0: " ", 1: "{", 2: "}"})
 
 
 def compact(text: str) -> str:

@@ -1,39 +1,41 @@
-"""Algebra in a worker that can be killed: expressions that a model wrote, and the Verify agent's claims on them.
+"""Algebra in a worker that can be killed: what a model wrote, read, compared with a gold answer, or checked for the Verify agent.
 
 Expressions are parsed by math-verify's parser: no text reaches ``sympify`` or ``parse_expr``, and what is parsed never leaves the worker.
 """
 
 import functools
 import re
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import sympy
 from latex2sympy2_extended.math_normalization import NormalizationConfig
 from math_verify import LatexExtractionConfig
 from math_verify import parse as read
+from sympy.core.relational import Relational
+from sympy.physics import units
 
 from aipo_graph.tools import sandbox
-from aipo_graph.tools.notation import LONGEST, Rules, number, plain, rewritten, without_commas
+from aipo_graph.tools.notation import LONGEST, Number, Rules, compact, number, plain, rewritten, without_commas
 
 CPU_SECONDS = 1.0
-LONGEST_RESULT = 200
-RELATION = re.compile("([=<>≤≥≠≈])")
-_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:[pbv]?matrix|mathbb)\b)(?:[A-Za-z]{4,}|cm|mm|km|kg|ft|in|min)(?![A-Za-z])")
+EXACT_DIGITS = 3
+"""A decimal gold of fewer significant digits is exact; one of more accepts what rounds to it."""
+_RELATION = re.compile("([=<>≤≥≠≈])")
 _REFUSED = re.compile(
-    r"__|[`'\"#:@%$≈]|\d\s+\d|\b0[xob]\w"  # no mathematics
+    r"__|[`'\"#:@%$≈]|\d\s+\d|\d_|\b0[xobe]"  # no mathematics
     # What would only run out of CPU time. Refusing it saves that; safety rests on the sandbox.
     r"|\^\{-?\d+\^\{?\d|\^\{[^{}]*\}\^|\d{6,}\}|\d{4,}\s?!|[)}!]\s?!|\\Gamma|\(\([^()]*\^[^()]*\)\^[^()]*\)\^|([-+*/^|] ?){4,}"
 )
-_CLAIM: Rules = [
-    (r"(?<=[%\d}])\s+of\s+", "*"), (r"(?<![\d.,])(\d[\d,]*(?:\.\d+)?)\s?%(?!\s*[\d(])", r"(\1/100)"),
-]  # fmt: skip
 _TOWER: Rules = [
     (r"\^\{([^{}]*)\}\^\{([^{}]*)\}", r"^{\1^{\2}}"),
     *[(r"\^\{(-?)(\d\d?)\^\{(\d\d?)\}\}", lambda m: f"^{{{m[1]}{int(m[2]) ** int(m[3])}}}")] * 3,
 ]  # fmt: skip
 _FOR_THE_PARSER: Rules = [
-    # Side by side the parser would read any whole number and fraction as a mixed number, (3)(4) as 7.
-    (r"((?<![_^.\w])(?:\d+\.\d+|\d+(?!\d|\s?\\frac\{\d+\}\{\d+\}))|\))\s*(?=\(|\\(?!begin|end|r)[a-z])|(?<=\))(?=\d)", r"\1*"),
+    # Side by side the parser would read any whole number and fraction as a mixed number, (3)(4) as 7, π(3) as a value of a function.
+    (r"((?<![_^.\w])(?:\d+\.\d+|\d+(?!\d|\s?\\frac\{\d+\}\{\d+\}))|\)|π)\s*(?=\(|\\(?!begin|end|r)[a-z])|(?<=\))(?=\d)", r"\1*"),
     (r"(\d+(?:\.\d+)?)°", r"(\1*\\frac{π}{180})"), (r"cis ?(\([^()]*\)+|\{[^{}]*\}|\S+)", r"(\\cos{\1}+i\\sin{\1})"),
     # Exact, where the parser would make a float.
     (r"(?<![\d.])(\d*)\.(\d+)", lambda m: f"(\\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}})"),
@@ -41,88 +43,6 @@ _FOR_THE_PARSER: Rules = [
 ]  # fmt: skip
 # With the expression config it would reach parse_expr; with a timeout, set alarms.
 _READER = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(basic_latex=False, boxed="none"))
-
-
-async def check(claim: str) -> str:
-    r"""Judges a claim such as ``3*(4+5) = 27``, ``\frac12 > 0.3`` or ``x^2-1 = (x-1)(x+1)``: ``yes``, ``no`` or ``cannot check: reason``.
-
-    An equation with variables is a claim that it holds for all of them. A chain ``a = b = c`` claims each of its links.
-    Raises ToolError if the sandbox failed.
-    """
-    return await _ask("check", claim)
-
-
-async def evaluate(expression: str) -> str:
-    r"""Works out an expression, exactly where it is rational: ``3*(4+5)`` gives ``27``, ``1/3+1/6`` gives ``1/2``.
-
-    Otherwise gives its simplified form, with six digits where it is a number, or ``cannot evaluate: reason``.
-    Raises ToolError if the sandbox failed.
-    """
-    return await _ask("evaluate", expression)
-
-
-async def _ask(what: str, text: str) -> str:
-    if len(text) > LONGEST:
-        return f"cannot {what}: it is longer than {LONGEST} characters"
-    try:
-        return str(await sandbox.SHARED.run(_answered, what, text, timeout=CPU_SECONDS))
-    except sandbox.InputFault as fault:
-        return f"cannot {what}: {fault}"
-
-
-# What follows runs in a worker only: parsing and simplifying can take any time and any memory.
-
-
-def warm_up() -> None:
-    """Fills the parser's tables before the first call's CPU time is counted."""
-    is_zero(parse(r"x^{2}-\sqrt{1}") - parse(r"(x-1)(x+\frac{2}{2})"))
-
-
-def _answered(what: str, text: str) -> str:
-    try:
-        text = rewritten(plain(text.rstrip("? \n")), _CLAIM)
-        if "%" in text:
-            raise ValueError("whether % means percent or remainder is not clear")
-        if word := _WORD.search(text):
-            raise ValueError(f"{word[0]!r} is not mathematics")
-        if what == "evaluate":
-            return _value(text.rstrip("= "))
-        first, *rest = RELATION.split(text)
-        if not rest:
-            raise ValueError("there is no = < > in it")
-        links = zip([first, *rest[1::2]], rest[::2], rest[1::2], strict=False)
-        return "yes" if all(_holds(*link) for link in links) else "no"
-    except ValueError as error:
-        return f"cannot {what}: {error}"
-
-
-def _holds(left: str, sign: str, right: str) -> bool:
-    a, b = _parsed(left), _parsed(right)
-    if (a.is_Symbol or b.is_Symbol) and a.free_symbols != b.free_symbols:
-        raise ValueError(f"what {(left if a.is_Symbol else right).strip()} is, is not known here")
-    if sign == "≈":
-        written = number(right.strip())
-        return bool(abs(a - b) <= (sympy.Rational(str(written.half)) if written and written.half else abs(b) / 100))
-    zero = is_zero(a - b, b if b.is_number else 1)
-    if zero is None or not (zero or sign in "=≠" or (a - b).is_comparable):
-        raise ValueError("undecided: only real numbers have an order")
-    return bool(zero) == (sign in "=≤≥") if zero or sign in "=≠" else bool((a - b).evalf(30) < 0) == (sign in "<≤")
-
-
-def _value(expression: str) -> str:
-    value = sympy.simplify(_parsed(expression))
-    if (value.is_Rational and max(abs(value.p), value.q) >= 10**LONGEST_RESULT) or len(written := str(value)) > LONGEST_RESULT:
-        raise ValueError("the result is too long")
-    return f"{written} = {value.evalf(6)}" if value.is_number and not value.is_Rational else written
-
-
-def _parsed(text: str) -> Any:
-    found = parse(text.strip())
-    if found is None or not hasattr(found, "evalf"):
-        raise ValueError("it does not parse" if text.strip() else "it is empty")
-    if (found := found.doit()).has(sympy.nan, sympy.zoo):
-        raise ValueError("division by zero")
-    return found
 
 
 @functools.lru_cache(maxsize=256)
@@ -133,16 +53,15 @@ def parse(text: str) -> Any:
     text = rewritten(text, _TOWER)
     if len(text) > LONGEST or _REFUSED.search(text):
         return None
-    found, *_ = read(
-        f"${rewritten(without_commas(text), _FOR_THE_PARSER)}$", [_READER], fallback_mode="no_fallback", parsing_timeout=None
-    ) or [None]
-    if not hasattr(found, "free_symbols") or (isinstance(found, sympy.Expr) and RELATION.search(text)):
+    text = rewritten(without_commas(text), _FOR_THE_PARSER)
+    found, *_ = read(f"${text}$", [_READER], fallback_mode="no_fallback", parsing_timeout=None) or [None]
+    if not hasattr(found, "free_symbols") or (isinstance(found, sympy.Expr) and _RELATION.search(text)):
         return None  # of what it cannot read it takes what follows the last equals sign
     found = found.subs({s: sympy.I if str(s) == "i" else sympy.Symbol(str(s), real=True) for s in found.free_symbols})
     return sympy.ImmutableMatrix(found) if getattr(found, "is_Matrix", False) else found
 
 
-def is_zero(difference: Any, scale: Any = 1) -> bool | None:
+def is_zero(difference: Any) -> bool | None:
     """Whether an expression is zero, for all values of its variables; None where sympy cannot tell."""
     difference = sympy.nsimplify(difference.doit(), rational=True)
     if difference.is_Rational:
@@ -150,7 +69,283 @@ def is_zero(difference: Any, scale: Any = 1) -> bool | None:
     # Most wrong answers are told apart by one value, long before anything is simplified.
     symbols = sorted(difference.free_symbols, key=str)
     value = difference.subs({symbol: sympy.Rational(37 + 10 * i, 29 + 3 * i) for i, symbol in enumerate(symbols)}).evalf(30)
-    size = sympy.Float(1) if symbols else abs(sympy.sympify(scale).evalf(30))
-    if value.is_number and value.is_finite and abs(value) > size * sympy.Float("1e-20") + sympy.Float("1e-300"):
+    if value.is_number and value.is_finite and abs(value) > sympy.Float("1e-20"):
         return False
     return True if sympy.simplify(difference) == 0 else difference.equals(0)
+
+
+def warm_up() -> None:
+    """Fills the parser's tables before the first call's CPU time is counted."""
+    is_zero(parse(r"x^{2}-\sqrt{1}") - parse(r"(x-1)(x+\frac{2}{2})"))
+
+
+# Whether an answer is the gold one.
+
+_OPENING = re.compile(
+    r"^(?:(?:the )?(?:correct |final )?(?:answer|option|choice)(?: is|\s?:)?(?![a-z])|[=≈]|\\therefore|\\implies)\s*", re.IGNORECASE
+)
+_CHOICE = re.compile(r"(?:\(([A-J])\)[.:]?|([A-J])(?:[.:)]|$))\s*(.*)", re.IGNORECASE | re.DOTALL)
+_BASED = re.compile(r"(?=\w*\d|\w{2})([0-9A-Z]+)_\{?(\d{1,2}|[a-z]{3,7})\}?", re.IGNORECASE)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
+_NAMED = re.compile(
+    r"((?:[A-Za-z]{1,3}|\\[a-z]+|[Α-ω])(?:_\{?\w+\}?)?(?:\^\{-1\})?(?:\([a-z\d]\))?"
+    r"|\\angle ?[A-Z]{1,3}|\([a-z](?:,\s?[a-z]){1,3}\))\s?[=∈]\s?"
+)
+"""What an answer may open with: ``x =``, ``f(x) =``, ``(x, y) =``, ``x ∈``."""
+_SUM = re.compile(r"[a-z](?:\s?[-+]?\s?[a-z]){1,5}\s?=")
+_VECTOR = re.compile(r"\\begin\{pmatrix\}([^&]*?|[^\\]*?)\\end\{pmatrix\}")
+_MEMBER = re.compile(r"⦃\s?(\\?[A-Za-zα-ω]+)\s?(?:∈\s?ℝ\s?)?[|:]\s?(.*)⦄|(\\?[A-Za-zα-ω]+)\s?∈\s?(.*)")
+_COMMAND = re.compile(r"\\[A-Za-z]+|pmatrix|cis")
+_UNIT = re.compile(r"(.*?[\d})π.])(\s*)((?:[A-Za-zμΩÅ°%]+\.?(?:\^\{-?\d\})?|\s*[*/]\s*|\s+)+)", re.DOTALL)
+_OF_UNITS: Rules = [
+    (r"\\frac\{([A-Za-z*]+)\}\{([A-Za-z*]+(?:\^\{\d\})?)\}$|/\s?\(([A-Za-z* ]+)\)$", r" \1/\2\3"), (r"\bper\b", "/"),
+    (r"\bsq(?:uare)?\.? ([A-Za-z]+)", r"\1^{2}"), (r"\bcu(?:bic)?\.? ([A-Za-z]+)", r"\1^{3}"),
+    (r"(μ|[GkMmn](?=\s+Ω))\s+(?=[A-Za-zΩ])", r"\1"), ("° ?([CF])(?:elsius|ahrenheit)?$", r" °\1"),
+]  # fmt: skip
+_BASE = (units.meter, units.kilogram, units.second, units.ampere, units.kelvin, units.mole)
+_SCALES = {units.percent: sympy.Rational(1, 100), units.degree: sympy.pi / 180}
+_PREFIXES = {"k kilo": 3, "M mega": 6, "G giga": 9, "c centi": -2, "m milli": -3, "μ micro": -6, "n nano": -9, "": 0}
+_NAMED_UNITS = {name: unit for name, unit in vars(units).items() if type(unit) is units.Quantity} | {
+    "mph": units.mile / units.hour, "kph": units.km / units.hour, "kmh": units.km / units.hour, "cc": units.cm**3, "mi": units.mile,
+    "in": units.inch, "min": units.minute, "hr": units.hour, "sec": units.second, "Ω": units.ohm, "Å": units.angstrom,
+    "°": units.degree, "%": units.percent,
+}  # fmt: skip
+_UNITS = {
+    prefix + name: sympy.Integer(10) ** power * unit
+    for prefixes, power in _PREFIXES.items() for prefix in prefixes.split(" ") for name, unit in _NAMED_UNITS.items()
+}  # fmt: skip
+
+
+def same(answer: str, gold: str, rounded: int) -> bool:
+    """Whether two texts in plain form state the same; a decimal of ``rounded`` digits, if not 0, may also round an exact gold."""
+    answer = _OPENING.sub("", answer)
+    one, two = compact(answer), compact(gold)
+    if one == two:
+        return True
+    if choice := re.fullmatch(r"\(?([A-J])\)?", two):
+        match = _CHOICE.fullmatch(answer)
+        return match is not None and {(match[1] or match[2]).upper(), *re.findall(r"\b[A-J]\b", match[3])} == {choice[1]}
+    bare = without_commas(answer), without_commas(gold)
+    if bare != (answer, gold) and not re.search(r"[(\[⦃]", answer + gold) and same(*bare, rounded):
+        return True
+    if based := _BASED.fullmatch(two):  # without its base a numeral is in the gold's, which the question names
+        values = [int(m[1], int(_BASES.get(m[2].lower(), m[2]))) if m else -1 for m in (_BASED.fullmatch(one), based)]
+        return values[0] == values[1] or one.upper() == based[1].upper()
+    links, gold_links = _relations(answer), _relations(gold)
+    if links and gold_links and _paired(links, gold_links, _same_tree):
+        return True
+    if re.search("[<>≤≥≠∈∪∩∖ℝ∅]", one + two) and (region := _region(answer)) and (gold_region := _region(gold)):
+        return len(region[0] | gold_region[0]) < 2 and _same_tree(region[1], gold_region[1])
+    if ("matrix" in answer) != ("matrix" in gold):  # a vector may be written as a tuple
+        answer, gold = (_VECTOR.sub(lambda m: "(" + re.sub(r"&|\\\\", ",", m[1]) + ")", text) for text in (answer, gold))
+    return _same_list(answer if "=" in gold else _SUM.sub("", answer, count=1), gold, rounded)  # m+n = 5 for 5
+
+
+def _paired(ones: Iterable[Any], twos: Iterable[Any], like: Callable[[Any, Any], bool]) -> bool:
+    """Whether each has its like on the other side."""
+    table = [[like(one, two) for two in twos] for one in ones]
+    return all(map(any, table)) and all(map(any, zip(*table, strict=True)))
+
+
+def _split(text: str, separators: str) -> list[str]:
+    """Splits at single characters outside of all brackets."""
+    parts, depth = [""], 0
+    for piece in re.findall(r"\\.|.", text, re.DOTALL):
+        depth += (piece in "([{⦃") - (piece in ")]}⦄")
+        if depth == 0 and piece in separators:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return [part.strip() for part in parts]
+
+
+def _listed(text: str) -> tuple[str, set[str], list[str]]:
+    """Brackets, names and values of a list: ``x=1, x=2`` is ("", {x}, [1, 2]) and ``y=3, x=2`` the point ("()", {x, y}, [2, 3])."""
+    head = _NAMED.match(text)
+    inner = text[head.end() :] if head else text
+    enclosed = re.fullmatch(r"[(\[⦃].*[)\]⦄]", inner, re.DOTALL) is not None and len(_split(inner, ")]⦄")) == 2
+    parts = [part for part in _split(inner[1:-1] if enclosed else text, ",;∧∨") if part] or [""]
+    brackets = inner[0] + inner[-1] if enclosed and (len(parts) > 1 or inner[0] == "⦃") else ""
+    heads = [_NAMED.match(part) for part in parts]
+    values = [part[match.end() if match else 0 :].lstrip("+ ") for part, match in zip(parts, heads, strict=True)]
+    names = _split(head[1].strip("()"), ",") if head and enclosed else [re.sub("_.*", "", compact(match[1])) for match in heads if match]
+    if 1 < len({*names}) == len(names) == len(values):
+        brackets, values = "()", [value for _, value in sorted(zip(names, values, strict=True))]
+    return brackets, {*names}, values
+
+
+def _same_list(answer: str, gold: str, rounded: int) -> bool:
+    (brackets, names, answers), (gold_brackets, gold_names, golds) = _listed(answer), _listed(gold)
+    if names and gold_names and names != gold_names:
+        return False
+    if len(answers) == len(golds) == 1 and "⦃" not in brackets + gold_brackets:
+        sides = [parse(side.strip()) for side in answers[0].split("=")]
+        if None not in sides and all(is_zero(a - b) for a, b in pairwise(sides)):  # 2+2 = 4, but not 1 = 2 = 5
+            answers = [answers[0].rpartition("=")[2].strip()]
+        return _same_value(answers[0], golds[0], rounded)
+    if {brackets, gold_brackets} <= {"", "⦃⦄"}:
+        repeats = len(answers) == len(golds) or {brackets, gold_brackets} != {""}
+        return repeats and _paired(answers, golds, lambda a, b: ("⦃" in a) == ("⦃" in b) and same(a, b, rounded))
+    # A tuple may be written bare, but not with "and"; an interval's brackets are part of it.
+    like = brackets == gold_brackets or ({brackets, gold_brackets} == {"()", ""} and not re.search("[∧∨]", answer + gold))
+    return like and len(answers) == len(golds) and all(same(a, b, rounded) for a, b in zip(answers, golds, strict=True))
+
+
+def _region(text: str) -> tuple[set[str], Any] | None:
+    """The variable and the set of reals that a condition, an interval or a union of them states; None for anything else."""
+    for signs, join in (("∨", sympy.Union), ("∧,", sympy.Intersection)):
+        if len(parts := _split(text, signs)) > 1:
+            found = [each for part in parts if (signs == "∨" or re.search("[=<>≤≥≠∈]", part)) and (each := _region(part))]
+            names = set().union(*(name for name, _ in found))
+            return (names, join(*(each for _, each in found))) if len(found) == len(parts) and len(names) < 2 else None
+    if match := _MEMBER.fullmatch(text):
+        name, inner = (match[1] or match[3]).lstrip("\\"), _region(match[2] or match[4])
+        return (set() if match[1] else {name}, inner[1]) if inner and inner[0] <= {name} else None
+    links = _relations(text)
+    symbols = [{*map(str, each.free_symbols)} for each in links]
+    if links and all(symbols) and len(set().union(*symbols)) == 1:
+        return symbols[0], sympy.Intersection(*(each.as_set() for each in links))
+    found = parse(text)
+    return (set(), found.doit()) if isinstance(found, sympy.Set) and not found.free_symbols else None
+
+
+def _relations(text: str) -> list[Any]:
+    """The relations between numbers in a chain; none of anything else."""
+    found = parse(text) if _RELATION.search(text) else None
+    links = found.args if isinstance(found, sympy.And) else [found]
+    sides = [side for each in links for side in (each.args if isinstance(each, Relational) else [None])]
+    return [*links] if all(isinstance(side, sympy.Expr) for side in sides) else []
+
+
+def _same_tree(one: Any, two: Any) -> bool:
+    """Whether two numbers, sets, matrices or relations are equal: numbers exactly, a relation as a multiple, the rest part by part."""
+    if isinstance(one, Relational) and isinstance(two, Relational):
+        one, two = (each.reversed if ">" in each.rel_op else each for each in (one, two))
+        ratio = sympy.simplify((one.lhs - one.rhs) / (two.lhs - two.rhs)) if one.rel_op == two.rel_op else sympy.nan
+        return bool(ratio.is_number and ratio.is_finite and (ratio > 0 if "<" in one.rel_op else ratio != 0))
+    if isinstance(one, sympy.Expr) and isinstance(two, sympy.Expr) and not one.is_Matrix and not two.is_Matrix:
+        return one == two if {one, two} & {sympy.oo, -sympy.oo} else bool(is_zero(one - two))
+    return one == two or (
+        type(one).__name__ == type(two).__name__ and len(one.args) == len(two.args) > 0 and all(map(_same_tree, one.args, two.args))
+    )
+
+
+def _same_value(answer: str, gold: str, rounded: int) -> bool:
+    (bare, unit), (gold_bare, gold_unit) = _without_unit(answer), _without_unit(gold)
+    if _is_text(gold_bare):
+        one, two = (re.sub(r"[\s.'-]+", "", re.sub(r"^(?:an?|the) (?=.)", "", text.casefold())) for text in (answer, gold))
+        return one == two
+    if unit is not None and gold_unit is not None:
+        factors = [units.convert_to(unit / gold_unit, _BASE)]
+    else:  # without its unit a number may be in it, or in none: 50 and 0.5 for 50 %, 60 and π/3 for 60°
+        small = unit == units.percent and (written := number(gold_bare)) is not None and abs(written.value) <= 1
+        factors = [_SCALES.get(unit, sympy.Integer(1)) / _SCALES.get(gold_unit, 1), sympy.Integer(1)][: 2 - small]  # 0.5 % is not 0.5
+    return any(factor.is_number and _same_number(bare, gold_bare, factor, rounded) for factor in factors)
+
+
+def _without_unit(text: str) -> tuple[str, Any]:
+    """The rest of a text and its unit in those of the SI, unknown words as symbols; None where there is no unit."""
+    match = _UNIT.fullmatch(rewritten(text, _OF_UNITS))
+    if (
+        match is None
+        or (match[3] == "°" and re.search(r"\\[a-z]{3}(?<!\\fra)|cis", match[1]))  # of the argument
+        or (re.fullmatch("[A-Za-zμ]", match[3]) and (not match[2] or re.search(r"(?<![\\A-Za-z])[A-Za-z]", match[1])))  # 5m, 2x m
+    ):
+        return text, None
+    unit, over = sympy.Integer(1), 1
+    for word, exponent in re.findall(r"(/|[A-Za-zμΩÅ°%]+)\.?(?:\^\{(-?\d)\})?", match[3]):
+        names = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
+        known = next((_UNITS[name] for name in names if name in _UNITS), None)
+        if word == "/":
+            over = -1
+        elif known is None and (len(word) == 1 or not match[2] or number(match[1]) is None):
+            return text, None
+        else:
+            unit *= (known or sympy.Symbol(names[-1])) ** (over * int(exponent or 1))
+    return match[1].strip(), unit
+
+
+def _is_text(text: str) -> bool:
+    """Whether a gold is a word: even, odd, no and nan are, products such as ab, xyz and mgh are not. In a formula only long words are."""
+    runs = re.findall(r"[A-Za-z]{2,}", _COMMAND.sub(" ", text))
+    words = [run for run in runs if ([*run] != sorted({*run}) or {*run.lower()} & {*"eio"}) and (not run.islower() or {*run} & {*"aeiouy"})]
+    return any(len(word) > 3 or re.search(rf"(?:^|\s){word}(?:\s|$)", text) for word in words)
+
+
+def _same_number(answer: str, gold: str, factor: Any, rounded: int) -> bool:
+    letters, gold_letters = ({*re.findall(r"[a-df-hj-z]", _COMMAND.sub("", text.lower()))} for text in (answer, gold))
+    x, y = parse(answer), parse(gold)
+    if not isinstance(x, sympy.Expr) or not isinstance(y, sympy.Expr) or not letters <= gold_letters:
+        return False  # a letter that comes to nothing, 0x10, is no number
+    if _same_tree(x * factor, y):
+        return True
+    if not all(each.is_number and each.is_extended_real and each.is_finite for each in (x, y)):
+        return False
+    difference = abs((x * factor).evalf(60) - y.evalf(60))
+    written, gold_written = (number(text) or Number(Fraction(0)) for text in (answer, gold))
+    if gold_written.digits >= EXACT_DIGITS:
+        # What the gold's own last digit leaves open. An answer with fewer digits is another rounding.
+        return bool(difference <= gold_written.half and written.half <= gold_written.half)
+    if not rounded or written.digits < rounded or gold_written.digits or (y.is_Rational and (y / written.half / 2).is_integer):
+        return False  # 4.9999 is not 5: an exact gold with an expansion of that length is to be met exactly
+    return bool(difference <= written.half)
+
+
+# Claims of the agents.
+
+_CLAIM: Rules = [
+    (r"(?<=[%\d}])\s+of\s+", "*"), (r"(?<![\d.,])(\d[\d,]*(?:\.\d+)?)\s?%(?!\s*[\d(])", r"(\1/100)"),
+]  # fmt: skip
+_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:[pbv]?matrix|mathbb)\b)(?:[A-Za-z]{4,}|cm|mm|km|kg|ft|in|min)(?![A-Za-z])")
+
+
+async def check(claim: str) -> str:
+    r"""Judges a claim such as ``3*(4+5) = 27``, ``\frac12 > 0.3`` or ``x^2-1 = (x-1)(x+1)``: ``yes``, ``no`` or ``cannot check: reason``.
+
+    An equation with variables is a claim that it holds for all of them. A chain ``a = b = c`` claims each of its links.
+    Raises ToolError if the sandbox failed.
+    """
+    if len(claim) > LONGEST:
+        return f"cannot check: it is longer than {LONGEST} characters"
+    try:
+        return str(await sandbox.SHARED.run(_checked, claim, timeout=CPU_SECONDS))
+    except sandbox.InputFault as fault:
+        return f"cannot check: {fault}"
+
+
+def _checked(claim: str) -> str:
+    try:
+        claim = rewritten(plain(claim.rstrip("? \n")), _CLAIM)
+        if "%" in claim:
+            raise ValueError("whether % means percent or remainder is not clear")
+        if word := _WORD.search(claim):
+            raise ValueError(f"{word[0]!r} is not mathematics")
+        first, *rest = _RELATION.split(claim)
+        if not rest:
+            raise ValueError("there is no = < > in it")
+        links = zip([first, *rest[1::2]], rest[::2], rest[1::2], strict=False)
+        return "yes" if all(_holds(*link) for link in links) else "no"
+    except ValueError as error:
+        return f"cannot check: {error}"
+
+
+def _holds(left: str, sign: str, right: str) -> bool:
+    a, b = _parsed(left), _parsed(right)
+    if (a.is_Symbol or b.is_Symbol) and a.free_symbols != b.free_symbols:
+        raise ValueError(f"what {(left if a.is_Symbol else right).strip()} is, is not known here")
+    if sign == "≈":
+        written = number(right.strip())
+        return bool(abs(a - b) <= (sympy.Rational(str(written.half)) if written and written.half else abs(b) / 100))
+    zero = is_zero(a - b)
+    if zero is None or not (zero or sign in "=≠" or (a - b).is_comparable):
+        raise ValueError("undecided: only real numbers have an order")
+    return bool(zero) == (sign in "=≤≥") if zero or sign in "=≠" else bool((a - b).evalf(30) < 0) == (sign in "<≤")
+
+
+def _parsed(text: str) -> Any:
+    found = parse(text.strip())
+    if found is None or not hasattr(found, "evalf"):
+        raise ValueError("it does not parse" if text.strip() else "it is empty")
+    if (found := found.doit()).has(sympy.nan, sympy.zoo):
+        raise ValueError("division by zero")
+    return found
