@@ -22,10 +22,11 @@ from pydantic import NonNegativeInt, PositiveFloat, StringConstraints
 
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError, ToolError
-from aipo_graph.load import decoded, find
+from aipo_graph.load import find
 from aipo_graph.tasks.datasets import kept_for_training, nothing_to_train, open_dataset
 from aipo_graph.tasks.split import Split
 from aipo_graph.tools import jail
+from aipo_graph.tools.jsonl import record
 from aipo_graph.types import Problem, derive_seed
 
 log = logging.getLogger(__name__)
@@ -302,7 +303,8 @@ def _rows(setting: str, source: str, release: str) -> Iterator[tuple[str, Row, C
             while line := file.readline(LONGEST_LINE + 1):
                 count += 1
                 if line.strip():
-                    yield f"{path}:{count}", _record(line, f"{path}:{count}"), functools.partial(_record_at, path, offset, count)
+                    where = f"{path}:{count}"
+                    yield where, record(line, where, longest=LONGEST_LINE), functools.partial(_record_at, path, offset, count)
                 offset = file.tell()
 
 
@@ -311,25 +313,11 @@ def _row(dataset: Any, at: int) -> dict[str, Any]:
     return rows[0]
 
 
-def _record(line: bytes, where: str) -> dict[str, Any]:
-    if len(line) > LONGEST_LINE:
-        raise TaskError(f"{where}: a line of more than {LONGEST_LINE} bytes")
-    try:
-        record = json.loads(decoded(line, where))
-    except ConfigError as error:
-        raise TaskError(str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{where}: not a JSON record ({str(error) or type(error).__name__})") from error
-    if not isinstance(record, dict):
-        raise TaskError(f"{where}: a JSON object is expected, not {type(record).__name__}")
-    return record
-
-
 def _record_at(path: Path, offset: int, count: int) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            return _record(file.readline(LONGEST_LINE + 1), f"{path}:{count}")
+            return record(file.readline(LONGEST_LINE + 1), f"{path}:{count}", longest=LONGEST_LINE)
     except OSError as error:
         raise TaskError(f"{path}: cannot be read any more ({error.strerror})") from error
 

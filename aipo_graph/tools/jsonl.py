@@ -22,30 +22,31 @@ def records(path: str | Path, *fields: str) -> Iterator[tuple[str, dict[str, Any
             for count, line in enumerate(file, 1):
                 if line.strip():
                     found = True
-                    yield f"{path}:{count}", _record(line, f"{path}:{count}", fields)
+                    yield f"{path}:{count}", record(line, f"{path}:{count}", fields)
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror}); name a JSONL file with the fields {', '.join(fields)}") from error
     if not found:
         raise TaskError(f"{path}: no records; each line is to be a JSON object with the fields {', '.join(fields)}")
 
 
-def _record(line: bytes, where: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    if len(line) > LONGEST_LINE:
-        raise TaskError(f"{where}: a line of {len(line)} bytes; at most {LONGEST_LINE} are read")
+def record(line: bytes, where: str, fields: tuple[str, ...] = (), longest: int = LONGEST_LINE) -> dict[str, Any]:
+    """The JSON object of one line of at most ``longest`` bytes. Raises TaskError, which names ``where``, for anything else."""
+    if len(line) > longest:
+        raise TaskError(f"{where}: a line of more than {longest} bytes; no more are read")
     try:
-        record = json.loads(decoded(line, where), parse_constant=_refuse, object_pairs_hook=_unique)
+        found = json.loads(decoded(line, where), parse_constant=_refuse, object_pairs_hook=_unique)
     except ConfigError as error:
         raise TaskError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{where}: not a JSON record ({str(error) or type(error).__name__})") from error
-    if not isinstance(record, dict):
-        raise TaskError(f"{where}: a JSON object is expected, not {type(record).__name__}")
+    if not isinstance(found, dict):
+        raise TaskError(f"{where}: a JSON object is expected, not {type(found).__name__}")
     for name in fields:
-        value = record.get(name)
+        value = found.get(name)
         if not isinstance(value, str) or not value.strip():
-            problem = "is missing" if name not in record else f"is {value!r:.40}, not text"
-            raise TaskError(f"{where}: field {name!r} {problem}; the fields there: {', '.join(record)[:200] or 'none'}")
-    return record
+            problem = "is missing" if name not in found else f"is {value!r:.40}, not text"
+            raise TaskError(f"{where}: field {name!r} {problem}; the fields there: {', '.join(found)[:200] or 'none'}")
+    return found
 
 
 def _refuse(constant: str) -> NoReturn:
