@@ -1,13 +1,14 @@
 """Graphs of chat messages: what the engine sampled is what is trained on, through tools, retries, branches and templates that rewrite."""
 
 import asyncio
+import operator
 import random
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import pytest
 import tool_manners
@@ -18,8 +19,9 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, Remove
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.errors import GraphBubbleUp
-from langgraph.graph import START, MessagesState, StateGraph
-from langgraph.types import RetryPolicy, Send, interrupt
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.types import Command, RetryPolicy, Send, interrupt
+from pydantic import BaseModel
 from rollout_world import CHAT, Exact, Scribe, save_tiny, settings
 from test_messages import QWEN
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -177,6 +179,105 @@ async def test_an_agent_with_a_tool_is_one_row_of_exactly_the_sampled_tokens(tmp
     assert longest.path[:3] == ("model", "tools", "model")
     batch = pack([TraceGroup(PROBLEM, tuple(traces))], Loss())
     assert (len(batch), batch.policy_tokens) == (200, sum(len(c.token_ids) for _, c in asked(rollouts)))
+
+
+class Expression(BaseModel):
+    """An expression."""
+
+    expression: str
+
+
+Expression.__name__ = "calculator"  # the call that the random policy knows
+
+
+class Own(TypedDict):
+    """The state of a graph that has no messages."""
+
+    asked: str
+    drafts: Annotated[list[str], operator.add]
+    answer: str
+
+
+async def draft(state: Own) -> dict[str, Any]:
+    message = await PolicyChatModel(max_tokens=3).ainvoke([HumanMessage(state["asked"])])
+    return {"drafts": [str(message.text)]}
+
+
+async def vote(state: Own) -> dict[str, Any]:
+    return {"answer": "\\boxed{42}" if sum(PRIVATE[0] in text for text in state["drafts"]) * 2 > len(state["drafts"]) else "none"}
+
+
+def planner() -> Graph:
+    async def plan(state: MessagesState) -> dict[str, Any]:
+        found = await PolicyChatModel(max_tokens=4).with_structured_output(Expression).ainvoke(state["messages"])
+        return {"messages": [HumanMessage(found.expression)]}
+
+    return messages_graph({"plan": plan, "say": say}, [(START, "plan"), ("plan", "say")])
+
+
+def router() -> Graph:
+    async def route(state: MessagesState) -> Any:
+        message = await PolicyChatModel(max_tokens=4).bind_tools([calculator], tool_choice="calculator").ainvoke(state["messages"])
+        told = [ToolMessage("42", tool_call_id=call["id"]) for call in message.tool_calls]
+        return Command(goto="short" if len(told) == 1 else "long", update={"messages": [message, *told]})
+
+    async def short(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [await PolicyChatModel(max_tokens=2).ainvoke(state["messages"])]}
+
+    return messages_graph({"route": route, "short": short, "long": say}, [(START, "route")])
+
+
+def supervisor() -> Graph:
+    """Two workers, one after the other, in a sub-graph, as often as the supervisor names them."""
+
+    def worker(name: str) -> Callable[[MessagesState], Awaitable[dict[str, Any]]]:
+        async def work(state: MessagesState) -> dict[str, Any]:
+            prompt = [SystemMessage(name), *state["messages"]]
+            return {"messages": [await PolicyChatModel(max_tokens=4).ainvoke(prompt)]}
+
+        return work
+
+    team = messages_graph({"one": worker("one"), "two": worker("two")}, [(START, "one"), ("one", "two")])
+    graph = StateGraph(MessagesState).add_node("supervisor", say).add_node("team", team).add_edge(START, "supervisor")
+    graph.add_conditional_edges("supervisor", lambda state: "team" if PRIVATE[1] in state["messages"][-1].text else END, ["team", END])
+    return graph.add_edge("team", "supervisor").compile()
+
+
+def fan_out() -> Graph:
+    graph = StateGraph(Own).add_node("spread", lambda state: {}).add_node("draft", draft).add_node("vote", vote).add_edge(START, "spread")
+    graph.add_conditional_edges("spread", lambda state: [Send("draft", {"asked": f"{state['asked']} {i}"}) for i in range(3)], ["draft"])
+    return graph.add_edge("draft", "vote").compile()
+
+
+def own_state() -> Graph:
+    graph = StateGraph(Own).add_node("first", draft).add_node("second", draft).add_node("vote", vote)
+    return graph.add_edge(START, "first").add_edge("first", "second").add_edge("second", "vote").compile()
+
+
+OWN = {"inputs": {"asked": "question"}, "output": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "rollout", "rows"),
+    [(planner, {}, {1, 2}), (router, {}, {1, 2}), (supervisor, {}, {1, 2, 3}), (fan_out, OWN, {3}), (own_state, OWN, {2})],
+)
+async def test_in_200_runs_of_common_shapes_the_traces_hold_what_the_engine_sampled(
+    shape: Callable[[], Graph], rollout: dict[str, Any], rows: set[int], tmp_path: Path
+) -> None:
+    rollouts = build(tmp_path, shape(), **rollout)
+    traces = await gather([run(rollouts, seed) for seed in range(200)])
+    assert essence(spoken(traces)) == essence(asked(rollouts))
+    assert {trace.status for trace in traces} <= {"done", "length"}
+    assert all(trace.trained for trace in traces)
+    batch = pack([TraceGroup(PROBLEM, tuple(traces))], Loss())
+    assert batch.policy_tokens == sum(len(c.token_ids) for _, c in asked(rollouts))
+    assert {len(trace.rows()) for trace in traces} == rows
+    if rollout:
+        votes = [[PRIVATE[0] in s.text for s in trace.segments if s.source == "policy"] for trace in traces]
+        assert [trace.reward for trace in traces] == [float(2 * sum(found) > len(found)) for found in votes]
+        assert {trace.reward for trace in traces} == {0.0, 1.0}
+    else:
+        assert len({trace.path for trace in traces}) > 1
 
 
 async def test_a_run_repeats_bit_for_bit(tmp_path: Path) -> None:
