@@ -1,6 +1,7 @@
 """Command lines: ``[config.yaml] [--section.field value] [--dry-run] [--help]``, and errors in one line."""
 
 import argparse
+import atexit
 import difflib
 import errno
 import gc
@@ -133,6 +134,7 @@ def write_whole(path: Path, text: str) -> None:
 def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and turn an expected failure into one line on stderr; returns the exit code (0, 2, 130)."""
     gc.enable()
+    atexit.register(gc.freeze)  # nothing is looked through for garbage at the end: with torch loaded that takes seconds
     try:
         command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
