@@ -1,11 +1,11 @@
 """What started.py's processes have imported before they fork: all but the commands themselves, which then run as ``__main__``."""
 
 import sys
+from importlib import import_module
 
-import aipo_graph.demo.__main__
-import aipo_graph.evaluate
-import aipo_graph.train
-import aipo_graph.view.__main__  # noqa: F401
+COMMANDS = ("aipo_graph.demo.__main__", "aipo_graph.evaluate", "aipo_graph.train", "aipo_graph.view.__main__")
 
-for name in ("demo.__main__", "evaluate", "train", "view.__main__"):
-    del sys.modules[f"aipo_graph.{name}"]
+for name in (*COMMANDS, "peft", "transformers.models.llama.modeling_llama"):
+    import_module(name)
+for name in COMMANDS:
+    del sys.modules[name]

@@ -1,27 +1,66 @@
 """`python -m MODULE` in a process of its own, forked from one that has imported what they all need: seconds less for each."""
 
+import functools
 import multiprocessing
 import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess, SpawnProcess
+from multiprocessing.popen_forkserver import Popen
 from pathlib import Path
+from typing import Any, Self
+
+import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preloaded"])
 
 
-class Started:
-    """A process that runs a module: what of subprocess.Popen the tests use, output in files. It leads a process group."""
+class _Forked(Popen):
+    """A process from the server, in its parent's environment and with its signal mask, as if spawned."""
 
-    def __init__(self, module: str, words: Sequence[str], cwd: Path, out: Path, err: Path, env: Mapping[str, str] | None = None) -> None:
-        self.out = out
-        self._process = _CONTEXT.Process(target=_main, args=(module, list(words), str(cwd), str(out), str(err), dict(env or {})))
-        out.touch()
+    def _launch(self, process: Any) -> None:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        process._target = functools.partial(_inherit, dict(os.environ), mask, process._target)
+        with pytest.MonkeyPatch.context() as patch:  # the server is told nothing of sys.path, and leaves out what it cannot import
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            forkserver.ensure_running()
+        super()._launch(process)
+
+
+def _inherit(environment: dict[str, str], mask: set[signal.Signals], target: Callable[..., object], *args: object) -> None:
+    assert "preloaded" in sys.modules
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    target(*args)
+
+
+SpawnProcess._Popen = ForkServerProcess._Popen = staticmethod(_Forked)
+
+
+class Started:
+    """A process that runs a module: what of subprocess.Popen the tests use, output in files beside ``cwd``. It leads a process group."""
+
+    def __init__(self, module: str, words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> None:
+        self.out, self.err = (cwd.parent / f"{cwd.name}.{name}" for name in ("out", "err"))
+        self._process = _CONTEXT.Process(target=_main, args=(module, list(words), str(cwd), str(self.out), str(self.err), dict(env or {})))
+        self.out.write_text("")
         self._process.start()
         self.pid = self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.poll() is None:
+            self.end()
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -33,20 +72,26 @@ class Started:
             raise subprocess.TimeoutExpired(self.out.name, timeout)
         return self._process.exitcode
 
-    def wait_for(self, text: str, timeout: float = 300) -> None:
-        """Until it has written ``text`` to its standard output."""
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Sends it the signal and waits."""
+        os.kill(self.pid, number)
+        return self.wait()
+
+    def wait_for(self, pattern: str, timeout: float = 300) -> str:
+        """Until it has written what the pattern finds to its standard output, which is returned."""
         end = time.monotonic() + timeout
-        while text not in self.out.read_text():
-            assert self.poll() is None, f"ended without {text!r}"
-            assert time.monotonic() < end, f"no {text!r} after {timeout} s"
+        while not (found := re.search(pattern, self.out.read_text())):
+            assert self.poll() is None, f"ended without {pattern!r}: {self.err.read_text()}"
+            assert time.monotonic() < end, f"no {pattern!r} after {timeout} s"
             time.sleep(0.02)
+        return found[0]
 
 
 def run_module(module: str, words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """As subprocess.run, with text captured and nothing to read. Its output lies beside ``cwd`` meanwhile, not in it."""
-    out, err = (cwd.parent / f"{cwd.name}.{name}" for name in ("out", "err"))
-    code = Started(module, words, cwd, out, err, env).wait()
-    return subprocess.CompletedProcess([module, *words], code, out.read_text(), err.read_text())
+    """As subprocess.run, with text captured and nothing to read."""
+    started = Started(module, words, cwd, env)
+    code = started.wait()
+    return subprocess.CompletedProcess([module, *words], code, started.out.read_text(), started.err.read_text())
 
 
 def _main(module: str, words: list[str], cwd: str, out: str, err: str, env: dict[str, str]) -> None:

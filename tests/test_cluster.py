@@ -57,7 +57,7 @@ def run(folder: Path, address: str = "", **settings: Any) -> subprocess.Complete
 
 
 def start(folder: Path, address: str, **settings: Any) -> Started:
-    return Started("aipo_graph.train", words(address, **settings), folder, folder / "out", folder / "err", TOKEN)
+    return Started("aipo_graph.train", words(address, **settings), folder, TOKEN)
 
 
 def begun(folder: Path) -> list[dict[str, Any]]:
@@ -103,9 +103,8 @@ def test_a_killed_worker_rank_and_driver_change_no_bit_of_a_run_without_ray(addr
     kill(tmp_path, "learner-0")
     driver.wait_for("all start again from the last checkpoint")
     driver.wait_for("\nstep 3/")
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    assert "worker-0 on " in (tmp_path / "out").read_text()
+    driver.end(signal.SIGKILL)
+    assert "worker-0 on " in driver.out.read_text()
     assert gone(tmp_path)
     last = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")[-1]
     assert (last["restarts/worker"], last["restarts/learner"]) == (1, 1)
@@ -124,7 +123,7 @@ def test_two_ranks_and_two_workers_give_the_tokens_of_one_process(address: str, 
     driver = start(tmp_path, address, cluster__learners=2, cluster__workers=2)
     driver.wait_for("\nstep 1/")
     kill(tmp_path, "learner-1")
-    assert driver.wait() == 0, (tmp_path / "err").read_text()
+    assert driver.wait() == 0, driver.err.read_text()
     names = ["learner-0", "learner-1", "worker-0", "worker-1"]
     assert sorted(line["process"] for line in begun(tmp_path)) == sorted([*names, "learner-0", "learner-1"])
     assert gone(tmp_path)

@@ -1,10 +1,7 @@
 """The dashboard in a real browser, in the page of runs that the real trainer made."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page
 from rich.console import Console
+from started import Started
 
 from aipo_graph.log import read_metrics
 from aipo_graph.view.__main__ import write
@@ -288,14 +286,8 @@ def test_a_drag_zooms_all_charts_until_a_double_click(dashboard: Open, changed: 
 def served(changed: Change) -> Iterator[tuple[Path, str]]:
     """A run of 20 steps that is served live, and its address."""
     folder = changed(lambda rows: [{**rows[i % 4], "step": i + 1} for i in range(20)])
-    words = [sys.executable, "-m", "aipo_graph.view", str(folder), "--serve", "--no-open", "--port", "0"]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    try:
-        assert server.stdout
-        yield folder, next(line for line in server.stdout if line.startswith("http")).partition(": ")[0]
-    finally:
-        server.terminate()
-        server.communicate()
+    with Started("aipo_graph.view", [str(folder), "--serve", "--no-open", "--port", "0"], folder) as server:
+        yield folder, server.wait_for(r"http://[\d.:]+/")
 
 
 def test_a_live_run_goes_on_in_place(chromium: Browser, served: tuple[Path, str]) -> None:

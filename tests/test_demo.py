@@ -3,13 +3,12 @@
 import asyncio
 import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rollout_world import bpe, world
+from started import run_module
 
 from aipo_graph import cli
 from aipo_graph.demo import Demo, settings
@@ -36,12 +35,9 @@ def agent_segments(text: str) -> tuple[Segment, ...]:
     return (tags[0], Segment("agent", "knowledge", (2,), text=text), tags[1])
 
 
-def test_plain_demo_shows_every_source_with_its_name(root: Path) -> None:
-    """In a process of its own, its output a pipe: alone writes its own feedback, with agents each reply carries a name."""
-    done = subprocess.run(
-        [sys.executable, "-m", "aipo_graph.demo", "operators", "--compare", "%6475IEB?", "--temperature", "0"],
-        cwd=root, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def test_plain_demo_shows_every_source_with_its_name(tmp_path: Path) -> None:
+    """In a process of its own, its output no terminal: alone writes its own feedback, with agents each reply carries a name."""
+    done = run_module("aipo_graph.demo", ["operators", "--compare", "%6475IEB?", "--temperature", "0"], tmp_path)
     assert done.returncode == 0, done.stderr
     alone, helped = done.stdout.split("--- with agents\n")
     assert set(re.findall(r"^\[(\w+)\]", alone, re.M)) == {"prompt", "policy", "summary"}

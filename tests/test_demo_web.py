@@ -3,11 +3,9 @@
 import asyncio
 import http.client
 import json
-import os
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +21,7 @@ import ormsgpack
 import pytest
 from playwright.sync_api import Browser, Page, expect
 from rollout_world import bpe, save_tiny
+from started import Started
 
 from aipo_graph import cli
 from aipo_graph.demo import settings
@@ -566,17 +565,12 @@ def test_the_extra_is_named_where_it_is_missing(
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_end(root: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "aipo_graph.demo", "operators", "--web", "--port", "0", "--no-open", "--run.dir", str(tmp_path / "runs")]
-    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    process = subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
-    assert urlsplit(url).port not in (0, None)
-    told = events(send(url, "/ask", json.dumps({"question": QUESTION, "temperature": 0}))[1])
-    assert [event["event"] for event in told][-1] == "end"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "", "")
+def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
+    words = ["operators", "--web", "--port", "0", "--no-open"]
+    with Started("aipo_graph.demo", words, tmp_path, {"DISPLAY": "", "WAYLAND_DISPLAY": ""}) as process:
+        url = process.wait_for(r"http://127\.0\.0\.1:\d+\S*(?=\s)")
+        assert urlsplit(url).port not in (0, None)
+        told = events(send(url, "/ask", json.dumps({"question": QUESTION, "temperature": 0}))[1])
+        assert [event["event"] for event in told][-1] == "end"
+        assert (process.end(signal.SIGINT), process.out.read_text().count("\n"), process.err.read_text()) == (0, 1, "")
     assert (tmp_path / "runs" / "demo.sqlite").exists()

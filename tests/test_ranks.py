@@ -222,7 +222,6 @@ def found(folder: Path) -> Found:
         make().save_pretrained(folder / name)
     save_tokenizer(folder / "llama")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["aipo_graph.learn.learner", "peft", "transformers.models.llama.modeling_llama"])
     barrier = context.Barrier(3)
     processes = [context.Process(target=process, args=(folder, rank, barrier), daemon=True) for rank in range(3)]
     for one in processes:

@@ -45,7 +45,7 @@ def run(folder: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
 
 
 def start(folder: Path, **settings: Any) -> Started:
-    return Started("aipo_graph.train", words_of(**settings), folder, folder / "out", folder / "err")
+    return Started("aipo_graph.train", words_of(**settings), folder)
 
 
 def bits(folder: Path) -> dict[str, str]:
@@ -149,10 +149,9 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path,
 def test_a_stopped_run_saves_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     process.wait_for("\nstep 1/")
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait() == 0
-    assert "note: stops once the step under way is done and saved" in (tmp_path / "out").read_text()
-    assert "the same command goes on" in (tmp_path / "out").read_text()
+    assert process.end() == 0
+    assert "note: stops once the step under way is done and saved" in process.out.read_text()
+    assert "the same command goes on" in process.out.read_text()
     assert run(tmp_path).returncode == 0
     assert bits(tmp_path / "runs" / "quickstart") == bits(undisturbed)
 

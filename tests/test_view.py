@@ -1,6 +1,5 @@
 """The trace viewer's Python side: a run's folder to an index and pages, one HTML text, and a server that follows."""
 
-import asyncio
 import base64
 import contextlib
 import gzip
@@ -10,8 +9,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -24,6 +21,7 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import TestClient, TestServer
 from rich.console import Console
 from rollout_world import bpe
+from started import Started
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -755,20 +753,14 @@ async def test_other_names_are_refused_and_every_answer_is_guarded(tmp_path: Pat
 
 async def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     run = tiny(tmp_path)
-    words = [sys.executable, "-m", "aipo_graph.view", str(run), "--serve", "--port", "0", "--no-open"]
-    process = await asyncio.create_subprocess_exec(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    line = (await process.stdout.readline()).decode()
-    url = line.partition(": ")[0]
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url), line
-    async with ClientSession() as client:
-        text = await (await client.get(url)).text()
-        assert 'data-source="live"' in text
-        assert unpacked(text) == {}
-        assert (await (await client.get(f"{url}index")).json())["runs"][0]["recorded"] == 6
-    process.send_signal(signal.SIGINT)
-    _, errors = await process.communicate()
-    assert (process.returncode, errors) == (0, b"")
+    with Started("aipo_graph.view", [str(run), "--serve", "--port", "0", "--no-open"], run) as process:
+        url = process.wait_for(r"^http://127\.0\.0\.1:\d+/(?=: )")
+        async with ClientSession() as client:
+            text = await (await client.get(url)).text()
+            assert 'data-source="live"' in text
+            assert unpacked(text) == {}
+            assert (await (await client.get(f"{url}index")).json())["runs"][0]["recorded"] == 6
+        assert (process.end(signal.SIGINT), process.err.read_text()) == (0, "")
 
 
 def test_a_port_in_use_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

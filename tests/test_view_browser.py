@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Dialog, Page, expect
 from rich.console import Console
+from started import Started
 
 from aipo_graph.log import LoggedGroup, read_traces
 from aipo_graph.types import Trace
@@ -568,27 +567,22 @@ def test_a_live_run_is_followed_without_losing_the_place(chromium: Browser, view
         copy(viewed_run / name, run / name)
     lines = (viewed_run / "traces.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (run / "traces.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
-    command = [sys.executable, "-m", "aipo_graph.view", str(run), "--serve", "--no-open", "--port", "0"]
     errors: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout
-            url = next(found[0] for line in server.stdout if (found := re.search(r"http://[\d.:]+/", line)))
-            page = chromium.new_page()
-            page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-            page.goto(f"{url}#trace=0.1.2&colour=ratio")
-            expect(page.get_by_test_id("count")).to_contain_text("of 16 traces")
-            with (run / "traces.jsonl").open("a", encoding="utf-8") as file:
-                file.write("".join(lines[4:8]))
-            expect(page.get_by_test_id("count")).to_contain_text("of 32 traces", timeout=15000)
-            expect(page.get_by_test_id("trace")).to_have_attribute("data-key", "0.1.2")
-            page.get_by_test_id("follow").click()
-            expect(page.get_by_test_id("trace")).to_have_attribute("data-key", "0.7.0")
-            with (run / "traces.jsonl").open("a", encoding="utf-8") as file:
-                file.write("".join(lines[8:12]))
-            expect(page.get_by_test_id("trace")).to_have_attribute("data-key", "0.11.0", timeout=15000)
-            assert errors == []
-        finally:
-            server.terminate()
+    with Started("aipo_graph.view", [str(run), "--serve", "--no-open", "--port", "0"], run) as server:
+        url = server.wait_for(r"http://[\d.:]+/")
+        page = chromium.new_page()
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(f"{url}#trace=0.1.2&colour=ratio")
+        expect(page.get_by_test_id("count")).to_contain_text("of 16 traces")
+        with (run / "traces.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(lines[4:8]))
+        expect(page.get_by_test_id("count")).to_contain_text("of 32 traces", timeout=15000)
+        expect(page.get_by_test_id("trace")).to_have_attribute("data-key", "0.1.2")
+        page.get_by_test_id("follow").click()
+        expect(page.get_by_test_id("trace")).to_have_attribute("data-key", "0.7.0")
+        with (run / "traces.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(lines[8:12]))
+        expect(page.get_by_test_id("trace")).to_have_attribute("data-key", "0.11.0", timeout=15000)
+        assert errors == []
     expect(page.locator("h1")).to_contain_text("connection lost", timeout=15000)
     page.close()

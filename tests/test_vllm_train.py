@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from started import Started
+from started import Started, run_module
 from test_cluster import begun, gone
 from test_train import words_of
 from vllm_world import CONTEXT, RANK
@@ -27,14 +25,12 @@ TINY = {
     "evaluate.problems": 8,
     "evaluate.problems_with_agents": 4,
     "evaluate.samples": 2,
+    "evaluate.workers": 1,
 }
 
 
 def train(folder: Path, **settings: object) -> Path:
-    words = [sys.executable, "-m", "aipo_graph.train"]
-    for key, value in {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}.items():
-        words += [f"--{key}", str(value)]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    done = run_module("aipo_graph.train", words_of(**TINY, **settings), folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "runs" / "quickstart"
 
@@ -72,12 +68,12 @@ def test_a_killed_sampler_comes_back_with_the_last_weights(vllm_server: str, tmp
     """Over Ray: requests go through the sampler's process, and so do the weights."""
     server = {"engine__kind": "server", "engine__urls": json.dumps([vllm_server]), "engine__max_context": CONTEXT}
     words = words_of(**TINY, **server, cluster__address="local", evaluate__problems=0, rollout__max_lag=1)
-    driver = Started("aipo_graph.train", words, tmp_path, tmp_path / "out", tmp_path / "err")
+    driver = Started("aipo_graph.train", words, tmp_path)
     driver.wait_for("\nstep 1/")
     sampler = next(process for process in begun(tmp_path) if process["process"] == "sampler-0")
     os.kill(sampler["pid"], signal.SIGKILL)
     assert driver.wait() == 0
-    assert "sampler-0 on" in (tmp_path / "out").read_text()
+    assert "sampler-0 on" in driver.out.read_text()
     rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row["failed"] == 0 and row["sync_gap_max"] <= 1e-3 and row["lag_max"] <= 1 for row in rows)
