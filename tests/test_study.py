@@ -69,8 +69,8 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path, capsys: pytest.Captur
 def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     short = {
-        "train.steps": 45, "optimizer.warmup_steps": 20, "run.dir": tmp_path / "runs", "run.trackers": "[]",
-        "evaluate.problems": 48, "evaluate.problems_with_agents": 4, "evaluate.samples": 8,
+        "train.steps": 10, "train.epochs": 4, "train.minibatches": 8, "optimizer.warmup_steps": 20, "run.dir": tmp_path / "runs",
+        "run.trackers": "[]", "evaluate.problems": 32, "evaluate.problems_with_agents": 4, "evaluate.samples": 4,
     }  # fmt: skip
     words = [
         "--only",
@@ -87,7 +87,7 @@ def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: P
     aipo, mask = (rows[name]["trained"]["alone"]["pass@1"] for name in ("aipo", "mask"))
     assert mask < 0.02
     assert aipo > 0.2
-    assert len(rows["aipo"]["curve"]["reward/alone/hard"]) == 45
+    assert len(rows["aipo"]["curve"]["reward/alone/hard"]) == 10
     assert cli.main(study.main, [*words, "--variants", "aipo", "mask", "base"]) == 0
     after = (tmp_path / "coefficients.jsonl").read_text()
     assert after.startswith(before)

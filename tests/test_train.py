@@ -26,7 +26,7 @@ TINY: dict[str, int] = {
     "run.trace_groups": 4,
     "rollout.problems": 4,
     "rollout.traces": 4,
-    "train.steps": 8,
+    "train.steps": 6,
     "train.patience": 100,
     "evaluate.problems": 0,
 }
@@ -104,18 +104,18 @@ def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path,
     """With other limits, too. It is the undisturbed run up to there, and what was found of the earlier policy is kept beside."""
     folder = tmp_path / "runs" / "quickstart"
     shutil.copytree(undisturbed, folder)
-    done = run(tmp_path, train__steps=9, train__micro_batch_tokens=2048, **EVALUATED | {"evaluate__samples": 2})
+    done = run(tmp_path, train__steps=7, train__micro_batch_tokens=2048, **EVALUATED | {"evaluate__samples": 2})
     assert done.returncode == 0, done.stderr
     assert {line for line in done.stdout.splitlines() if line.startswith("note: ")} == {
-        "note: train.steps = 9 from here on, 8 before",
-        "note: the learning rate's cosine ends at step 9 now: from here on it is another one",
+        "note: train.steps = 7 from here on, 6 before",
+        "note: the learning rate's cosine ends at step 7 now: from here on it is another one",
         "note: train.micro_batch_tokens = 2048 from here on, 4096 before",
         "note: evaluate.samples = 2 from here on, 1 before",
-        "note: goes on after step 8",
+        "note: goes on after step 6",
     }
-    assert timeless(folder)[:8] == timeless(undisturbed)
-    assert json.loads((folder / "summary.json").read_text())["steps"] == len(timeless(folder)) == 9
-    assert json.loads((folder / "changes.jsonl").read_text())["step"] == 8
+    assert timeless(folder)[:6] == timeless(undisturbed)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == len(timeless(folder)) == 7
+    assert json.loads((folder / "changes.jsonl").read_text())["step"] == 6
     for part in ("base", "trained"):
         assert len(list((folder / "evaluation" / part).glob("samples*.jsonl"))) == 2
     digests = [hashlib.sha256((path / "policy" / "model.safetensors").read_bytes()).digest() for path in (folder, undisturbed)]
