@@ -1,8 +1,7 @@
-r"""Whether an untrusted answer equals the gold one, and whether a helper's reply gives the gold away.
+"""Whether an untrusted answer equals the gold one, and whether a helper's reply gives the gold away.
 
-Equal texts and integers are compared here; all else in a worker process that can be killed: letters and words as text, numbers exactly,
-sequences and conditions part by part, and what is left by math-verify's parser and sympy. What the answer causes (out of CPU time or
-memory, a crashed worker) is a wrong answer; what we cause is a TaskError: no score.
+Equal texts and integers are compared here; all else by `tools.symbolic` in a worker process that can be killed. What the answer causes
+(out of CPU time or memory, a crashed worker) is a wrong answer; what we cause is a TaskError: no score.
 """
 
 import re

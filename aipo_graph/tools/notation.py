@@ -60,6 +60,9 @@ _WRITTEN: Rules = [
     # ]0,1[ is (0,1).
     (r"(?:^|(?<=[∪∩∖∈∧∨=])) ?\]", "("), (r"\[ ?(?=[∪∩∖∧∨]|$)", ")"), (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"),
     (r"(?<![^,;|:⦃⦄∧∨])[^,;|:⦃⦄∧∨±∓]*[±∓][^,;|:⦃⦄∧∨]*", lambda m: f"{m[0].translate(_UPPER)}, {m[0].translate(_LOWER)}"),
+    # Towers: what stands in an exponent of two small numbers is worked out.
+    (r"\^\{([^{}]*)\}\^\{([^{}]*)\}", r"^{\1^{\2}}"),
+    *[(r"\^\{(-?)(\d\d?)\^\{(\d\d?)\}\}", lambda m: f"^{{{m[1]}{int(m[2]) ** int(m[3])}}}")] * 3,
     # x ≠ 0, 1 is x ≠ 0 and x ≠ 1.
     *[(r"^([^=<>≤≥≠∈,]+≠)([^,]+),(?=[^=<>≤≥≠∈]+$)", r"\1\2∧\1")] * 4,
     (r"(?i)\b(negative|minus|positive|plus) (?=[∞\d\\])", lambda m: "-" if m[1].lower() in ("negative", "minus") else "+"),

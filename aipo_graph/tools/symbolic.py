@@ -29,10 +29,6 @@ _REFUSED = re.compile(
     # What would only run out of CPU time. Refusing it saves that; safety rests on the sandbox.
     r"|\^\{-?\d+\^\{?\d|\^\{[^{}]*\}\^|\d{6,}\}|\d{4,}\s?!|[)}!]\s?!|\\Gamma|\(\([^()]*\^[^()]*\)\^[^()]*\)\^|([-+*/^|] ?){4,}"
 )
-_TOWER: Rules = [
-    (r"\^\{([^{}]*)\}\^\{([^{}]*)\}", r"^{\1^{\2}}"),
-    *[(r"\^\{(-?)(\d\d?)\^\{(\d\d?)\}\}", lambda m: f"^{{{m[1]}{int(m[2]) ** int(m[3])}}}")] * 3,
-]  # fmt: skip
 _FOR_THE_PARSER: Rules = [
     # Side by side the parser would read any whole number and fraction as a mixed number, (3)(4) as 7, π(3) as a value of a function.
     (r"((?<![_^.\w])(?:\d+\.\d+|\d+(?!\d|\s?\\frac\{\d+\}\{\d+\}))|\)|π)\s*(?=\(|\\(?!begin|end|r)[a-z])|(?<=\))(?=\d)", r"\1*"),
@@ -50,7 +46,6 @@ def parse(text: str) -> Any:
     """Reads text in plain form as a sympy object; None for what is no mathematics. Symbols are real, ``i`` and ``e`` constants."""
     if written := number(text):
         return sympy.Rational(written.value.numerator, written.value.denominator)
-    text = rewritten(text, _TOWER)
     if len(text) > LONGEST or _REFUSED.search(text):
         return None
     text = rewritten(without_commas(text), _FOR_THE_PARSER)
@@ -71,12 +66,15 @@ def is_zero(difference: Any) -> bool | None:
     value = difference.subs({symbol: sympy.Rational(37 + 10 * i, 29 + 3 * i) for i, symbol in enumerate(symbols)}).evalf(30)
     if value.is_number and value.is_finite and abs(value) > sympy.Float("1e-20"):
         return False
+    if difference.has(sympy.I) and not symbols:
+        difference = difference.expand(complex=True)  # a hundredth of the time of what follows
     return True if sympy.simplify(difference) == 0 else difference.equals(0)
 
 
 def warm_up() -> None:
     """Fills the parser's tables before the first call's CPU time is counted."""
     is_zero(parse(r"x^{2}-\sqrt{1}") - parse(r"(x-1)(x+\frac{2}{2})"))
+    is_zero(parse(r"e^{i\frac{π}{3}}") - parse("cis60°"))
 
 
 # Whether an answer is the gold one.
@@ -89,14 +87,14 @@ _BASED = re.compile(r"(?=\w*\d|\w{2})([0-9A-Z]+)_\{?(\d{1,2}|[a-z]{3,7})\}?", re
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
 _NAMED = re.compile(
     r"((?:[A-Za-z]{1,3}|\\[a-z]+|[Α-ω])(?:_\{?\w+\}?)?(?:\^\{-1\})?(?:\([a-z\d]\))?"
-    r"|\\angle ?[A-Z]{1,3}|\([a-z](?:,\s?[a-z]){1,3}\))\s?[=∈]\s?"
+    r"|\\angle ?[A-Z]{1,3}|\(\\?[a-z]+(?:,\s?\\?[a-z]+){1,3}\))\s?[=∈]\s?"
 )
 """What an answer may open with: ``x =``, ``f(x) =``, ``(x, y) =``, ``x ∈``."""
 _SUM = re.compile(r"[a-z](?:\s?[-+]?\s?[a-z]){1,5}\s?=")
 _VECTOR = re.compile(r"\\begin\{pmatrix\}([^&]*?|[^\\]*?)\\end\{pmatrix\}")
 _MEMBER = re.compile(r"⦃\s?(\\?[A-Za-zα-ω]+)\s?(?:∈\s?ℝ\s?)?[|:]\s?(.*)⦄|(\\?[A-Za-zα-ω]+)\s?∈\s?(.*)")
 _COMMAND = re.compile(r"\\[A-Za-z]+|pmatrix|cis")
-_UNIT = re.compile(r"(.*?[\d})π.])(\s*)((?:[A-Za-zμΩÅ°%]+\.?(?:\^\{-?\d\})?|\s*[*/]\s*|\s+)+)", re.DOTALL)
+_UNIT = re.compile(r"(.*?[\d})π.])(\s*)((?=[\s/]*[A-Za-zμΩÅ°%])(?:[A-Za-zμΩÅ°%]+\.?(?:\^\{-?\d\})?|\s*[*/]\s*|\s+)+)", re.DOTALL)
 _OF_UNITS: Rules = [
     (r"\\frac\{([A-Za-z*]+)\}\{([A-Za-z*]+(?:\^\{\d\})?)\}$|/\s?\(([A-Za-z* ]+)\)$", r" \1/\2\3"), (r"\bper\b", "/"),
     (r"\bsq(?:uare)?\.? ([A-Za-z]+)", r"\1^{2}"), (r"\bcu(?:bic)?\.? ([A-Za-z]+)", r"\1^{3}"),
@@ -108,7 +106,7 @@ _PREFIXES = {"k kilo": 3, "M mega": 6, "G giga": 9, "c centi": -2, "m milli": -3
 _NAMED_UNITS = {name: unit for name, unit in vars(units).items() if type(unit) is units.Quantity} | {
     "mph": units.mile / units.hour, "kph": units.km / units.hour, "kmh": units.km / units.hour, "cc": units.cm**3, "mi": units.mile,
     "in": units.inch, "min": units.minute, "hr": units.hour, "sec": units.second, "Ω": units.ohm, "Å": units.angstrom,
-    "°": units.degree, "%": units.percent,
+    "°": units.degree, "%": units.percent, "unit": sympy.Symbol("unit"),
 }  # fmt: skip
 _UNITS = {
     prefix + name: sympy.Integer(10) ** power * unit
@@ -168,7 +166,11 @@ def _listed(text: str) -> tuple[str, set[str], list[str]]:
     brackets = inner[0] + inner[-1] if enclosed and (len(parts) > 1 or inner[0] == "⦃") else ""
     heads = [_NAMED.match(part) for part in parts]
     values = [part[match.end() if match else 0 :].lstrip("+ ") for part, match in zip(parts, heads, strict=True)]
-    names = _split(head[1].strip("()"), ",") if head and enclosed else [re.sub("_.*", "", compact(match[1])) for match in heads if match]
+    names = (
+        _split(re.sub(r"[()\\]", "", head[1]), ",")
+        if head and enclosed
+        else [re.sub("_.*", "", compact(match[1])) for match in heads if match]
+    )
     if 1 < len({*names}) == len(names) == len(values):
         brackets, values = "()", [value for _, value in sorted(zip(names, values, strict=True))]
     return brackets, {*names}, values
@@ -231,16 +233,32 @@ def _same_tree(one: Any, two: Any) -> bool:
 
 
 def _same_value(answer: str, gold: str, rounded: int) -> bool:
-    (bare, unit), (gold_bare, gold_unit) = _without_unit(answer), _without_unit(gold)
-    if _is_text(gold_bare):
-        one, two = (re.sub(r"[\s.'-]+", "", re.sub(r"^(?:an?|the) (?=.)", "", text.casefold())) for text in (answer, gold))
+    whole = answer, gold
+    (answer, unit), (gold, gold_unit) = map(_without_unit, whole)
+    if _is_text(gold):
+        one, two = (re.sub(r"[\s.'-]+", "", re.sub(r"^(?:an?|the) (?=.)", "", text.casefold())) for text in whole)
         return one == two
+    x, y = parse(answer), parse(gold)
+    letters, gold_letters = ({*re.findall(r"[a-df-hj-z]", _COMMAND.sub("", text.lower()))} for text in (answer, gold))
+    if not isinstance(x, sympy.Expr) or not isinstance(y, sympy.Expr) or not letters <= gold_letters:
+        return False  # a letter that comes to nothing, 0x10, is no number
+    written, gold_written = (number(text) or Number(Fraction(0)) for text in (answer, gold))
     if unit is not None and gold_unit is not None:
-        factors = [units.convert_to(unit / gold_unit, _BASE)]
-    else:  # without its unit a number may be in it, or in none: 50 and 0.5 for 50 %, 60 and π/3 for 60°
-        small = unit == units.percent and (written := number(gold_bare)) is not None and abs(written.value) <= 1
-        factors = [_SCALES.get(unit, sympy.Integer(1)) / _SCALES.get(gold_unit, 1), sympy.Integer(1)][: 2 - small]  # 0.5 % is not 0.5
-    return any(factor.is_number and _same_number(bare, gold_bare, factor, rounded) for factor in factors)
+        factor = units.convert_to(unit / gold_unit, _BASE)
+        values = {x * factor} if factor.is_number else set()
+    else:  # without its unit a number may be in it, or in none: 50 and 0.5 for 50 %, 60 and π/3 for 60°; but 0.5 % is not a gold of 0.5
+        small = unit == units.percent and y.is_Rational and abs(y) <= 1
+        values = {x * _SCALES.get(unit, 1) / _SCALES.get(gold_unit, 1), *([] if small else [x])}
+    if any(_same_tree(value, y) for value in values):
+        return True
+    if gold_written.digits >= EXACT_DIGITS:
+        # What the gold's own last digit leaves open. An answer with fewer digits is another rounding.
+        half = gold_written.half if written.half <= gold_written.half else 0
+    else:  # 4.9999 is not 5: an exact gold with an expansion of that length is to be met exactly
+        loose = rounded and written.digits >= rounded and not gold_written.digits
+        half = written.half if loose and not (y.is_Rational and (y / written.half / 2).is_integer) else 0
+    comparable = half and y.is_comparable and all(value.is_comparable for value in values)
+    return bool(comparable) and any(abs(value.evalf(60) - y.evalf(60)) <= half for value in values)
 
 
 def _without_unit(text: str) -> tuple[str, Any]:
@@ -270,25 +288,6 @@ def _is_text(text: str) -> bool:
     runs = re.findall(r"[A-Za-z]{2,}", _COMMAND.sub(" ", text))
     words = [run for run in runs if ([*run] != sorted({*run}) or {*run.lower()} & {*"eio"}) and (not run.islower() or {*run} & {*"aeiouy"})]
     return any(len(word) > 3 or re.search(rf"(?:^|\s){word}(?:\s|$)", text) for word in words)
-
-
-def _same_number(answer: str, gold: str, factor: Any, rounded: int) -> bool:
-    letters, gold_letters = ({*re.findall(r"[a-df-hj-z]", _COMMAND.sub("", text.lower()))} for text in (answer, gold))
-    x, y = parse(answer), parse(gold)
-    if not isinstance(x, sympy.Expr) or not isinstance(y, sympy.Expr) or not letters <= gold_letters:
-        return False  # a letter that comes to nothing, 0x10, is no number
-    if _same_tree(x * factor, y):
-        return True
-    if not all(each.is_number and each.is_extended_real and each.is_finite for each in (x, y)):
-        return False
-    difference = abs((x * factor).evalf(60) - y.evalf(60))
-    written, gold_written = (number(text) or Number(Fraction(0)) for text in (answer, gold))
-    if gold_written.digits >= EXACT_DIGITS:
-        # What the gold's own last digit leaves open. An answer with fewer digits is another rounding.
-        return bool(difference <= gold_written.half and written.half <= gold_written.half)
-    if not rounded or written.digits < rounded or gold_written.digits or (y.is_Rational and (y / written.half / 2).is_integer):
-        return False  # 4.9999 is not 5: an exact gold with an expansion of that length is to be met exactly
-    return bool(difference <= written.half)
 
 
 # Claims of the agents.
