@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 CORPUS = data("word_problems_corpus.jsonl")
 BATCH = 1000
 LOCAL = ".jsonl, .csv or .parquet"
+_LACKING = object()
 _HUB = re.compile(r"(?P<name>[^:]+)(?::(?P<config>[^:\[\]]+))?:(?P<split>[^:\[\]]+(?:\[.*\])?)")
 _DAPO_OPENING = re.compile(r"\A\s*Solve the following math problem step by step\. The last line[^\n]*\n+")
 _DAPO_CLOSING = re.compile(r"\n+Remember to put your answer on its own line[^\n]*\s*\Z")
@@ -254,7 +255,7 @@ def _fault(question: str, gold: str, own: bool) -> str:
 
 def _columns(source: str, row: Mapping[str, Any], wanted: Mapping[str, str], required: frozenset[str]) -> dict[str, str]:
     """The columns that the data has. Raises ConfigError for one that it lacks, unless it is a layout's own id or kind."""
-    found = {what: column for what, column in wanted.items() if _has(row, column)}
+    found = {what: column for what, column in wanted.items() if _cell(row, column, _LACKING) is not _LACKING}
     lacking = next((what for what in wanted if what in required and what not in found), None)
     if lacking:
         there = [name for key, value in row.items() for name in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])]
@@ -264,16 +265,11 @@ def _columns(source: str, row: Mapping[str, Any], wanted: Mapping[str, str], req
     return found
 
 
-def _has(row: Mapping[str, Any], column: str) -> bool:
+def _cell(row: Mapping[str, Any], column: str, lacking: Any = None) -> Any:
+    """What stands in a column, or in field b of column a for ``a.b``; ``lacking`` where there is no such column."""
     top, _, inner = column.partition(".")
-    return column in row or (isinstance(row.get(top), dict) and inner in row[top])
-
-
-def _cell(row: Mapping[str, Any], column: str) -> Any:
-    if column in row:
-        return row[column]
-    top, _, inner = column.partition(".")
-    return value.get(inner) if isinstance(value := row.get(top), dict) else None
+    fields = row.get(top)
+    return row[column] if column in row else fields.get(inner, lacking) if isinstance(fields, dict) else lacking
 
 
 def _text(cell: Any) -> str:
@@ -290,15 +286,11 @@ def _text(cell: Any) -> str:
 def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, Any]]:
     columns = layout.columns
     if source.startswith(OBJECT):
-        yield from _given(source)
-        return
+        return _given(source)
     if source.endswith(".jsonl"):
-        for _, record in records(find(source)):
-            yield record
-        return
+        return (record for _, record in records(find(source)))
     if source.endswith(".csv"):
-        yield from _table(setting, source)
-        return
+        return _table(setting, source)
     dataset = open_dataset(setting, source, columns)
     tops = {column if column in dataset.column_names else column.partition(".")[0] for column in columns.values()}
     if len(dataset) and tops <= set(dataset.column_names):
@@ -308,7 +300,7 @@ def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, An
             for at, row in enumerate(_plain_rows(dataset.select_columns([columns["id"].partition(".")[0]]))):
                 first.setdefault(_text(_cell(row, columns["id"])) or f"without an id, row {at}", at)
             dataset = dataset.select(list(first.values()))
-    yield from _plain_rows(dataset)
+    return _plain_rows(dataset)
 
 
 def _given(source: str) -> Iterator[Mapping[str, Any]]:
