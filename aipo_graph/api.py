@@ -150,8 +150,8 @@ def settings_of(config: Settings) -> Config:
 
 def _alone(base: Config, graph: str, bare: bool) -> dict[str, Any]:
     """What a graph of messages needs beside itself."""
+    from aipo_graph.rollout.collect import open_graph
     from aipo_graph.rollout.inputs import in_messages  # LangGraph takes a second, which `--help` is spared
-    from aipo_graph.rollout.open import open_graph
 
     if not in_messages(open_graph(graph)):
         return {}

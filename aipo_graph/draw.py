@@ -16,7 +16,7 @@ from pydantic_settings import CliPositionalArg
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
-from aipo_graph.rollout.open import open_graph
+from aipo_graph.rollout.collect import open_graph
 
 COLOURS, LINE = {"policy": "#0b6e99", "agent": "#d9730d", "tool": "#7446b0", "end": "#5f6b73"}, "#3c4449"
 COLUMN, ROW, HALF, TALL, PORT, LOOP, MARGIN = 3.2, 1.05, 0.85, 0.34, 0.22, 0.75, 0.15

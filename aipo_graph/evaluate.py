@@ -18,11 +18,10 @@ from aipo_graph import load as files
 from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Settings, TaskLike, configured
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
-from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.provenance import digest, protocol, settings
 from aipo_graph.evaluation.samples import Mode, Part, Store
 from aipo_graph.evaluation.sampling import Report, Sampling, units
-from aipo_graph.evaluation.summary import compare, summarise
+from aipo_graph.evaluation.summary import Values, compare, summarise
 from aipo_graph.evaluation.tables import MODES, UNNAMED, caption, comparison, remarks, table
 from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Task

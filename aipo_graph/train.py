@@ -30,9 +30,8 @@ from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.open import open_engine
 from aipo_graph.errors import AipoError, ConfigError, LostError, TrainError
 from aipo_graph.evaluate import Evaluation, follow, start
-from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.provenance import contents, model_contents, problems_digest
-from aipo_graph.evaluation.summary import compare
+from aipo_graph.evaluation.summary import Values, compare
 from aipo_graph.evaluation.tables import trained_table, verdict
 from aipo_graph.learn import memory
 from aipo_graph.learn.batch import pack

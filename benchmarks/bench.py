@@ -28,7 +28,7 @@ from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
 from aipo_graph.load import find, model
 from aipo_graph.rollout.collect import Rollouts, gather
-from aipo_graph.rollout.protocol import tags
+from aipo_graph.rollout.tokens import tags
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Trace, derive_seed
 

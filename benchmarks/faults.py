@@ -32,8 +32,8 @@ from aipo_graph.engines.chat import open_chats
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.learn.batch import pack
 from aipo_graph.load import model
+from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.collect import Rollouts, gather
-from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.tasks import operators
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Problem, Trace, TraceGroup, derive_seed

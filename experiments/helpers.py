@@ -18,7 +18,7 @@ from aipo_graph.config import Config
 from aipo_graph.learn.model import load_model
 from aipo_graph.pretrain import IDS, WORDS, encode
 from aipo_graph.rollout import Agent
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
 from aipo_graph.tasks.operators import RULES, UNKNOWN, Piece
 from aipo_graph.types import Reply, Request, derive_seed
 

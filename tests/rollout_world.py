@@ -16,10 +16,9 @@ from aipo_graph import pretrain
 from aipo_graph.config import Config
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout import Agent
-from aipo_graph.rollout.collect import Rollouts
+from aipo_graph.rollout.agents import Prompts
+from aipo_graph.rollout.collect import Rollouts, open_graph
 from aipo_graph.rollout.graph import Graph
-from aipo_graph.rollout.open import open_graph
-from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.stream import Step, Stream
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.types import Completion, Problem, Stop

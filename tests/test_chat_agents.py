@@ -34,9 +34,8 @@ from aipo_graph.errors import AgentError, ConfigError
 from aipo_graph.load import find
 from aipo_graph.messages import ChatFormat
 from aipo_graph.rollout import Agent
-from aipo_graph.rollout.collect import Rollouts
-from aipo_graph.rollout.open import open_agents
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
+from aipo_graph.rollout.collect import Rollouts, open_agents
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.grading import leaks
 from aipo_graph.tasks.open import open_task

@@ -33,8 +33,8 @@ from aipo_graph.learn.batch import AGENT, pack
 from aipo_graph.load import load
 from aipo_graph.messages import ChatFormat
 from aipo_graph.rollout import Graph, PolicyChatModel
+from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.collect import Rollouts, gather
-from aipo_graph.rollout.prompts import Prompts
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Completion, Problem, Reply, Trace, TraceGroup

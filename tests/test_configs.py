@@ -13,8 +13,8 @@ from aipo_graph.config import Config
 from aipo_graph.learn.memory import estimate
 from aipo_graph.load import find, load
 from aipo_graph.rollout import Agent
-from aipo_graph.rollout.open import open_graph
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
+from aipo_graph.rollout.collect import open_graph
 from aipo_graph.tasks.datasets import MAPPINGS
 from aipo_graph.tasks.open import TASKS
 

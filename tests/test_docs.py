@@ -24,7 +24,7 @@ from aipo_graph.learn.loss import COEFFICIENTS, SURROGATES
 from aipo_graph.load import data
 from aipo_graph.log import read_metrics
 from aipo_graph.rollout.metrics import rollout_metrics
-from aipo_graph.rollout.sync import Probe, SyncCheck
+from aipo_graph.rollout.stream import Probe, SyncCheck
 from aipo_graph.tasks.datasets import MAPPINGS
 from aipo_graph.tasks.open import open_task
 

@@ -9,7 +9,7 @@ import pytest
 
 from aipo_graph import cli, draw
 from aipo_graph.load import load
-from aipo_graph.rollout.open import open_graph
+from aipo_graph.rollout.collect import open_graph
 
 
 def test_mermaid_names_every_node(capsys: pytest.CaptureFixture[str]) -> None:

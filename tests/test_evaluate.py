@@ -20,12 +20,11 @@ from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TaskError
 from aipo_graph.evaluate import main, plan, start
-from aipo_graph.evaluation.passk import bootstrap, pass_at_k
 from aipo_graph.evaluation.provenance import model_digest
 from aipo_graph.evaluation.provenance import settings as depends
 from aipo_graph.evaluation.samples import Part, Sample, Store
 from aipo_graph.evaluation.sampling import units
-from aipo_graph.evaluation.summary import summarise
+from aipo_graph.evaluation.summary import bootstrap, pass_at_k, summarise
 from aipo_graph.load import data
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Problem

@@ -19,8 +19,8 @@ from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import load
-from aipo_graph.rollout.open import open_agents
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
+from aipo_graph.rollout.collect import open_agents
 from aipo_graph.tasks import gym
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Request

@@ -13,7 +13,7 @@ import pytest
 
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
 from aipo_graph.tasks import livecodebench
 from aipo_graph.tasks.livecodebench import last_block, same_lines, same_value
 from aipo_graph.tasks.open import open_task

@@ -12,7 +12,7 @@ from aipo_graph.cli import read_yaml
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, GraphError
 from aipo_graph.load import data, find, load, model, shipped
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.open import open_task
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from aipo_graph.errors import ConfigError
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
 
 
 def write(folder: Path, **texts: str) -> Prompts:

@@ -24,9 +24,8 @@ from aipo_graph.errors import ConfigError, GraphError, TaskError, ToolError
 from aipo_graph.learn.batch import pack
 from aipo_graph.load import model
 from aipo_graph.rollout import Agent, Context, State, agent_node, by_confidence, by_request, policy_node
-from aipo_graph.rollout.collect import Rollouts, answer_text, gather
+from aipo_graph.rollout.collect import Rollouts, answer_text, gather, open_agents, open_graph
 from aipo_graph.rollout.metrics import rollout_metrics
-from aipo_graph.rollout.open import open_agents, open_graph
 from aipo_graph.rollout.stream import Stream
 from aipo_graph.tasks import operators
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup, derive_seed

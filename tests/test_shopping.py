@@ -18,9 +18,8 @@ from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import load
 from aipo_graph.pretrain import IGNORE, losses
-from aipo_graph.rollout.collect import Rollouts
-from aipo_graph.rollout.open import open_agents
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
+from aipo_graph.rollout.collect import Rollouts, open_agents
 from aipo_graph.tasks.open import open_task
 from aipo_graph.tasks.operators import Habits
 from aipo_graph.types import Problem, Request

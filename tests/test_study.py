@@ -11,7 +11,7 @@ from aipo_graph import cli, load
 from aipo_graph.config import Config
 from aipo_graph.learn.model import load_model
 from aipo_graph.pretrain import tokenizer
-from aipo_graph.rollout.prompts import Prompts
+from aipo_graph.rollout.agents import Prompts
 from aipo_graph.tasks.operators import OPERATORS, RULES
 from aipo_graph.types import Reply, Request
 from experiments import helpers, probe, study

@@ -3,7 +3,7 @@
 import pytest
 
 from aipo_graph.errors import EngineError
-from aipo_graph.rollout.sync import Probe, SyncCheck
+from aipo_graph.rollout.stream import Probe, SyncCheck
 
 IDS = (5, 6, 7)
 

@@ -16,8 +16,7 @@ from aipo_graph import pretrain
 from aipo_graph.errors import ConfigError
 from aipo_graph.rollout import Context, State, agent_node, by_request, policy_node
 from aipo_graph.rollout.collect import final_text, policy_texts
-from aipo_graph.rollout.protocol import FEEDBACK, tags
-from aipo_graph.rollout.tokens import Tokenizer
+from aipo_graph.rollout.tokens import FEEDBACK, Tokenizer, tags
 from aipo_graph.types import Completion, Reply, Segment
 
 TAGS = [tag for name in (*NAMES, FEEDBACK) for tag in tags(name)]

@@ -17,7 +17,7 @@ from aipo_graph.demo.options import Demo
 from aipo_graph.demo.questions import Questions
 from aipo_graph.errors import AipoError, EngineError
 from aipo_graph.rollout.collect import Rollouts
-from aipo_graph.rollout.protocol import FEEDBACK, tags
+from aipo_graph.rollout.tokens import FEEDBACK, tags
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, Segment, Source, Trace, derive_seed
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -13,14 +14,143 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo_graph.config import Config
-from aipo_graph.engines.barrier import Barrier, Party
 from aipo_graph.engines.decoder import Decoder, device_here, draw
 from aipo_graph.engines.facts import check_request, context_of, ends
-from aipo_graph.engines.stops import StopRule, Stops
 from aipo_graph.errors import EngineError
 from aipo_graph.forward import first_line
 from aipo_graph.messages import decode
 from aipo_graph.types import Completion, Stop
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """One compiled set of stops. Only a token in ``watch`` can complete one."""
+
+    watch: frozenset[int]
+    strings: tuple[str, ...]
+    sequences: tuple[list[int], ...]
+    tail: int
+    """Tokens to decode when looking for a string: up to four (bytes) per character, and some that decode to nothing."""
+
+
+class Stops:
+    def __init__(self, eos_ids: frozenset[int], decode: Callable[[Sequence[int]], str], vocab_size: int) -> None:
+        self._eos_ids = eos_ids
+        self._decode = decode
+        self._vocab = range(vocab_size)
+        self._pieces: list[str] = []
+        self._rules: dict[tuple[Stop, ...], StopRule] = {}
+
+    def rule(self, stop: tuple[Stop, ...]) -> StopRule:
+        """Raises EngineError for an empty entry."""
+        if stop not in self._rules:
+            self._rules[stop] = self._compile(stop)
+        return self._rules[stop]
+
+    def _compile(self, stop: tuple[Stop, ...]) -> StopRule:
+        if not all(stop):
+            raise EngineError(f"stop holds an empty entry: {stop!r}; leave it out")
+        strings = tuple(entry for entry in stop if isinstance(entry, str))
+        sequences = tuple(list(entry) for entry in stop if not isinstance(entry, str))
+        watch = {*self._eos_ids, *(ids[-1] for ids in sequences)}
+        if strings:
+            self._pieces = self._pieces or [self._decode([token]) for token in self._vocab]
+            ends = {text[-1] for text in strings}
+            # Decoded alone, a token may lose its spaces, and one that holds part of a character shows U+FFFD.
+            anywhere = any(end.isspace() for end in ends)
+            watch.update(t for t in self._vocab if anywhere or "\ufffd" in self._pieces[t] or not ends.isdisjoint(self._pieces[t]))
+        return StopRule(frozenset(watch), strings, sequences, max((4 * len(text) + 8 for text in strings), default=0))
+
+    def met(self, rule: StopRule, sampled: list[int]) -> bool:
+        """Whether the last sampled token completes a stop. A string may end inside it: the ids stay as they are."""
+        if sampled[-1] not in rule.watch:
+            return False
+        if sampled[-1] in self._eos_ids or any(sampled[-len(ids) :] == ids for ids in rule.sequences):
+            return True
+        if not rule.strings:
+            return False
+        text = self._decode(sampled[-rule.tail :])
+        return any(string in text for string in rule.strings)
+
+
+QUIET_TURNS = 8
+"""Event-loop turns without news after which all requests of a fan-out have arrived (one was enough for LangGraph 1.2)."""
+
+
+@dataclass(eq=False, slots=True)
+class Party:
+    """A graph run, or a consult within one: it holds up the others while it has no request in the engine."""
+
+    key: str
+    parent: "Party | None" = None
+    pending: int = 0
+
+
+_current: ContextVar[Party | None] = ContextVar("party", default=None)
+
+
+class Barrier:
+    def __init__(self) -> None:
+        self._parties: set[Party] = set()
+        self._idle: set[Party] = set()
+        self._news = asyncio.Event()
+        self.events = 0
+
+    @property
+    def current(self) -> Party | None:
+        """The innermost run or consult of this barrier that the calling task is in."""
+        party = _current.get()
+        return party if party in self._parties else None
+
+    @contextlib.contextmanager
+    def enter(self, party: Party) -> Iterator[None]:
+        self._parties.add(party)
+        self._idle.add(party)
+        self._tell()
+        token = _current.set(party)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+            self._parties.discard(party)
+            self._idle.discard(party)
+            self._tell()
+
+    def hold(self, party: Party | None) -> None:
+        """One more request of the party, and of the run that it is a consult of, is in the engine."""
+        while party is not None:
+            party.pending += 1
+            self._idle.discard(party)
+            party = party.parent
+        self._tell()
+
+    def release(self, party: Party | None) -> None:
+        while party is not None:
+            party.pending -= 1
+            if not party.pending and party in self._parties:
+                self._idle.add(party)
+            party = party.parent
+        self._tell()
+
+    def _tell(self) -> None:
+        self.events += 1
+        self._news.set()
+
+    def bind(self) -> None:
+        """Serves the running event loop from now on."""
+        self._news = asyncio.Event()
+
+    async def settle(self) -> None:
+        """Returns when every request that can arrive without a further step has arrived."""
+        quiet = 0
+        while quiet < QUIET_TURNS:
+            while self._idle:
+                self._news.clear()
+                await self._news.wait()
+            seen = self.events
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if seen == self.events else 0
+
 
 PREFILL_TOKENS = 16384
 """Padded tokens of one prefill forward."""

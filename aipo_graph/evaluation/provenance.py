@@ -13,8 +13,8 @@ from uuid import uuid4
 from aipo_graph import __version__
 from aipo_graph import load as files
 from aipo_graph.config import Config
-from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.samples import Part
+from aipo_graph.evaluation.summary import Values
 from aipo_graph.tasks.benchmarks import BENCHMARKS
 from aipo_graph.tasks.datasets import MAPPINGS, Layout
 from aipo_graph.types import Problem

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
-from aipo_graph.evaluation.passk import Values
 from aipo_graph.evaluation.samples import Mode
+from aipo_graph.evaluation.summary import Values
 
 MODES: tuple[Mode, ...] = ("alone", "with_agents")
 UNNAMED = "heldout"

@@ -7,9 +7,8 @@ os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
 
 from aipo_graph.rollout.agents import Agent
 from aipo_graph.rollout.chat import PolicyChatModel
-from aipo_graph.rollout.graph import Budget, Context, Graph, State, Update, agent_node, append, policy_node
-from aipo_graph.rollout.protocol import parse_request
-from aipo_graph.rollout.router import by_confidence, by_request
+from aipo_graph.rollout.graph import Budget, Context, Graph, State, Update, agent_node, append, by_confidence, by_request, policy_node
+from aipo_graph.rollout.tokens import parse_request
 
 __all__ = [
     "Agent",

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Annotated, Any, Protocol
 
+from langgraph.graph import END
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypedDict  # pydantic makes no schema of typing's own before Python 3.12
 
 from aipo_graph.errors import ConfigError, GraphError
-from aipo_graph.rollout.agents import Agent
-from aipo_graph.rollout.prompts import Prompts
-from aipo_graph.rollout.protocol import parse_request, quoted, tags
-from aipo_graph.rollout.tokens import Tokenizer
+from aipo_graph.rollout.agents import Agent, Prompts
+from aipo_graph.rollout.tokens import Tokenizer, parse_request, quoted, tags, writes_feedback
 from aipo_graph.types import Generate, Problem, Reply, Request, Segment, derive_seed
 
 Graph = CompiledStateGraph[Any, Any, Any, Any]
@@ -189,3 +188,38 @@ def agent_node(name: str, thread: str = "main") -> Node:
         return append(*context.tokenizer.wrap(reply, author=name, thread=thread, limit=context.budget.reply_tokens))
 
     return consult
+
+
+Route = Callable[[State, Runtime[Context]], str]
+
+
+def by_request(state: State, runtime: Runtime[Context]) -> str:
+    """To the agent that the policy asked for; back to `policy` while it is unfinished; END at its end of text or out of budget."""
+    return _route(state, runtime.context, policy="policy")
+
+
+def by_confidence(threshold: float, agent: str, policy: str = "policy") -> Route:
+    """Like `by_request`, and offers a consult unasked where the policy is stuck.
+
+    Stuck means that the mean logprob of its last segment is below ``threshold`` while it is neither finished nor asking; pair it with
+    `policy_node(segment_tokens=n)`, which hands control back every n tokens.
+    """
+
+    def route(state: State, runtime: Runtime[Context]) -> str:
+        target = _route(state, runtime.context, policy)
+        last = last_policy_segment(state)
+        stuck = target == policy and sum(last.logprobs or ()) < threshold * len(last.token_ids)
+        return agent if stuck and runtime.context.consults_left(state) > 0 else target
+
+    return route
+
+
+def _route(state: State, context: Context, policy: str) -> str:
+    last = last_policy_segment(state)
+    text = last_words(state)
+    if writes_feedback(text) or last.token_ids[-1] in context.tokenizer.eos_ids or context.tokens_left(state) <= 0:
+        return END
+    request = parse_request(text, context.agents)
+    if request is None:
+        return policy
+    return request[0] if context.consults_left(state) > 0 else END
