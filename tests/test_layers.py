@@ -148,3 +148,16 @@ def test_broad_handlers_stand_at_the_boundaries_only() -> None:
     # collect.py: the tools of a graph of messages
     theirs = ("rollout/agents.py", "rollout/collect.py", "tasks/rewards.py", "trackers.py")
     assert found <= {f"aipo_graph/{name}" for name in theirs}
+
+
+STATEMENTS, FILES = 12_100, 101
+"""Of `aipo_graph/`, docstrings not counted: what stood when last something went. Lower them with each thing that goes."""
+
+
+def test_the_package_grows_by_no_more_than_what_goes() -> None:
+    files = sorted((ROOT / "aipo_graph").rglob("*.py"))
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = sum(isinstance(node, holders) and ast.get_docstring(node) is not None for node in nodes)
+    assert sum(isinstance(node, ast.stmt) for node in nodes) - docstrings <= STATEMENTS
+    assert len(files) <= FILES
