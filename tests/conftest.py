@@ -22,7 +22,7 @@ TOGETHER = (
     ("view", "view_browser", "dashboard", "docs"),
 )
 """Test files that share what is slow to make: a vLLM server, a trained run."""
-LONG = ("vllm_server", "cluster", "train", "view", "site", "packaging", "study", "pretrain")
+LONG = ("vllm_server", "train", "cluster", "study", "ranks", "view", "packaging", "site", "jail", "pretrain", "api", "benchmarks")
 """Files that take longest, begun first, so that no process is left alone with one at the end."""
 
 

@@ -30,16 +30,16 @@ class _Forked(Popen):
         process._target = functools.partial(_inherit, dict(os.environ), mask, process._target)
         with pytest.MonkeyPatch.context() as patch:  # the server is told nothing of sys.path, and leaves out what it cannot import
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-            forkserver.ensure_running()
-        super()._launch(process)
+            super()._launch(process)
 
 
-def _inherit(environment: dict[str, str], mask: set[signal.Signals], target: Callable[..., object], *args: object) -> None:
+def _inherit(environment: dict[str, str], mask: set[signal.Signals], target: Callable[..., object], *args: object, **named: object) -> None:
     assert "preloaded" in sys.modules
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]  # what this one spawns is from the same server
     os.environ.clear()
     os.environ.update(environment)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    target(*args)
+    target(*args, **named)
 
 
 SpawnProcess._Popen = ForkServerProcess._Popen = staticmethod(_Forked)
