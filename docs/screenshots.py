@@ -1,4 +1,5 @@
-"""Makes the screenshots in docs/img: `make screenshots RUN=runs/quickstart MODEL=runs/quickstart/policy ARGS="--other runs/mask"`.
+"""Makes the screenshots in docs/img: `make screenshots RUN=runs/quickstart MODEL=runs/quickstart/policy
+ARGS="--other runs/masked --chat runs/expert"`.
 
 Drives the real pages of a run and of a model in the machine's Chromium. Look at what it made before you commit it.
 """
@@ -27,12 +28,9 @@ TELLING = """async () => {
   const early = runs[0].steps / 4;
   const helped = all.filter((one) => asked(one) && one.withAgents && one.reward === 1 && Object.keys(one.consults).length > 1)
     .sort((one, two) => Math.abs(one.step - early) - Math.abs(two.step - early))[0];
-  const failed = (one) => all.find((other) => other.run === 1 && other.problem === one.problem && !other.withAgents && !other.reward);
-  const learned = all.findLast((one) => asked(one) && !one.withAgents && one.reward === 1 && failed(one)) ?? helped;
-  return {helped: helped.key, step: helped.step, learned: learned.key, failed: failed(learned)?.key ?? ""};
+  return {helped: helped.key, step: helped.step};
 }"""
-"""A trace that was helped early on, and one that did alone later what it does not do in the other run. Problems that need the helper are
-of the kind "hard" in the quick start's task."""
+"""A trace that was helped early on. Problems that need the helper are of the kind "hard" in the quick start's task."""
 
 QUESTION = """async (key) => {
   const entry = entriesOf((await openSource().index()).runs[0], 0).find((one) => one.key === key);
@@ -79,12 +77,12 @@ def viewer(browser: Browser, one: str, two: str) -> str:
     with opened(browser, f"{one}{helped}&view=group") as page:
         page.get_by_test_id("group").wait_for()
         shoot(page, "viewer-group")
-    with opened(browser, f"{two}#tab=traces&view=compare&a={found['learned']}&b={found['failed']}") as page:
+    with opened(browser, f"{two}#tab=traces&view=compare") as page:
         page.get_by_test_id("tokens").last.wait_for()
         shoot(page, "viewer-compare")
-    with opened(browser, f"{one}{helped}", width=400) as page:
+    with opened(browser, f"{one}#trace={found['helped']}", width=390) as page:
         page.get_by_test_id("tokens").wait_for()
-        page.get_by_test_id("trace").scroll_into_view_if_needed()
+        page.locator(".row.chosen").click()
         shoot(page, "viewer-400")
     with opened(browser, f"{two}#tab=dashboard", height=1240) as page:
         page.locator(".chart canvas").last.wait_for()
@@ -123,6 +121,7 @@ def main() -> None:
     parser.add_argument("run", help="the folder of a finished run")
     parser.add_argument("model", help="the demo's model: a folder, or operators")
     parser.add_argument("--other", help="a second run, for the dashboard and the comparison")
+    parser.add_argument("--chat", help="a run of a graph of messages with a helper")
     given = parser.parse_args()
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
@@ -132,6 +131,13 @@ def main() -> None:
         for file, runs in (("one.html", [given.run]), ("two.html", [given.run, *filter(None, [given.other])])):
             subprocess.run([sys.executable, "-m", "aipo_graph.view", *runs, "--no-open", "--out", str(folder / file)], check=True)
         browser = playwright.chromium.launch(executable_path=chromium, chromium_sandbox=os.geteuid() != 0)
+        if given.chat:
+            subprocess.run(
+                [sys.executable, "-m", "aipo_graph.view", given.chat, "--no-open", "--out", str(folder / "chat.html")], check=True
+            )
+            with opened(browser, f"{(folder / 'chat.html').as_uri()}#graph=left") as page:
+                page.get_by_test_id("tokens").wait_for()
+                shoot(page, "viewer-chat")
         question = viewer(browser, (folder / "one.html").as_uri(), (folder / "two.html").as_uri())
         with served(given.model, folder) as url:
             demo(browser, url, question)

@@ -151,6 +151,14 @@ def test_base_against_trained_is_the_headline(dashboard: Open, viewed_run: Path,
             )
 
 
+def test_a_tile_says_what_its_curve_shows(dashboard: Open, changed: Change) -> None:
+    page = dashboard(changed(lambda rows: [rows[0] | {"step": i + 1, "entropy": i % 2} for i in range(30)]))
+    tile = page.locator(".key-figure", has_text="Entropy").locator("strong")
+    assert tile.inner_text() == "0.5"  # of the last two: a mean of three steps
+    page.get_by_test_id("smoothing").fill("0")
+    assert tile.inner_text() == "1"
+
+
 def test_there_is_a_panel_for_what_was_measured_and_none_for_what_was_not(dashboard: Open, viewed_run: Path, changed: Change) -> None:
     page = dashboard(viewed_run)
     whole = titles(page)
@@ -301,7 +309,7 @@ def test_a_live_run_goes_on_in_place(chromium: Browser, served: tuple[Path, str]
     page.get_by_test_id("unzoom").wait_for()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 21, "reward/alone": 0.75, "entropy": 3.5}) + "\n")
-    page.locator(".key-figure", has_text="21 of").wait_for()
+    page.locator(".state", has_text="21/").wait_for()
     assert legend(page)["entropy"] != "3.5"  # the cursor stays where it is
     point(page, 11, "Home")
     page.keyboard.press("Escape")

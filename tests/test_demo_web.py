@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import re
 import signal
 import socket
 import sqlite3
@@ -230,6 +231,9 @@ def test_four_samples_vote_and_the_right_answer_is_marked(url: str, opened: Open
     assert sum(int(text.split()[0]) for text in helped.locator(".vote .count").all_inner_texts()) == 4
     expect(helped.locator(".vote.right .answer")).to_have_text("8545")
     expect(page.get_by_test_id("side-alone").locator(".vote.right")).to_have_count(0)
+    expect(helped.get_by_test_id("badge")).to_have_text("vote: ✓ right")
+    expect(page.get_by_test_id("side-alone").get_by_test_id("badge")).to_have_text(re.compile("^vote: (✗ wrong|= tied)$"))
+    expect(page.get_by_test_id("notation")).to_contain_text("@ from left to right")
     expect(page.get_by_test_id("said")).to_contain_text("With agents 4 of 4 right; the vote goes to 8545")
     expect(page.get_by_test_id("side-alone").locator(".chip")).to_have_count(4)
     assert page.evaluate("document.documentElement.scrollWidth") == 400

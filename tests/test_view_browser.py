@@ -12,8 +12,11 @@ from playwright.sync_api import Browser, BrowserContext, Dialog, Page, expect
 from rich.console import Console
 from started import Started
 
-from aipo_graph.log import LoggedGroup, read_traces
-from aipo_graph.types import Trace
+from aipo_graph.config import Config
+from aipo_graph.draw import layout
+from aipo_graph.log import LoggedGroup, RunLog, read_traces
+from aipo_graph.rollout.open import open_graph
+from aipo_graph.types import Problem, Segment, Trace, TraceGroup
 from aipo_graph.view.__main__ import write
 
 Open = Callable[..., Page]
@@ -168,6 +171,10 @@ def test_each_filter_leaves_what_the_file_says(look: Open, page_of_run: Path, lo
 
 def test_search_by_problem_measures_its_filtering(look: Open, page_of_run: Path, logged: list[LoggedGroup]) -> None:
     page = look(page_of_run)
+    question = logged[-1].group.problem.question
+    page.get_by_test_id("filter-text").fill(question.lower())
+    expect(page.locator(".row-name").first).to_have_text(question)
+    page.evaluate("performance.clearMeasures('filter')")
     wanted = logged[-1].group.problem.id
     page.get_by_test_id("filter-text").fill(wanted.upper())
     left = sum(wanted in line.group.problem.id for line in logged for _ in line.group.traces)
@@ -335,10 +342,76 @@ def test_a_problem_is_compared_in_two_runs(look: Open, page_of_two: Path, logged
     expect(page.get_by_test_id("settings").locator("tr.differs th", has_text=re.compile("^agent$"))).to_be_visible()
 
 
+def test_two_runs_open_on_a_pair_that_ended_differently(look: Open, viewed_run: Path, tmp_path: Path) -> None:
+    def worse(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """All alone traces fail in both runs, but for one."""
+        for line in lines:
+            for one in line["group"]["traces"]:
+                one["scores"]["reward"] *= one["with_agents"]
+        return lines
+
+    def better(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        alone = next(i for i, one in enumerate(lines[3]["group"]["traces"]) if not one["with_agents"])
+        worse(lines)[3]["group"]["traces"][alone]["scores"]["reward"] = 1.0
+        return lines
+
+    one, two = changed(viewed_run, tmp_path / "one", better), changed(viewed_run, tmp_path / "two", worse)
+    page = look(written(tmp_path / "view.html", one, two))
+    page.get_by_role("radio", name="Compare", exact=True).click()
+    first, second = (page.get_by_test_id(f"compare-{side}").locator(".trace-card") for side in "ab")
+    expect(first).to_have_attribute("data-key", re.compile(r"^0\.3\."))
+    expect(second).to_have_attribute("data-key", re.compile(r"^1\.3\."))
+    expect(first.locator(".mark")).to_have_class("mark solved")
+    expect(second.locator(".mark")).to_have_class("mark unsolved")
+
+
 def test_where_nothing_can_be_compared_it_says_so(look: Open, page_of_run: Path) -> None:
     page = look(page_of_run, "view=compare")
     expect(page.get_by_test_id("nothing-shared")).to_be_visible()
     expect(page.get_by_test_id("trace-card")).to_have_count(2)
+
+
+# --- chats
+
+
+ASKED = "<|im_start|>system\nUse the tool.<|im_end|>\n<|im_start|>user\n6*7?<|im_end|>\n<|im_start|>assistant\n"
+CALLED = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6*7"}}\n</tool_call><|im_end|>'
+TOLD = "\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_chat_is_shown_by_message_and_says_nothing_of_agents(look: Open, tmp_path: Path) -> None:
+    parts = (("context", "model", ASKED), ("policy", "model", CALLED), ("context", "calculator", TOLD), ("policy", "model", "42<|im_end|>"))
+    segments = tuple(Segment(source, author, (1,), text, (-0.5,) if source == "policy" else None) for source, author, text in parts)
+    trace = Trace("p", 1, True, segments, ("model", "tools", "model"), "done", {"reward": 1.0})
+    metrics = {"reward": 1.0, "reward/with_agents": 1.0, "leaks": 0.0, "violations": 0.0, "entropy": 0.1, "length/with_agents": 9.0}
+    sections = {"run": {"dir": str(tmp_path), "name": "chat", "trackers": []}, "agents": {"use": {}}}
+    with RunLog(Config.model_validate(sections), Console(quiet=True)) as log:
+        log.graph(layout(open_graph("examples/calculator/graph.py:build").get_graph(), frozenset()))
+        log.step(1, metrics, [TraceGroup(Problem("p", "6*7?", "42"), (trace, trace))], [(None, None)])
+    page = look(written(tmp_path / "view.html", tmp_path / "chat"))
+    page.get_by_test_id("tokens").wait_for()
+    assert page.locator(".turn-name").all_inner_texts() == ["system", "user", "model", "calculator", "model"]
+    kinds = [str(names).split()[1] for names in page.locator(".turn").evaluate_all("turns => turns.map(one => one.className)")]
+    assert kinds == ["context", "context", "policy", "tool", "policy"]
+    assert "".join(page.locator(".token").all_text_contents()).replace("↵", "") == ASKED + CALLED + TOLD + "42<|im_end|>"
+    expect(page.locator('[data-node="tools"]')).to_have_class("node tool taken")
+    for tab in ("traces", "dashboard"):
+        page.get_by_test_id(f"tab-{tab}").click()
+        for help_ in page.locator(".help").all():
+            help_.click()
+        said = page.locator("#panel").inner_text().lower().replace("agent</", "")
+        assert "consult" not in said
+        assert "agents" not in said
+
+
+def test_on_a_phone_the_trace_comes_first_after_a_tap(look: Open, page_of_run: Path, logged: list[LoggedGroup]) -> None:
+    page = look(page_of_run, width=390)
+    page.get_by_test_id("trace-row").nth(2).click()
+    expect(page.get_by_test_id("trace")).to_have_attribute("data-key", "0.0.2")
+    box = page.get_by_test_id("tokens").bounding_box()
+    assert box is not None
+    assert 0 < box["y"] < 450
+    assert box["y"] < page.get_by_test_id("graph").bounding_box()["y"]  # type: ignore[index]
 
 
 # --- keyboard and address

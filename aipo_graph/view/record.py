@@ -1,6 +1,7 @@
 """What the page is told of a trace: a row of the index, and the trace itself."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from aipo_graph.types import Learned, Segment, Status
 
 from .pieces import Pieces
 
+LINES = re.compile(r"(?<=\n)|(?=<[|｜])")
 COLUMNS = ("logprobs", "ratios", "coefficients", "advantages")
 
 
@@ -110,7 +112,7 @@ def split(segments: Sequence[Segment], pieces: Pieces | None) -> list[list[str] 
 
 
 def segment_json(segment: Segment, tokens: list[str] | None, columns: Mapping[str, list[float | None]] = {}) -> dict[str, Any]:
-    """A segment as the pages' `TraceTokens` takes it: whole, and without numbers, where it could not be split into its ``tokens``."""
+    """A segment as the pages' `TraceTokens` takes it: by lines, and without numbers, where it could not be split into its ``tokens``."""
     known = tokens is not None and any(value is not None for values in columns.values() for value in values)
     return {
         "source": segment.source,
@@ -118,7 +120,7 @@ def segment_json(segment: Segment, tokens: list[str] | None, columns: Mapping[st
         "thread": segment.thread,
         "masked": segment.masked,
         "version": segment.version,
-        "tokens": [segment.text] if tokens is None else tokens,
+        "tokens": [part for part in LINES.split(segment.text) if part] or [""] if tokens is None else tokens,
         "logprobs": None if tokens is None or segment.logprobs is None else _short(segment.logprobs),
         "learned": columns if known else None,
     }

@@ -231,7 +231,7 @@ function AskForm({ about, form, setForm, error, running, onAsk, onStop, onSample
             data-testid="stop">Stop<kbd>Esc</kbd></button>`
         : html`<button class="button primary" type="submit" data-testid="ask">Ask<kbd>↵</kbd></button>`}
     </div>
-    ${about.notation && html`<p class="muted" data-testid="notation">${about.notation}</p>`}
+    ${about.notation && html`<p class="notation muted" data-testid="notation">${about.notation}</p>`}
     <p class="error" id="error" role="alert" data-testid="error">${error && visible(error.message)}</p>
     <div class="options">
       <div class="sampler">
@@ -448,13 +448,6 @@ function showAddress(thread) {
   history.replaceState(null, "", thread ? `#${thread}` : location.pathname);
 }
 
-function ThemeButton() {
-  const [theme, setTheme] = useTheme();
-  const other = theme === "dark" ? "light" : "dark";
-  return html`<button class="round" type="button" aria-label=${`${other} colours`} title=${`${other} colours`}
-    onClick=${() => setTheme(other)}>${theme === "dark" ? "☀" : "☾"}</button>`;
-}
-
 function Demo({ about }) {
   const [form, setForm] = useState(about.asks);
   const talk = useConversation(form, setForm);
@@ -499,7 +492,7 @@ function Welcome({ about, onAsk }) {
   };
   return html`<section class="welcome" aria-label="what this page shows">
     <p>Ask a question: the policy, which is the language model that is trained, answers it
-      ${sortsOf(about.agents).alone} and ${sortsOf(about.agents).with_agents}, while you watch.
+      by itself and in its graph, while you watch.
       ${about.example && html` <button class="button" type="button" data-testid="example"
         onClick=${() => onAsk({ question: about.example })}>Try <bdi>${visible(cut(about.example, 60))}</bdi></button>`}
     </p>

@@ -39,13 +39,12 @@ function GroupView({ runs, source, entry, all, colour, go }) {
   return html`<article class="group" data-testid="group">
     <div class="card head">
       <div class="about">
-        <div class="title"><h2><bdi>${visible(cut(entry.problem, 200))}</bdi></h2></div>
+        <div class="title"><h2 title=${visible(entry.problem)}><bdi><${Clipped} text=${about.question} /></bdi></h2></div>
         <div class="chips">
           ${runs.length > 1 && html`<span class="tag"><bdi>${runs[entry.run].name}</bdi></span>`}
           <span class="tag">step ${entry.step}</span><span class="tag">${plural(entries.length, "sibling")}</span>
         </div>
         <dl class="facts">
-          <dt>question</dt><dd class="quote"><${Clipped} text=${about.question} /></dd>
           <dt>right answer</dt><dd class="quote"><${Clipped} text=${about.answer} /></dd>
           <dt>mean reward</dt><dd>${sorts.map((sort, i) => html`${i ? " · " : ""}<b>${fixed(mean(sort), 2)}</b> ${sort}`)}</dd>
         </dl>

@@ -269,18 +269,6 @@ function KeyFigure({ label, metric, runs, span }) {
   </div>`;
 }
 
-function Progress({ runs }) {
-  return html`<div class="key-figure">
-    <dt>Step</dt>
-    ${runs.map((run, r) => {
-      const done = run.metrics.step.at(-1) ?? 0;
-      const of = run.steps ? ` of ${grouped(run.steps)}` : "";
-      return html`<dd class=${r ? "other" : ""}><strong>${grouped(done)}</strong>${of}, ${run.state}</dd>
-        <dd class="drawing"><progress max=${run.steps} value=${done} aria-label=${`Steps of ${run.name}`} /></dd>`;
-    })}
-  </div>`;
-}
-
 /** The base policy against the trained one on held-out problems, once a run is finished. */
 function Evaluated({ run }) {
   const { base, trained } = run.summary ?? {};
@@ -364,7 +352,7 @@ function Dashboard({ runs: given }) {
   const agents = useMemo(() => [...new Set(runs.flatMap((run) => run.agents))], [runs]);
   const sorts = sortsOf(agents);
   const sections = useMemo(() => {
-    return DASHBOARD_SECTIONS.map(({ title, ...section }) => ({ title, panels: panelsOf(section, names, agents) }));
+    return DASHBOARD_SECTIONS.map((section) => ({ title: section.title, panels: panelsOf(section, names, agents) }));
   }, [runs, names]);
   const skipped = useMemo(() => runs.map((run, r) => {
     const values = column(run, "skipped");
@@ -380,7 +368,6 @@ function Dashboard({ runs: given }) {
     <span hidden ref=${(element) => (board.probe = element ?? board.probe)}></span>
     ${runs.map((run, r) => html`<${Evaluated} key=${r} run=${run} />`)}
     <dl class="key-figures">
-      <${Progress} runs=${runs} />
       ${KEY_FIGURES.filter(([, metric]) => names.includes(metric)).map(([label, metric]) => html`
         <${KeyFigure} key=${metric} label=${`${label} ${sorts[metric.split("/")[1]] ?? ""}`} metric=${metric} runs=${runs} span=${span} />`)}
     </dl>

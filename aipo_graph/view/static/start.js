@@ -138,6 +138,13 @@ function useTheme() {
   return [theme, (name) => { keep("theme", name); applyTheme(); }];
 }
 
+function ThemeButton() {
+  const [theme, setTheme] = useTheme();
+  const other = theme === "dark" ? "light" : "dark";
+  return html`<button class="button theme" type="button" data-testid="theme" aria-label=${`switch to ${other}`}
+    onClick=${() => setTheme(other)}>${theme === "dark" ? "☀" : "☾"}</button>`;
+}
+
 const choices = {};
 
 /** A choice of the reader, kept by the browser where it lets us, else until the page is closed. */

@@ -14,21 +14,20 @@ function Viewer({ source, first }) {
   const [help, setHelp] = useState(false);
   const [theme, setTheme] = useTheme();
   const [place, go] = usePlace();
-  const turn = () => setTheme(theme === "dark" ? "light" : "dark");
   useEffect(() => source.follow((index) => setRuns(index.runs), setLost), [source]);
   useEffect(() => {
     const onKey = (event) => {
       if (event.key === "Escape") setHelp(false);
       if (event.ctrlKey || event.metaKey || event.altKey || isWriting(event.target)) return;
       if (event.key === "?") setHelp((shown) => !shown);
-      if (event.key === "d") turn();
+      if (event.key === "d") setTheme(theme === "dark" ? "light" : "dark");
     };
     addEventListener("keydown", onKey);
     return () => removeEventListener("keydown", onKey);
   });
   const tab = TABS.some(([name]) => name === place.tab) ? place.tab : "traces";
   return html`
-    <${Header} runs=${runs} tab=${tab} go=${go} theme=${theme} turn=${turn} onHelp=${() => setHelp(true)}
+    <${Header} runs=${runs} tab=${tab} go=${go} onHelp=${() => setHelp(true)}
       live=${source.live} follow=${follow} setFollow=${setFollow} lost=${lost} />
     <${Notes} runs=${runs} />
     <div class="tab" id="panel" role="tabpanel" aria-labelledby=${`tab-${tab}`}>
@@ -40,7 +39,7 @@ function Viewer({ source, first }) {
     ${help && html`<${Help} onClose=${() => setHelp(false)} />`}`;
 }
 
-function Header({ runs, tab, go, theme, turn, onHelp, live, follow, setFollow, lost }) {
+function Header({ runs, tab, go, onHelp, live, follow, setFollow, lost }) {
   return html`<header class="top">
     <h1>${runs.map((run, index) => html`<span key=${index} class="run-name">${index > 0 && html`<span
       class="muted"> and </span>`}<bdi
@@ -53,8 +52,7 @@ function Header({ runs, tab, go, theme, turn, onHelp, live, follow, setFollow, l
     <div class="tools">
       ${live && html`<button type="button" class="button" aria-pressed=${String(follow)} data-testid="follow"
         onClick=${() => setFollow(!follow)}>follow</button>`}
-      <button type="button" class="button" onClick=${turn} data-testid="theme"
-        aria-label=${`switch to ${theme === "dark" ? "light" : "dark"}`}>${theme === "dark" ? "☀" : "☾"}</button>
+      <${ThemeButton} />
       <button type="button" class="button" onClick=${onHelp} aria-label="keyboard help">?</button>
     </div>
   </header>`;
