@@ -15,7 +15,7 @@ from started import Started
 from aipo_graph.config import Config
 from aipo_graph.draw import layout
 from aipo_graph.log import LoggedGroup, RunLog, read_traces
-from aipo_graph.rollout.open import open_graph
+from aipo_graph.rollout.collect import open_graph
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup
 from aipo_graph.view.__main__ import write
 
