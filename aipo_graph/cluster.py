@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -60,6 +61,34 @@ NONCE = ".nodes"
 """File in the run's folder that every process must be able to read."""
 Weights = list[tuple[str, str, tuple[int, ...], Any]]
 """Name, dtype, shape and bytes of some tensors: arrays are read in place by all processes of a node, tensors would be pickled."""
+
+
+class Busy:
+    """Entered around each of some calls, which may overlap."""
+
+    def __init__(self) -> None:
+        self.calls, self._busy = 0, 0.0
+        self._since = self._asked = time.monotonic()
+
+    def __enter__(self) -> None:
+        self._count()
+        self.calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._count()
+        self.calls -= 1
+
+    def _count(self) -> float:
+        now = time.monotonic()
+        self._busy += (now - self._since) * (self.calls > 0)
+        self._since = now
+        return now
+
+    def idle(self) -> float:
+        """The share of the time since this was last asked in which there was none."""
+        whole, self._asked = self._count() - self._asked, self._since
+        busy, self._busy = self._busy, 0.0
+        return 1.0 - busy / max(whole, 1e-9)
 
 
 # --- in the actors
@@ -165,15 +194,19 @@ class Sampler(Actor):
 
     def __init__(self, name: str, run: Run) -> None:
         super().__init__(name, run)
-        self._ready = asyncio.Event()
+        self._ready, self._busy = asyncio.Event(), Busy()
 
     async def load_weights(self, version: int, references: Sequence[Any]) -> None:
         await super().load_weights(version, references)
         self._ready.set()
 
+    def idle(self) -> float:
+        return self._busy.idle()
+
     async def generate(self, prompt_ids: Sequence[int], settings: Mapping[str, Any]) -> Completion:
         await self._ready.wait()
-        return await self.engine.generate(prompt_ids, **settings)
+        with self._busy:
+            return await self.engine.generate(prompt_ids, **settings)
 
     async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         return await self.engine.logprobs(token_ids)
@@ -194,11 +227,11 @@ class Rank:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def open(self, rank: int, world: int, meeting: str) -> dict[str, str]:
+    def open(self, rank: int, world: int, meeting: str, join: float) -> dict[str, str]:
         found, config = self.run.enter(), self.run.config
         device = device_here(config)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=JOIN))
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=join))
         torch.manual_seed(config.run.seed)  # as the command does for a learner in its own process
         self.learner = Learner(config, self.run.path, device)
         return found
@@ -340,8 +373,8 @@ def joined(config: Config, folder: Path, note: Callable[[str], None]) -> Iterato
         ray.init(address, namespace=f"aipo-{secrets.token_hex(4)}", logging_level=logging.ERROR, **ours)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(
-            f"cluster.address = {address}: no Ray cluster answers there ({first_line(error)[:200]}); start one, give both the same "
-            "RAY_AUTH_TOKEN, or say local"
+            f"cluster.address = {address}: no Ray cluster answers there ({' '.join(str(error).split())[:300]}); start one with the same "
+            "Ray, Python and RAY_AUTH_TOKEN, or say local"
         ) from error
     try:
         yield Cluster(config, folder, note)
@@ -357,7 +390,7 @@ class Process:
     """A worker or a sampler, which Ray starts again where it dies."""
 
     def __init__(self, cluster: "Cluster", kind: type[Actor], name: str, run: Run, *arguments: Any, cpus: int = 0, gpus: int = 0) -> None:
-        self.kind, self.name, self.load = kind.__name__.lower(), name, 0
+        self.kind, self.name, self.busy = kind.__name__.lower(), name, Busy()
         self.found: dict[str, str] = {}
         self._cluster = cluster
         self.alone, self._lock = asyncio.Lock(), asyncio.Lock()
@@ -397,17 +430,15 @@ class Process:
     async def call(self, method: str, *arguments: Any, seconds: float = LOAD) -> Any:
         """Raises what the method raises, Lost where the process died or did not answer in time."""
         await self.ready()
-        self.load += 1
         try:
-            async with asyncio.timeout(seconds):
-                return await answer(getattr(self.actor, method).remote(*arguments))
+            with self.busy:
+                async with asyncio.timeout(seconds):
+                    return await answer(getattr(self.actor, method).remote(*arguments))
         except TimeoutError:
             ray.kill(self.actor, no_restart=False)
             raise Lost from None
         except RayActorError:
             raise Lost from None
-        finally:
-            self.load -= 1
 
     async def close(self) -> None:
         with contextlib.suppress(RayError, TimeoutError, AipoError):
@@ -417,31 +448,37 @@ class Process:
 
 
 class Cluster:
-    """The run's processes. ``restarts``: how many of each kind were started again, as the log's metrics."""
+    """The run's processes."""
 
     def __init__(self, config: Config, folder: Path, note: Callable[[str], None]) -> None:
         self.config, self.note = config, note
-        self.restarts = {f"restarts/{kind}": 0.0 for kind in ("learner", "worker", "sampler")}
+        self._restarts = {f"restarts/{kind}": 0.0 for kind in ("learner", "worker", "sampler")}
+        self.learning = Busy()
         self.workers: list[Process] = []
         self.samplers: list[Process] = []
         self._file, self._nonce = folder / "processes.jsonl", secrets.token_hex(8)
         (folder / NONCE).write_text(self._nonce, encoding="utf-8")
         self._starts: Counter[str] = Counter()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         there, device, learners = ray.cluster_resources(), config.run.device, config.cluster.learners
         self.gpus = int(there.get("GPU", 0)) if device != "cpu" else 0
         self.rank_gpus = int(device == "cuda" or self.gpus > 0)
         self._engine_gpus = {"local": self.rank_gpus, "server": 0, "vllm": self.rank_gpus * config.engine.gpus}[config.engine.kind]
-        self._worker_count = config.cluster.workers or sum(node["Alive"] for node in ray.nodes())
+        self._worker_count = config.cluster.workers or len(nodes)
         engines = len(self._sampler_configs()) or self._worker_count
         gpus = learners * self.rank_gpus + engines * self._engine_gpus
-        for name, count, what in (
-            ("CPU", self._worker_count, f"{self._worker_count} workers of one CPU each"),
-            ("GPU", gpus, f"{learners} ranks of the learner with {self.rank_gpus} each and {engines} engines with {self._engine_gpus}"),
-        ):
-            if count > there.get(name, 0):  # an actor that finds no place would wait in silence
+        largest = {"GPU": max(node.get("GPU", 0) for node in nodes)}
+        for what, name, count, where, found in (  # an actor that finds no place would wait in silence
+            (f"{self._worker_count} workers of one CPU each", "CPU", self._worker_count, "cluster", there),
+            (f"{learners} ranks of the learner without a GPU", "CPU", 0 if self.rank_gpus else learners, "cluster", there),
+            (f"{learners} ranks of the learner with {self.rank_gpus} each and {engines} engines with {self._engine_gpus}",
+             "GPU", gpus, "cluster", there),
+            (f"engines of {self._engine_gpus} GPUs each", "GPU", self._engine_gpus, "largest node", largest),
+        ):  # fmt: skip
+            if count > found.get(name, 0):
                 raise ConfigError(
-                    f"cluster.address = {config.cluster.address}: {what} need {count} {name}s, the cluster has {there.get(name, 0):g}; "
-                    "lower cluster.workers or cluster.learners, or add nodes"
+                    f"cluster.address = {config.cluster.address}: {what} need {count} {name}s, the {where} has {found.get(name, 0):g}; "
+                    "lower cluster.workers, cluster.learners or engine.gpus, or add nodes"
                 )
 
     def _sampler_configs(self) -> list[Config]:
@@ -466,10 +503,19 @@ class Cluster:
     def started(self, kind: str, name: str, found: Mapping[str, str], before: Mapping[str, str]) -> None:
         """Logs it."""
         if before:
-            self.restarts[f"restarts/{kind}"] += 1
+            self._restarts[f"restarts/{kind}"] += 1
             self.note(f"{name} on {before['node']} was lost, started again (at most {RESTARTS} times)")
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"process": name, "again": bool(before), "node": found["node"], "pid": int(found["pid"])}) + "\n")
+
+    def metrics(self) -> dict[str, float]:
+        """How many processes of each kind were started again; by kind the share of the time since the last call in which nothing was asked
+        of one, mean and largest."""
+        waits = {"learner": [self.learning.idle()], "worker": [worker.busy.idle() for worker in self.workers], "sampler": []}
+        with contextlib.suppress(RayError):  # one that starts again has nothing to say
+            waits["sampler"] = ray.get([sampler.actor.idle.remote() for sampler in self.samplers], timeout=5)
+        means = {f"wait/{kind}": fmean(shares) for kind, shares in waits.items() if shares}
+        return self._restarts | means | {f"wait/{kind}_max": max(shares) for kind, shares in waits.items() if len(shares) > 1}
 
     def learners(self, path: str) -> "Learners":
         return Learners(self, path)
@@ -522,7 +568,7 @@ class Learners:
         names, gpus = [f"learner-{i}" for i in range(count)], cluster.rank_gpus
         self._ranks = [cluster.start(Rank, name, cluster.run(self._path), num_cpus=0, num_gpus=gpus, max_restarts=0) for name in names]
         meeting = self._all([rank.meeting.remote() for rank in self._ranks], PLACE)[0]
-        found = self._all([rank.open.remote(i, count, meeting) for i, rank in enumerate(self._ranks)], LOAD)
+        found = self._all([rank.open.remote(i, count, meeting, JOIN) for i, rank in enumerate(self._ranks)], LOAD)
         for i, name in enumerate(names):
             cluster.started("learner", name, found[i], before=self._found[i] if self._found else {})
         self._found = found
@@ -558,12 +604,13 @@ class Learners:
         return LostError("a rank of the learner was lost; run the same command again")
 
     def _do(self, method: str, *arguments: Any) -> Any:
-        found, self.version = self._all([rank.do.remote(method, *arguments) for rank in self._ranks], LEARN)[0]
+        with self._cluster.learning:
+            found, self.version = self._all([rank.do.remote(method, *arguments) for rank in self._ranks], LEARN)[0]
         return found
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """The learner's metrics, and how many processes of each kind were started again."""
-        return self._do("step", ray.put(batch)) | self._cluster.restarts
+        """The learner's metrics, and the cluster's."""
+        return self._do("step", ray.put(batch)) | self._cluster.metrics()
 
     def learned(self, batch: Batch, groups: Sequence[TraceGroup]) -> list[tuple[Learned | None, ...]]:
         return self._do("learned", ray.put(batch), groups)
@@ -682,7 +729,7 @@ class Workers:
     async def run_groups(self, draws: Sequence[Draw]) -> list[TraceGroup]:
         workers = self._cluster.workers
         if self.engine.in_flight:
-            return await self._run(min(workers, key=lambda w: w.load), draws)
+            return await self._run(min(workers, key=lambda w: w.busy.calls), draws)
         shares = [draws[i :: len(workers)] for i in range(len(workers))]
         found = await gather([self._run(worker, share) for worker, share in zip(workers, shares, strict=True) if share])
         return [found[i % len(found)][i // len(found)] for i in range(len(draws))]

@@ -1,5 +1,6 @@
 """Training over real Ray: the bits of a run without it, over killed processes, too; every failure ends in one line, and nothing is left."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -17,35 +18,47 @@ from safetensors.torch import load_file
 from started import Started, run_module
 from test_train import bits, words_of
 
+from aipo_graph import cluster, load, train
 from aipo_graph.config import Config
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import ConfigError, LostError
 from aipo_graph.log import read_metrics, read_traces
 
 pytestmark = pytest.mark.slow
-SMALL = {"train.steps": 3, "run.checkpoint_every": 1}
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
+SMALL = {"train.steps": 3, "run.checkpoint_every": 1, "run.device": "cpu"}
 RAY = """
-import os, ray
+import os, sys
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-print(ray.init("local", num_cpus=3, num_gpus=0, include_dashboard=False).address_info["gcs_address"], flush=True)
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "num_gpus": 2, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=3, num_gpus=2) for _ in sys.argv[1:]]
+print(cluster.address, *(node.all_processes["raylet"][0].process.pid for node in nodes), flush=True)
 input()
+cluster.shutdown()
 """
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A Ray cluster of one node and three CPUs, with a token of its own, which ends with the tests."""
-    words = [sys.executable, "-c", RAY]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | TOKEN)
+@contextlib.contextmanager
+def ray_cluster(*more: str) -> Iterator[list[str]]:
+    """A Ray cluster on this machine: its address, and the raylets of the nodes beside the first. Each node has
+    three CPUs and says that it has two GPUs."""
+    words = [sys.executable, "-c", RAY, *more]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
     limit = threading.Timer(300, process.kill)
     limit.start()
-    found = process.stdout.readline().strip()
+    found = process.stdout.readline().split()
     limit.cancel()
     assert found, "Ray did not start"
     yield found
     process.communicate("\n", timeout=60)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a cluster of one node, which ends with the tests."""
+    with ray_cluster() as (found,):
+        yield found
 
 
 def words(address: str = "", **settings: Any) -> list[str]:
@@ -53,11 +66,11 @@ def words(address: str = "", **settings: Any) -> list[str]:
 
 
 def run(folder: Path, address: str = "", **settings: Any) -> subprocess.CompletedProcess[str]:
-    return run_module("aipo_graph.train", words(address, **settings), folder, TOKEN)
+    return run_module("aipo_graph.train", words(address, **settings), folder)
 
 
 def start(folder: Path, address: str, **settings: Any) -> Started:
-    return Started("aipo_graph.train", words(address, **settings), folder, TOKEN)
+    return Started("aipo_graph.train", words(address, **settings), folder)
 
 
 def begun(folder: Path) -> list[dict[str, Any]]:
@@ -66,8 +79,8 @@ def begun(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def kill(folder: Path, name: str) -> None:
-    os.kill([line["pid"] for line in begun(folder) if line["process"] == name][-1], signal.SIGKILL)
+def kill(folder: Path, name: str, number: int = signal.SIGKILL) -> None:
+    os.kill([line["pid"] for line in begun(folder) if line["process"] == name][-1], number)
 
 
 def alive(pid: int) -> bool:
@@ -83,6 +96,25 @@ def gone(folder: Path) -> bool:
     while any(alive(process["pid"]) for process in begun(folder)) and time.monotonic() < end:
         time.sleep(0.1)
     return not any(alive(process["pid"]) for process in begun(folder))
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def marked(mark: str) -> list[str]:
+    """Processes with this in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (path / "environ").read_bytes():
+                found.append((path / "cmdline").read_text())
+    return found
+
+
+def sampled(folder: Path) -> list[Any]:
+    groups = read_traces(folder / "traces.jsonl")[0]
+    return [(trace.seed, [s.token_ids for s in trace.segments]) for logged in groups for trace in logged.group.traces]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +145,7 @@ def test_a_killed_worker_rank_and_driver_change_no_bit_of_a_run_without_ray(addr
     assert bits(tmp_path / "runs" / "quickstart") == bits(local)
     assert gone(tmp_path)
     other = [*words(address, policy__lora_rank=4, train__steps=4), "--force"]
-    changed = run_module("aipo_graph.train", other, tmp_path, TOKEN)
+    changed = run_module("aipo_graph.train", other, tmp_path)
     assert changed.returncode == 2
     assert "is of another model than" in one_line(changed), "what a rank raises comes out as it is"
 
@@ -128,15 +160,7 @@ def test_two_ranks_and_two_workers_give_the_tokens_of_one_process(address: str, 
     assert sorted(line["process"] for line in begun(tmp_path)) == sorted([*names, "learner-0", "learner-1"])
     assert gone(tmp_path)
     folder = tmp_path / "runs" / "quickstart"
-    sampled = [
-        [
-            (trace.seed, [s.token_ids for s in trace.segments])
-            for logged in read_traces(where / "traces.jsonl")[0]
-            for trace in logged.group.traces
-        ]
-        for where in (folder, local)
-    ]
-    assert sampled[0] == sampled[1]
+    assert sampled(folder) == sampled(local)
     ours, theirs = (load_file(where / "policy" / "model.safetensors") for where in (folder, local))
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
 
@@ -182,10 +206,14 @@ def test_a_problem_that_kills_its_worker_is_given_up_and_the_second_ends_the_run
     ("settings", "said"),
     [
         ({"cluster__workers": 99}, "99 workers of one CPU each need 99 CPUs, the cluster has 3; lower cluster.workers"),
-        ({"run__device": "cuda"}, "1 ranks of the learner with 1 each and 1 engines with 1 need 2 GPUs, the cluster has 0; lower"),
+        ({"cluster__learners": 4}, "4 ranks of the learner without a GPU need 4 CPUs, the cluster has 3; lower"),
+        (
+            {"run__device": "cuda", "cluster__learners": 2},
+            "2 ranks of the learner with 1 each and 1 engines with 1 need 3 GPUs, the cluster has 2; lower",
+        ),
         ({"cluster__address": "127.0.0.1:1"}, "cluster.address = 127.0.0.1:1: no Ray cluster answers there"),
     ],
-    ids=["CPUs", "GPUs", "address"],
+    ids=["workers", "ranks", "GPUs", "address"],
 )
 def test_what_cannot_run_ends_in_one_line(address: str, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     done = run(tmp_path, **({"address": address, "cluster__workers": 1} | settings))
@@ -202,10 +230,100 @@ def test_what_cannot_run_ends_in_one_line(address: str, tmp_path: Path, settings
 def test_a_node_that_is_not_like_the_first_is_refused(
     tmp_path: Path, monkeypatch: Any, folder: str, versions: dict[str, str], said: str
 ) -> None:
-    from aipo_graph import cluster
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     (tmp_path / "runs" / "quickstart" / cluster.NONCE).write_text("nonce")
     with pytest.raises(ConfigError, match=said):
         cluster.Run(Config(), "operators", str(tmp_path / folder), "nonce", versions).enter()
+
+
+def test_objects_reach_no_other_process(tmp_path: Path) -> None:
+    settings = {"cluster": {"address": "local"}, "run": {"dir": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"cluster.address = local: objects of this process reach no other; give paths, file.py:name"):
+        train("operators", settings, reward=lambda reply: 0.0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def here(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """For a driver that is this process: settings of two ranks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    given = {"run": {"name": "quickstart", "device": "cpu"}, "cluster": {"address": address, "learners": 2, "workers": 1}}
+    return Config.model_validate(given)
+
+
+def test_another_version_of_ray_is_one_line(here: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray, "__version__", "2.52.1")
+    said = f"cluster.address = {here.cluster.address}: .*Version mismatch: .* Ray: 2.52.1 .*; start one with the same Ray, Python and"
+    with pytest.raises(ConfigError, match=said), cluster.joined(here, tmp_path, print):
+        pass
+
+
+def test_a_rank_that_hangs_is_ended_and_all_start_again(here: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is noticed by its peers, all of them by the driver."""
+    monkeypatch.setattr(cluster, "JOIN", 15.0)
+    notes: list[str] = []
+    with cluster.joined(here, tmp_path / "runs" / "quickstart", notes.append) as ranks:
+        learners = ranks.learners(load.model("operators"))
+        learners.restore(tmp_path / "checkpoints")
+        undisturbed = learners.logprobs([26, 9, 7])
+        for stopped, limit, reason in ((["learner-1"], 600.0, "Timed out waiting 15000ms"), (["learner-0", "learner-1"], 5.0, "no answer")):
+            monkeypatch.setattr(cluster, "LEARN", limit)
+            for name in stopped:
+                kill(tmp_path, name, signal.SIGSTOP)
+            with pytest.raises(LostError):
+                learners.logprobs([26, 9, 7])
+            monkeypatch.setattr(cluster, "LEARN", 600.0)
+            assert "a rank of the learner was lost (" in notes[-1]
+            assert reason in notes[-1]
+            assert notes[-1].endswith("all start again from the last checkpoint")
+            learners.restore(tmp_path / "checkpoints")
+            assert learners.logprobs([26, 9, 7]) == undisturbed
+    assert gone(tmp_path)
+
+
+def test_a_lost_node_costs_its_processes_only(tmp_path: Path, local: Path) -> None:
+    """They start again on the other."""
+    with ray_cluster("second") as (address, raylet):
+        done = run(tmp_path, address, run__device="cuda", engine__kind="vllm", engine__gpus=3)
+        assert "engines of 3 GPUs each need 3 GPUs, the largest node has 2; lower" in one_line(done)
+        driver = start(tmp_path, address, cluster__workers=2, cluster__learners=2)
+        driver.wait_for("\nstep 1/")
+        held = {line["process"] for line in begun(tmp_path) if parent(line["pid"]) == int(raylet)}
+        assert held, "the second node runs nothing"
+        os.kill(int(raylet), signal.SIGKILL)
+        assert driver.wait(600) == 0, driver.err.read_text()
+        assert held <= {line["process"] for line in begun(tmp_path) if line["again"]}
+        assert sampled(tmp_path / "runs" / "quickstart") == sampled(local)
+        assert gone(tmp_path)
+
+
+VLLM = {"rollout.max_tokens": 128, "engine.kind": "vllm", "engine.max_context": 384, "engine.max_batch": 16, "cluster.address": "local"}
+
+
+@pytest.mark.vllm
+def test_vllm_in_a_killed_sampler_comes_back_with_the_last_weights(vllm_python: str, tmp_path: Path) -> None:
+    """The real one, in the sampler's process. All weights reach it, as a probe text shows after each load, and every sampled token."""
+    mark = secrets.token_hex(8)
+    command = [vllm_python, "-m", "aipo_graph.train", *words_of(**(SMALL | VLLM))]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        driver = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, env=os.environ | {"MARK": mark})
+    limit = threading.Timer(900, driver.kill)
+    limit.start()
+    while "\nstep 1/" not in (tmp_path / "out").read_text():
+        assert driver.poll() is None, (tmp_path / "err").read_text()
+        time.sleep(0.1)
+    kill(tmp_path, "sampler-0")
+    assert driver.wait() == 0, (tmp_path / "err").read_text()
+    limit.cancel()
+    rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["failed"] == row["lag_max"] == 0 and row["sync_gap_max"] <= 1e-3 for row in rows)
+    assert all(row["mismatch_max"] <= 1e-3 for row in rows if "mismatch_max" in row)
+    assert rows[-1]["restarts/sampler"] == 1
+    assert all(0 <= row[f"wait/{kind}"] <= 1 for row in rows for kind in ("learner", "worker"))
+    end = time.monotonic() + 60
+    while (left := marked(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left, "nothing is left, vLLM's own processes included"

@@ -239,7 +239,8 @@ def test_metrics_on_the_page_are_those_that_are_logged(viewed_run: Path, tmp_pat
         logged |= row
     logged |= rollout_metrics([failed, *ended, group(rewritten)], [], 0, [failed], [failed])
     logged |= learner.step(pack(random_groups(0), learner.config.loss)) | learner.step(wrong)
-    logged |= SyncCheck("float32")(probe, probe.logprobs, 1) | {"restarts/worker": 0.0}  # test_cluster.py sees them logged
+    logged |= SyncCheck("float32")(probe, probe.logprobs, 1)
+    logged |= {"restarts/worker": 0.0, "wait/worker": 0.0, "wait/worker_max": 0.0}  # test_cluster.py sees them logged
     names = {plain(name) for name in logged if name != "step"}
     on_page = set(quoted("docs/metrics.md", "metric"))
     assert names - on_page == set(), "not on the page"
@@ -250,7 +251,7 @@ def plain(name: str) -> str:
     """The name as the page has it: a word in capitals for the names of agents, kinds, reasons and bounds."""
     name = re.sub(r"^(agent_ratio_below)/[^/]+(/\w+)?$", r"\1/BOUND", name)
     name = re.sub(r"^(agent_\w+|floor_hit|ceiling_hit)/(?!BOUND)\w+$", r"\1", name)
-    name = re.sub(r"^(restarts)/\w+$", r"\1/KIND", name)
+    name = re.sub(r"^(restarts|wait)/[a-z]+", r"\1/KIND", name)
     name = re.sub(r"^(consults)/\w+$", r"\1/AGENT", name)
     name = re.sub(r"^(reward/alone)/\w+$", r"\1/KIND", name)
     name = re.sub(r"^(score)/\w+$", r"\1/NAME", name)
