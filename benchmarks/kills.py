@@ -1,11 +1,15 @@
 """`python benchmarks/kills.py [KILLS]`: kill -9 of a random process of a run over Ray, until there were so many (20).
 
-Runs of two ranks and two workers on this machine, embedded engine, lag 0. Each suffers three kills, of a rank, a worker and the command in
-random order and at random moments; then its checkpoint, policy and traces are compared with those of an undisturbed run, bit for bit, and
-nothing may be left running. A killed command is started anew. Writes benchmarks/results/kills.json.
+Runs on this machine at lag 0, of two ranks and a worker with the embedded engine. Each suffers a kill of both ranks, two of the worker and
+one of the command, in random order at random moments; then its checkpoint, policy and traces are compared with those of an undisturbed
+run, bit for bit, and nothing may be left running. A killed command is started anew.
+
+Where vLLM is installed (`.venv-vllm/bin/python benchmarks/kills.py 2`) it kills the sampler instead, with vLLM in it, over which runs share
+no bits, and compares what was drawn. Writes benchmarks/results/kills.json.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -22,13 +26,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from aipo_graph.log import read_metrics
+from aipo_graph.log import read_metrics, read_traces
 
-STEPS, LIMIT = 6, 900
+VLLM = importlib.util.find_spec("vllm") is not None
+KILLED = ("sampler-0", "sampler-0") if VLLM else ("command", "learner-0", "learner-1", "worker-0", "worker-0")
+STEPS, LIMIT = len(KILLED) + 2, 1800
 """Of a run; seconds for anything to happen."""
 WORDS = (
     f"--train.steps {STEPS} --train.patience 100 --rollout.problems 4 --rollout.traces 4 --run.checkpoint_every 1 --evaluate.problems 0 "
-    "--cluster.address local --cluster.learners 2 --cluster.workers 2"
+    "--run.device cpu --cluster.address local "
+    + ("--engine.kind vllm --engine.max_context 384 --rollout.max_tokens 128" if VLLM else "--cluster.learners 2 --cluster.workers 1")
 ).split()
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 
@@ -69,26 +76,29 @@ class Trial:
     def step(self) -> int:
         return len(read_metrics(self.folder / "metrics.jsonl"))
 
-    def kill(self, kind: str, rng: random.Random) -> float:
+    def kill(self, name: str) -> float:
         """Seconds until the next step is done."""
-        if kind == "command":
+        stopped, before = 0.0, self.step()
+        if name == "command":
             self.driver.kill()
             self.driver.wait()
             stopped = self.wait("all processes of a killed command end", lambda: not self.left())
             before = self.step()
             self.start()
-            return stopped + self.wait("a step after the kill", lambda: self.step() > before)
-        lines = [json.loads(line) for line in (self.folder / "processes.jsonl").read_text().splitlines()]
-        pids = {line["process"]: line["pid"] for line in lines}
-        before = self.step()
-        os.kill(pids[rng.choice([name for name in sorted(pids) if name.startswith(kind)])], signal.SIGKILL)
-        return self.wait("a step after the kill", lambda: self.step() > before or self.driver.poll() is not None)
+        else:
+            lines = [json.loads(line) for line in (self.folder / "processes.jsonl").read_text().splitlines()]
+            os.kill([line["pid"] for line in lines if line["process"] == name][-1], signal.SIGKILL)
+        return stopped + self.wait("a step after the kill", lambda: self.step() > before or self.driver.poll() is not None)
 
     def end(self) -> list[tuple[str, str]]:
-        """Digests of all that two equal runs share: files, and the tensors of the checkpoint, in whose files their order is torch's."""
+        """Digests of all that two equal runs share: files, and the tensors of the checkpoint, in whose files their order is torch's; with
+        vLLM problems and seeds."""
         if self.driver.wait(LIMIT):
             raise SystemExit(f"the run failed; see {self._log.name}")
         self.wait("all processes end", lambda: not self.left())
+        if VLLM:
+            groups = [logged.group for logged in read_traces(self.folder / "traces.jsonl")[0]]
+            return [(group.problem.id, str([trace.seed for trace in group.traces])) for group in groups]
         last = self.folder / "checkpoints" / f"step-{STEPS:08d}"
         found = [(path.name, path.read_bytes()) for path in (self.folder / "policy/model.safetensors", self.folder / "traces.jsonl")]
         for path in last.glob("*.safetensors"):
@@ -99,23 +109,26 @@ class Trial:
 def main(count: int) -> None:
     rng, kills = random.Random(0), []
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        roots = [Path(folder, str(i)) for i in range(1 + -(-count // 3))]
+        roots = [Path(folder, str(i)) for i in range(1 + -(-count // len(KILLED)))]
         for root in roots:
             root.mkdir()
         expected = Trial(roots[0]).end()
         for root in roots[1:]:
             trial, begun = Trial(root), []
-            for kind in rng.sample(["learner", "worker", "command"], min(3, count - len(kills))):
+            for name in rng.sample(KILLED, min(len(KILLED), count - len(kills))):
                 done = trial.step()
                 trial.wait("a step", lambda trial=trial, done=done: trial.step() > done)
                 time.sleep(rng.uniform(0, 1))
-                begun.append({"kind": kind, "seconds": round(trial.kill(kind, rng), 1)})
+                load = os.getloadavg()[0]
+                begun.append({"process": name, "seconds": round(trial.kill(name), 1), "load": round(load, 1)})
                 print(begun[-1], flush=True)
             same = trial.end() == expected
-            kills += [kill | {"same_bits": same} for kill in begun]
-            print(f"{sum(kill['same_bits'] for kill in kills)} of {len(kills)} kills: the same bits", flush=True)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    RESULTS.write_text(json.dumps({"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine, "kills": kills}, indent=1) + "\n")
+            kills += [kill | {"same": same} for kill in begun]
+            print(f"{sum(kill['same'] for kill in kills)} of {len(kills)} kills: the same {'draws' if VLLM else 'bits'}", flush=True)
+            found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            machine = f"{os.cpu_count()} cores, {platform.machine()}"
+            found["draws with vLLM" if VLLM else "bits"] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine, "kills": kills}
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
