@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,6 +97,9 @@ def test_plan_covers_all_rows_once_within_the_budget_and_is_deterministic() -> N
     assert torch.equal(torch.cat(batch.plan(60)).sort().values, torch.arange(len(batch)))
     assert all(torch.equal(a, b) for a, b in zip(batch.plan(60), batch.plan(60), strict=True))
     assert all(part.policy_tokens == batch.policy_tokens and part.agent_tokens == batch.agent_tokens for part in parts)
+    packed = batch.plan(60, packed=True)
+    assert torch.equal(torch.cat(packed), torch.cat(batch.plan(60)))
+    assert all(sum(batch.lengths[rows]) <= 60 < sum(batch.lengths[rows]) + batch.lengths[after[0]] for rows, after in pairwise(packed))
     assert [len(part) for part in batch.plan(1)] == [1] * len(batch)  # a row longer than the budget still trains
 
 

@@ -53,12 +53,13 @@ def plain_logprobs(model: PreTrainedModel, token_ids: torch.Tensor, temperature:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("chunk", [2**26, VOCAB * 7])
-def test_token_logprobs_equal_the_plain_forward(name: str, chunk: int, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("chunk", "packed"), [(2**26, False), (VOCAB * 7, False), (VOCAB * 7, True)])
+def test_token_logprobs_equal_the_plain_forward(name: str, chunk: int, packed: bool, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of rows that lie end to end in one."""
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     monkeypatch.setattr(model_module, "CHUNK", chunk)
-    logprobs, entropy = token_logprobs(model, batch.token_ids, batch.mask, 0.7)
+    logprobs, entropy = token_logprobs(model, batch.token_ids, batch.mask, 0.7, packed=packed)
     expected = torch.zeros(logprobs.shape)
     for row, length in enumerate(batch.lengths):
         own, spread = plain_logprobs(model, batch.token_ids[row, :length], 0.7)
@@ -141,12 +142,13 @@ def test_one_batch_is_its_micro_batches_and_its_parts(algorithm: str, batch: Bat
 
 def test_resulting_weights_do_not_depend_on_the_micro_batches(batch: Batch, tmp_path: Path) -> None:
     results = []
-    for tokens in (40, 10**6):
+    for tokens, packed in ((40, False), (10**6, False), (40, True)):
         learner = tiny_learner(tmp_path, train={"micro_batch_tokens": tokens}, rollout={"max_tokens": 40}, optimizer={"lr": 1e-3})
+        learner.packed = packed  # as flash attention has it: rows end to end
         for _ in range(3):
             learner.step(batch)
         results.append(dict(learner.weights()))
-    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-6) for name in results[0])
+    assert all(torch.allclose(results[0][name], other[name], atol=1e-6) for other in results[1:] for name in other)
 
 
 def test_rows_without_advantage_are_not_run_but_still_counted(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
-from aipo_graph.learn.model import applies_head_only, token_logprobs
+from aipo_graph.learn.model import applies_head_only, check_rows, token_logprobs
 
 LONGROPE = {
     "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]},
@@ -39,12 +39,12 @@ def own(model: Any, row: list[int]) -> torch.Tensor:
     return scores[:-1].gather(1, torch.tensor(row)[1:, None])[:, 0]
 
 
-def learned(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+def learned(model: Any, rows: list[list[int]], *, packed: bool = False) -> list[torch.Tensor]:
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     with torch.no_grad():
-        found = token_logprobs(model, ids, mask)[0]
+        found = token_logprobs(model, ids, mask, packed=packed)[0]
     return [line[1 : len(row)] for line, row in zip(found, rows, strict=True)]
 
 
@@ -65,9 +65,17 @@ async def test_engine_and_learner_give_the_models_own_logprobs_in_any_company(ki
     engine = LocalEngine(model, (), str, max_context=CONTEXT)
     done = await asyncio.gather(*(engine.generate(row, seed=i, max_tokens=30) for i, row in enumerate(ROWS)))
     rows = [[*row, *found.token_ids] for row, found in zip(ROWS, done, strict=True)]
-    for row, prompt, found, scored in zip(rows, ROWS, done, learned(model, rows), strict=True):
+    for row, prompt, found, scored, packed in zip(rows, ROWS, done, learned(model, rows), learned(model, rows, packed=True), strict=True):
         torch.testing.assert_close(scored, own(model, row), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(packed, scored, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(torch.tensor(found.logprobs), scored[len(prompt) - 1 :], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_end_to_end_are_refused_where_a_state_goes_on_from_one_to_the_next() -> None:
+    check_rows(tiny("llama"), "float32", packed=True)
+    check_rows(tiny("lfm2"), "float32")
+    with pytest.raises(ConfigError, match="log-probabilities of a text alone and in a batch are"):
+        check_rows(tiny("lfm2"), "float32", packed=True)
 
 
 def test_a_bound_on_scores_is_not_left_out() -> None:

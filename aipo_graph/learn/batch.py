@@ -69,14 +69,16 @@ class Batch:
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
-    def plan(self, max_tokens: int) -> list[Tensor]:
-        """Row indices of micro-batches, whose gradients add up to the batch's: longest first, each of at most ``max_tokens`` padded tokens
-        (or of one row).
+    def plan(self, max_tokens: int, *, packed: bool = False) -> list[Tensor]:
+        """Row indices of micro-batches, whose gradients add up to the batch's: longest first, each of at most ``max_tokens`` tokens (or of
+        one row), padded ones included unless it is ``packed``.
         """
         order = torch.argsort(self.lengths, descending=True, stable=True)
         result, start = [], 0
         while start < len(order):
-            count = max(1, max_tokens // max(1, int(self.lengths[order[start]])))
+            left = self.lengths[order[start:]]
+            sizes = left.cumsum(0) if packed else left[0] * torch.arange(1, len(left) + 1)
+            count = max(1, int((sizes <= max_tokens).sum()))
             result.append(order[start : start + count])
             start += count
         return result

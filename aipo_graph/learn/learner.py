@@ -20,7 +20,7 @@ from . import checkpoint, lora, shards
 from .batch import POLICY, ROUNDING, Batch
 from .learned import by_trace, columns, rows_of
 from .loss import Sums, aipo_loss, merge, summarise
-from .model import check_rows, choose_attention, far_rows, load_model, load_tokenizer, save_model, shard, token_logprobs
+from .model import check_rows, choose_attention, far_rows, load_model, load_tokenizer, packs, save_model, shard, token_logprobs
 
 BAD_STEPS = 3
 """Bad steps in a row that end a run."""
@@ -68,7 +68,9 @@ class Learner:
             for module in self.model.modules():  # it needs training mode, but only of the layers: dropout below them stays off
                 module.training = hasattr(module, "gradient_checkpointing")
         with self._autocast():
-            check_rows(self.model, policy.dtype)
+            self.packed = packs(self.model, policy.dtype)
+            if not self.packed:
+                check_rows(self.model, policy.dtype)
         shards.settle(self.model)
         self.trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         setting = config.optimizer
@@ -179,7 +181,7 @@ class Learner:
         """
         rank, size = shards.world()
         far, active = far_rows(self.model, batch.mask), batch.mask.any(1)
-        plan = batch.plan(self.config.train.micro_batch_tokens)
+        plan = batch.plan(self.config.train.micro_batch_tokens, packed=self.packed)
         if far is not None:
             plan = [part for rows in plan for part in (rows[far[rows]], rows[~far[rows]])]
         plan = [kept for rows in plan if len(kept := rows[active[rows]])]
@@ -194,7 +196,7 @@ class Learner:
 
     def _token_logprobs(self, model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         with self._autocast():
-            return token_logprobs(model, token_ids, mask, temperature)
+            return token_logprobs(model, token_ids, mask, temperature, packed=self.packed)
 
     @torch.no_grad()
     def _reference_logprobs(self, reference: PreTrainedModel, batch: Batch) -> Tensor:

@@ -151,8 +151,21 @@ def applies_head_only(model: PreTrainedModel) -> bool:
     return _alone[model]
 
 
+def packs(model: PreTrainedModel, dtype: str) -> bool:
+    """Whether rows are learned from end to end in one, which flash attention tells apart by their positions: no work goes into padding.
+
+    Other attention would make a mask of all tokens by all, and a state that runs on from row to row would mix them. Never seen on CUDA.
+    """
+    if model._is_stateful or not model.config._attn_implementation.startswith("flash"):
+        return False
+    with suppress(ConfigError):
+        check_rows(model, dtype, packed=True)
+        return True
+    return False
+
+
 @torch.no_grad()
-def check_rows(model: PreTrainedModel, dtype: str) -> None:
+def check_rows(model: PreTrainedModel, dtype: str, *, packed: bool = False) -> None:
     """Compares log-probabilities of rows of several lengths, padded in one batch, with the model's own forward of each prefix alone.
 
     One row goes past every length in the config at which attention changes, as far as a few seconds pay for it. Raises ConfigError for a
@@ -165,9 +178,10 @@ def check_rows(model: PreTrainedModel, dtype: str) -> None:
     rows = probe_rows(lengths, text.vocab_size)
     ids = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in rows], device=model.device)
     mask = torch.arange(ids.shape[1], device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
-    places = [(i, t) for i, length in enumerate(lengths) for t in (length // 2, length - 1)]
+    first = [1] if packed else []  # where what another row left shows most
+    places = [(i, t) for i, length in enumerate(lengths) for t in (*first, length // 2, length - 1)]
     try:
-        found, _ = token_logprobs(model, ids, mask)
+        found, _ = token_logprobs(model, ids, mask, packed=packed)
         apart = max(abs(float(found[i, t] - own_logprobs(model, rows[i][:t])[rows[i][t]])) for i, t in places)
     except MISFITS as error:
         raise ConfigError(f"policy.model: {name} cannot be learned from token ids alone ({first_line(error)}); use another") from error
@@ -184,22 +198,24 @@ def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float)
     return -cross_entropy(logits, targets, reduction="none"), entropy
 
 
-def token_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float = 1.0, *, packed: bool = False
+) -> tuple[Tensor, Tensor]:
     """log p(token t | tokens < t) in column t, and the entropy of that distribution: f32 [B, T] each, 0 where ``mask`` is false.
 
     The one place where predictions are shifted onto the tokens they predict; nothing predicts column 0, which is 0. Rows are padded right,
     where a causal model does not see the padding, so no attention mask is needed. The head runs on wanted tokens only, in chunks
     that are recomputed in the backward pass: logits [tokens, vocabulary] never exist as a whole, except for models that transform theirs.
     Rows past the length from which a model scales its positions by the longest row have a forward of their own. Raises TrainError where
-    that scale has more than two values.
+    that scale has more than two values. ``packed``: see :func:`packs`.
     """
     if isinstance(model, FSDPModule):  # its parts meet in what counts as its forward
         forward: Any = model.row_logprobs
-        found = forward(token_ids, mask, temperature)
+        found = forward(token_ids, mask, temperature, packed)
         if not torch.is_grad_enabled():
             shards.settle(model)
         return found
-    return row_logprobs(model, token_ids, mask, temperature)
+    return row_logprobs(model, token_ids, mask, temperature, packed)
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> None:
@@ -207,15 +223,15 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
     shards.shard(model, device, row_logprobs)
 
 
-def row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float, packed: bool) -> tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of a model whose weights are here."""
     far, border = far_rows(model, mask), scaled_from(model.config)
     if far is None or border is None:
-        return _row_logprobs(model, token_ids, mask, temperature)
+        return _row_logprobs(model, token_ids, mask, temperature, packed)
     logprobs, entropy = (torch.zeros(token_ids.shape, device=token_ids.device) for _ in range(2))
     for rows, width in ((far, token_ids.shape[1]), (~far, border + 1)):
         if rows.any():
-            found = _row_logprobs(model, token_ids[rows, :width], mask[rows, :width], temperature)
+            found = _row_logprobs(model, token_ids[rows, :width], mask[rows, :width], temperature, packed)
             logprobs[rows, :width], entropy[rows, :width] = found
     return logprobs, entropy
 
@@ -234,20 +250,24 @@ def far_rows(model: PreTrainedModel, mask: Tensor) -> Tensor | None:
     return far
 
 
-def _row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float, packed: bool) -> tuple[Tensor, Tensor]:
     logprobs = torch.zeros(token_ids.shape, device=token_ids.device)
-    wanted = mask[:, 1:].flatten().nonzero().squeeze(1)
-    if not len(wanted):
+    places, targets = mask[:, 1:], token_ids[:, 1:][mask[:, 1:]]
+    if not len(targets):
         return logprobs, logprobs
-    inputs, targets = token_ids[:, :-1], token_ids[:, 1:].flatten()[wanted]
+    inputs = {"input_ids": token_ids[:, :-1]}
+    if packed:
+        columns = torch.arange(places.shape[1], device=mask.device).expand_as(places)
+        kept = columns <= (columns * places).amax(1, keepdim=True)  # up to the row's last wanted token
+        inputs, places = {"input_ids": inputs["input_ids"][kept][None], "position_ids": columns[kept][None]}, places[kept]
     head: nn.Module = nn.Identity()
     if applies_head_only(model):
-        states, head = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
+        states, head = model.get_decoder()(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
     else:
-        states = model(input_ids=inputs, use_cache=False).logits
-    states = states.flatten(0, 1).index_select(0, wanted)
+        states = model(**inputs, use_cache=False).logits
+    states = states.flatten(0, 1).index_select(0, places.flatten().nonzero().squeeze(1))
     size = max(1, CHUNK // model.config.get_text_config().vocab_size)
-    if len(wanted) <= size:
+    if len(targets) <= size:
         parts = [_score(head, states, targets, temperature)]
     else:
         pairs = zip(states.split(size), targets.split(size), strict=True)
