@@ -22,6 +22,7 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -49,9 +50,20 @@ class Trial:
         self.start()
 
     def start(self) -> None:
+        """Again where Ray, which gives its own start 30 seconds, did not start."""
         command = [sys.executable, "-m", "aipo_graph.train", *WORDS]
-        environment = os.environ | {"KILLS": self.mark}
-        self.driver = subprocess.Popen(command, cwd=self.folder.parents[1], env=environment, stdout=self._log, stderr=self._log)
+        environment, before = os.environ | {"KILLS": self.mark}, len(self.begun())
+        while True:
+            self.driver = subprocess.Popen(command, cwd=self.folder.parents[1], env=environment, stdout=self._log, stderr=self._log)
+            self.wait("a process", lambda: len(self.begun()) > before or self.driver.poll() is not None)
+            if self.driver.poll() is None:
+                return
+            print("Ray did not start", flush=True)
+
+    def begun(self) -> list[dict[str, Any]]:
+        """The processes that the run has started."""
+        file = self.folder / "processes.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def left(self) -> list[int]:
         """Processes of the run that are alive."""
@@ -86,8 +98,7 @@ class Trial:
             before = self.step()
             self.start()
         else:
-            lines = [json.loads(line) for line in (self.folder / "processes.jsonl").read_text().splitlines()]
-            os.kill([line["pid"] for line in lines if line["process"] == name][-1], signal.SIGKILL)
+            os.kill([line["pid"] for line in self.begun() if line["process"] == name][-1], signal.SIGKILL)
         return stopped + self.wait("a step after the kill", lambda: self.step() > before or self.driver.poll() is not None)
 
     def end(self) -> list[tuple[str, str]]:
