@@ -67,28 +67,23 @@ class Busy:
     """Entered around each of some calls, which may overlap."""
 
     def __init__(self) -> None:
-        self.calls, self._busy = 0, 0.0
+        self.calls, self._idle = 0, 0.0
         self._since = self._asked = time.monotonic()
 
     def __enter__(self) -> None:
-        self._count()
+        self._idle += (time.monotonic() - self._since) * (not self.calls)
         self.calls += 1
 
     def __exit__(self, *_: object) -> None:
-        self._count()
         self.calls -= 1
-
-    def _count(self) -> float:
-        now = time.monotonic()
-        self._busy += (now - self._since) * (self.calls > 0)
-        self._since = now
-        return now
+        self._since = time.monotonic()
 
     def idle(self) -> float:
         """The share of the time since this was last asked in which there was none."""
-        whole, self._asked = self._count() - self._asked, self._since
-        busy, self._busy = self._busy, 0.0
-        return 1.0 - busy / max(whole, 1e-9)
+        with self:
+            share = self._idle / max(time.monotonic() - self._asked, 1e-9)
+        self._idle, self._asked = 0.0, self._since
+        return share
 
 
 # --- in the actors
@@ -642,7 +637,7 @@ class Learners:
 
 
 class Samplers:
-    """The driver's ``types.Engine``: every process that samples, as one. Keeps the last weights for those that start again."""
+    """Of ``types.Engine`` what the driver needs: all processes that sample, as one. Keeps the last weights for those that start again."""
 
     in_flight = False
 
@@ -694,22 +689,8 @@ class Samplers:
                 )
         return answers[0]
 
-    async def generate(
-        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
-    ) -> Completion:
-        raise EngineError("the driver of a cluster samples nothing; ask the workers")
-
-    def run(self, key: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def busy(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     async def sleep(self) -> None:
         """Does nothing: samplers have their memory to themselves."""
-
-    async def close(self) -> None:
-        """Does nothing: `Cluster.opened` ends the processes."""
 
 
 class Workers:

@@ -311,12 +311,15 @@ def test_vllm_in_a_killed_sampler_comes_back_with_the_last_weights(vllm_python: 
         driver = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, env=os.environ | {"MARK": mark})
     limit = threading.Timer(900, driver.kill)
     limit.start()
-    while "\nstep 1/" not in (tmp_path / "out").read_text():
-        assert driver.poll() is None, (tmp_path / "err").read_text()
-        time.sleep(0.1)
-    kill(tmp_path, "sampler-0")
-    assert driver.wait() == 0, (tmp_path / "err").read_text()
-    limit.cancel()
+    try:
+        while "\nstep 1/" not in (tmp_path / "out").read_text():
+            assert driver.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.1)
+        kill(tmp_path, "sampler-0")
+        assert driver.wait() == 0, (tmp_path / "err").read_text()
+    finally:
+        limit.cancel()
+        driver.kill()
     rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["failed"] == row["lag_max"] == 0 and row["sync_gap_max"] <= 1e-3 for row in rows)
