@@ -98,8 +98,8 @@ def gone(folder: Path) -> bool:
     return not any(alive(process["pid"]) for process in begun(folder))
 
 
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+def children(pid: int) -> list[int]:
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def marked(mark: str) -> list[str]:
@@ -290,9 +290,11 @@ def test_a_lost_node_costs_its_processes_only(tmp_path: Path, local: Path) -> No
         assert "engines of 3 GPUs each need 3 GPUs, the largest node has 2; lower" in one_line(done)
         driver = start(tmp_path, address, cluster__workers=2, cluster__learners=2)
         driver.wait_for("\nstep 1/")
-        held = {line["process"] for line in begun(tmp_path) if parent(line["pid"]) == int(raylet)}
+        lost = {int(raylet), *children(int(raylet))}
+        held = {line["process"] for line in begun(tmp_path) if line["pid"] in lost}
         assert held, "the second node runs nothing"
-        os.kill(int(raylet), signal.SIGKILL)
+        for pid in lost:
+            os.kill(pid, signal.SIGKILL)
         assert driver.wait(600) == 0, driver.err.read_text()
         assert held <= {line["process"] for line in begun(tmp_path) if line["again"]}
         assert sampled(tmp_path / "runs" / "quickstart") == sampled(local)
