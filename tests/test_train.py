@@ -63,10 +63,8 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By the command itself; all others are forked (started.py)."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    command = [sys.executable, "-m", "aipo_graph.train", *words_of(**EVALUATED)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    done = run(folder, **EVALUATED)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "quickstart"
 
@@ -93,7 +91,10 @@ def test_sampler_and_learner_agree_on_every_policy_token(undisturbed: Path) -> N
 
 
 def test_two_runs_of_one_config_are_equal_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
-    assert run(tmp_path).returncode == 0
+    """The second by the command itself; all others are forked (started.py)."""
+    command = [sys.executable, "-m", "aipo_graph.train", *words_of()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
     again = tmp_path / "runs" / "quickstart"
     assert bits(again) == bits(undisturbed)
     assert timeless(again) == timeless(undisturbed)
