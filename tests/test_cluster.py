@@ -225,7 +225,8 @@ def test_what_cannot_run_ends_in_one_line(address: str, tmp_path: Path, settings
 @pytest.mark.parametrize(
     ("folder", "versions", "said"),
     [("elsewhere", {}, "does not see the run's folder .*elsewhere/runs/quickstart; put it where all nodes see it"),
-     ("", {"torch": "2.0"}, "has torch .*, the command's 2.0; install the same on all nodes")],
+     ("", {"torch": "2.0"}, "has torch .*, the command's 2.0; install the same on all nodes"),
+     ("", {"ray": "2.0"}, "has ray .*, the command's 2.0; install the same on all nodes")],
 )  # fmt: skip
 def test_a_node_that_is_not_like_the_first_is_refused(
     tmp_path: Path, monkeypatch: Any, folder: str, versions: dict[str, str], said: str
