@@ -550,6 +550,7 @@ class Learners:
 
     def restore(self, directory: str | Path) -> dict[str, Any]:
         """Starts the ranks where there are none. Raises TrainError where they are lost too often."""
+        self._checkpoints = directory
         while True:
             try:
                 if not self._ranks:
@@ -620,15 +621,22 @@ class Learners:
     def adapter(self) -> Iterator[Any]:
         yield from self._all([rank.publish.remote("adapter", torch.float32) for rank in self._ranks], LOAD)[0]
 
+    def _again(self, method: str, *arguments: Any) -> Any:
+        """What changes no weights, also where a rank is lost over it: of the last checkpoint's."""
+        while True:
+            with contextlib.suppress(LostError):
+                return self._do(method, *arguments)
+            self.restore(self._checkpoints)
+
     @property
     def checkpoint_bytes(self) -> int:
-        return self._do("checkpoint_bytes")
+        return self._again("checkpoint_bytes")
 
     def save(self, directory: str | Path, cursor: Mapping[str, Any]) -> str | None:
         return self._do("save", Path(directory).absolute(), cursor)
 
     def export(self, directory: str | Path) -> None:
-        self._do("export", Path(directory).absolute())
+        self._again("export", Path(directory).absolute())
 
     def close(self) -> None:
         for rank in self._ranks:

@@ -31,7 +31,7 @@ from aipo_graph.log import read_metrics, read_traces
 
 VLLM = importlib.util.find_spec("vllm") is not None
 KILLED = ("sampler-0", "sampler-0") if VLLM else ("command", "learner-0", "learner-1", "worker-0", "worker-0")
-STEPS, LIMIT = len(KILLED) + 2, 1800
+STEPS, LIMIT = 4 * len(KILLED), 1800
 """Of a run; seconds for anything to happen."""
 WORDS = (
     f"--train.steps {STEPS} --train.patience 100 --rollout.problems 4 --rollout.traces 4 --run.checkpoint_every 1 --evaluate.problems 0 "
@@ -128,7 +128,9 @@ def main(count: int) -> None:
             trial, begun = Trial(root), []
             for name in rng.sample(KILLED, min(len(KILLED), count - len(kills))):
                 done = trial.step()
-                trial.wait("a step", lambda trial=trial, done=done: trial.step() > done)
+                trial.wait("a step", lambda trial=trial, done=done: trial.step() > done or trial.driver.poll() is not None)
+                if trial.driver.poll() is not None:
+                    raise SystemExit(f"the run ended before its last kill; see {root / 'log'}")
                 time.sleep(rng.uniform(0, 1))
                 load = os.getloadavg()[0]
                 begun.append({"process": name, "seconds": round(trial.kill(name), 1), "load": round(load, 1)})

@@ -281,6 +281,9 @@ def test_a_rank_that_hangs_is_ended_and_all_start_again(here: Config, tmp_path: 
             assert notes[-1].endswith("all start again from the last checkpoint")
             learners.restore(tmp_path / "checkpoints")
             assert learners.logprobs([26, 9, 7]) == undisturbed
+        kill(tmp_path, "learner-1")
+        learners.export(tmp_path / "policy")  # no step is there to be done again
+        assert (tmp_path / "policy" / "model.safetensors").exists()
     assert gone(tmp_path)
 
 
