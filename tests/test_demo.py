@@ -13,9 +13,9 @@ from started import run_module
 from aipo_graph import cli
 from aipo_graph.demo import Demo, settings
 from aipo_graph.demo.__main__ import command
-from aipo_graph.demo.asking import Asking
-from aipo_graph.demo.questions import Questions
+from aipo_graph.demo.options import Questions
 from aipo_graph.demo.terminal import Screen, Turn, summary, trace_of, turns, visible
+from aipo_graph.demo.web import Asking
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.open import open_task

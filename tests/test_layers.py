@@ -21,8 +21,7 @@ OURS = {
     "loops": set(),
     "cli": {"errors", "config", "load"},
     "trackers": {"errors", "config"},
-    "begun": {"errors", "config", "cli"},
-    "log": {"types", "errors", "config", "cli", "curves", "begun", "trackers"},
+    "log": {"types", "errors", "config", "cli", "curves", "trackers"},
     "tools": {"types", "errors", "config", "load"},
     "tasks": {"types", "errors", "config", "load", "tools"},
     "literals": set(),
@@ -150,7 +149,7 @@ def test_broad_handlers_stand_at_the_boundaries_only() -> None:
     assert found <= {f"aipo_graph/{name}" for name in theirs}
 
 
-STATEMENTS, FILES = 12_100, 101
+STATEMENTS, FILES = 12_000, 91
 """Of `aipo_graph/`, docstrings not counted: what stood when last something went. Lower them with each thing that goes."""
 
 

@@ -33,10 +33,8 @@ from aipo_graph.log import RunLog
 from aipo_graph.types import Learned, Problem, Segment, Status, Trace, TraceGroup
 from aipo_graph.view import __main__ as view
 from aipo_graph.view import page
-from aipo_graph.view.follow import Growing
-from aipo_graph.view.pieces import Pieces
-from aipo_graph.view.read import PAGE_TRACES, ViewedRun, index_of, read_run
-from aipo_graph.view.record import split
+from aipo_graph.view.read import PAGE_TRACES, Growing, ViewedRun, index_of, read_run
+from aipo_graph.view.record import Pieces, split
 from aipo_graph.view.serve import application
 
 TOKENIZER = RawTokenizer.from_file(str(data("operators") / "tokenizer.json"))

@@ -13,8 +13,7 @@ from rich.prompt import Prompt
 from rich.table import Table
 from rich.text import Text
 
-from aipo_graph.demo.options import Demo
-from aipo_graph.demo.questions import Questions
+from aipo_graph.demo.options import Demo, Questions
 from aipo_graph.errors import AipoError, EngineError
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.tokens import FEEDBACK, tags

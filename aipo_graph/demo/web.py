@@ -6,13 +6,15 @@ closed tab ends its runs; what was made until then is stored all the same.
 
 import asyncio
 import json
+import operator
 import re
 import socket
 import sqlite3
 import webbrowser
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import Context
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,23 +22,249 @@ from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from langchain_core.callbacks import AsyncCallbackHandler
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+from langgraph.types import Send
+from langsmith import tracing_context
 from pydantic import Field, ValidationError
 from rich.console import Console
+from typing_extensions import TypedDict
 
 from aipo_graph import __version__
 from aipo_graph.cli import printable
 from aipo_graph.config import Section
-from aipo_graph.demo.asking import Asking
-from aipo_graph.demo.options import MOST_SAMPLES, Demo
-from aipo_graph.demo.questions import Questions
-from aipo_graph.demo.threads import Json, Maker, Planned, Threads, open_threads
+from aipo_graph.demo.options import MOST_SAMPLES, Demo, Questions
 from aipo_graph.draw import layout
-from aipo_graph.errors import AipoError, ConfigError
+from aipo_graph.errors import AipoError, ConfigError, install
+from aipo_graph.evaluation.samples import ballot
 from aipo_graph.rollout.collect import Rollouts
-from aipo_graph.types import Problem
+from aipo_graph.rollout.graph import Graph
+from aipo_graph.tasks.grading import last_box
+from aipo_graph.types import Problem, Segment, Trace, derive_seed
 from aipo_graph.view.page import assemble, csp, has_display
-from aipo_graph.view.pieces import Pieces, open_pieces
+from aipo_graph.view.record import Pieces, open_pieces, segment_json, split
 from aipo_graph.view.serve import guard, secured, serving, told_to_end
+
+NEWEST = 200
+"""Questions that the history lists."""
+TITLE = 200
+"""Characters of a question in the history."""
+Json = dict[str, Any]
+"""A JSON object."""
+
+
+class Planned(TypedDict):
+    """One trace to be made."""
+
+    number: int
+    """Its place among the question's traces."""
+    sample: int
+    with_agents: bool
+    seed: str
+    """As text: JavaScript's integers end at 2^53."""
+
+
+class Asked(TypedDict):
+    """What a thread's checkpoints hold."""
+
+    question: Json
+    planned: list[Planned]
+    traces: Annotated[list[Json], operator.add]
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """The run context: how a planned trace is made. It must not raise, but say in the trace what went wrong."""
+
+    make: Callable[[Planned], Awaitable[Json]]
+
+
+async def trace(state: Planned, runtime: Runtime[Maker]) -> dict[str, list[Json]]:
+    return {"traces": [await runtime.context.make(state)]}
+
+
+def build() -> StateGraph[Any, Any, Any, Any]:
+    """All traces of a question at once; each is stored as it ends."""
+    graph = StateGraph(Asked, context_schema=Maker)
+    graph.add_node("trace", trace)
+    graph.add_conditional_edges(START, lambda asked: [Send("trace", planned) for planned in asked["planned"]], ["trace"])
+    graph.add_edge("trace", END)
+    return graph
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """The stored questions."""
+
+    graph: Graph
+    saver: "BaseCheckpointSaver[str]"
+
+    async def run(self, thread: str, question: Json, planned: list[Planned], maker: Maker) -> None:
+        """Makes and stores all traces of one question."""
+        listed = {"title": question["question"][:TITLE], "traces": len(planned)}
+        config: RunnableConfig = {"configurable": {"thread_id": thread}, "metadata": listed}
+        with tracing_context(enabled=False):  # it holds the gold answer, which is no tracer's
+            await self.graph.ainvoke({"question": question, "planned": planned, "traces": []}, config, context=maker)
+
+    async def history(self) -> list[Json]:
+        """The newest questions first: thread, what was asked, when (ISO 8601, UTC), and of how many traces."""
+        found = []
+        async for kept in self.saver.alist(None, filter={"source": "input"}, limit=NEWEST):
+            listed: Json = dict(kept.metadata)
+            thread = kept.config["configurable"]["thread_id"]
+            asked = {"title": listed.get("title", ""), "traces": listed.get("traces", 0), "asked": kept.checkpoint["ts"]}
+            found.append({"thread": thread, **asked})
+        return found
+
+    async def read(self, thread: str) -> Json | None:
+        """The question and its traces, as far as they have ended or had when the server died; None for a thread that there is not.
+
+        Raises ConfigError for one that is damaged.
+        """
+        try:
+            state = await self.graph.aget_state({"configurable": {"thread_id": thread}})
+        except ValueError as error:  # what is stored is no MessagePack
+            raise ConfigError(f"this question is damaged in the file of threads ({error}): delete it") from error
+        if not Asked.__required_keys__ <= state.values.keys():
+            return None
+        return {key: state.values[key] for key in Asked.__required_keys__}
+
+    async def forget(self, thread: str) -> None:
+        await self.saver.adelete_thread(thread)
+
+
+@asynccontextmanager
+async def open_threads(path: Path) -> AsyncIterator[Threads]:
+    """The threads of a SQLite file, made where there is none. Raises ConfigError."""
+    try:
+        import aiosqlite
+        from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+    except ImportError as error:
+        raise ConfigError(f"--web keeps earlier questions in SQLite: {error}; {install('web')}") from error
+    async with AsyncExitStack() as stack:
+        try:
+            await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
+            connection = await stack.enter_async_context(aiosqlite.connect(path))
+            # Not the default, which builds any class that a blob names (LANGGRAPH_STRICT_MSGPACK is read at the import).
+            saver = AsyncSqliteSaver(connection, serde=JsonPlusSerializer(allowed_msgpack_modules=None))
+            await saver.setup()
+            threads = Threads(build().compile(checkpointer=saver), saver)
+            await threads.history()
+        except (OSError, sqlite3.Error, ValueError) as error:
+            raise ConfigError(f"--threads {path}: {error}; name another file, or one that is new") from error
+        yield threads
+
+
+STOPPED = "stopped"
+"""The status of a trace that somebody stopped: beside those of types.Status, and on the page alone."""
+
+
+class Nodes(AsyncCallbackHandler):
+    """LangGraph tells it of everything that starts in a run; it tells the names of the graph's nodes."""
+
+    def __init__(self, tell: Callable[[str], None], known: Container[str]) -> None:
+        self._tell = tell
+        self._known = known
+
+    async def on_chain_start(
+        self, serialized: dict[str, Any], inputs: dict[str, Any], *, metadata: dict[str, Any] | None = None, **rest: Any
+    ) -> None:
+        name = rest.get("name")
+        # Routes and what runs within a node carry the node's name in their metadata alone; subgraphs have nodes of their own.
+        if isinstance(name, str) and name == (metadata or {}).get("langgraph_node") and name in self._known:
+            self._tell(name)
+
+
+class Asking:
+    """Makes the planned traces of one question. ``events`` holds what the page is to be told, None at the end."""
+
+    def __init__(self, rollouts: Rollouts, problem: Problem, pieces: Pieces | None) -> None:
+        self.events: asyncio.Queue[Json | None] = asyncio.Queue()
+        self._rollouts = rollouts
+        self._pieces = pieces
+        self._problem = problem
+        self._running: set[asyncio.Task[Json]] = set()
+        self._stopped = False
+
+    def plan(self, modes: Sequence[bool], samples: int, seed: int) -> list[Planned]:
+        """With the seeds that the terminal takes: the same settings show the same traces there."""
+        seeds = [str(derive_seed(seed, "demo", self._problem.question, sample)) for sample in range(samples)]
+        runs = [(with_agents, sample) for with_agents in modes for sample in range(samples)]
+        return [
+            {"number": number, "sample": sample, "with_agents": with_agents, "seed": seeds[sample]}
+            for number, (with_agents, sample) in enumerate(runs)
+        ]
+
+    def stop(self) -> None:
+        """Ends the runs; what they made so far are their traces."""
+        self._stopped = True
+        for task in self._running:
+            task.cancel()
+
+    async def make(self, planned: Planned) -> Json:
+        """One trace, told as it is made. A fault of ours in it is its error; a bug in a graph's own code is raised."""
+        made = [Trace(self._problem.id, int(planned["seed"]), planned["with_agents"], (), ())]
+        # In a context of its own, in which LangGraph does not know that it runs within a graph.
+        task = asyncio.create_task(self._run(planned, made), context=Context())
+        self._running.add(task)
+        if self._stopped:
+            task.cancel()
+        try:
+            await asyncio.wait([task])
+        finally:
+            task.cancel()
+            self._running.discard(task)
+        shown = self._shown(planned, made[0], STOPPED) if task.cancelled() else task.result()
+        self._tell(planned, {"event": "trace", "trace": shown})
+        return shown
+
+    async def _run(self, planned: Planned, made: list[Trace]) -> Json:
+        def visit(node: str) -> None:
+            made[0] = replace(made[0], path=(*made[0].path, node))
+            self._tell(planned, {"event": "node", "node": node})
+
+        def append(segments: Sequence[Segment]) -> None:
+            made[0] = replace(made[0], segments=(*made[0].segments, *segments))
+            self._tell(planned, {"event": "segments", "segments": self._segments(made[0].segments)[-len(segments) :]})
+
+        which = "graph" if planned["with_agents"] else "solo"
+        graph = getattr(self._rollouts, which)
+        rollouts = replace(self._rollouts, **{which: graph.with_config(callbacks=[Nodes(visit, graph.nodes)])})
+        start = rollouts.run_trace if self._problem.answer else rollouts.run_graph
+        try:
+            trace = await start(self._problem, seed=int(planned["seed"]), with_agents=planned["with_agents"], on_segments=append)
+        except AipoError as error:
+            trace = replace(made[0], status="failed", error=f"{type(error).__name__}: {error}")
+        if not trace.trained:
+            trace = replace(trace, path=made[0].path)  # with the node that failed
+        return self._shown(planned, trace)
+
+    def _tell(self, planned: Planned, event: Json) -> None:
+        self.events.put_nowait({"run": planned["number"], **event})
+
+    def _shown(self, planned: Planned, trace: Trace, status: str = "") -> Json:
+        """The trace as the viewer's components take it, and its vote."""
+        box = last_box(trace.reply) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
+        return {
+            **planned,
+            "status": status or trace.status,
+            "error": trace.error,
+            "scores": dict(trace.scores),
+            "reward": trace.scores.get("reward"),
+            "right": trace.reward >= 1 if self._problem.answer and trace.trained and not status else None,
+            "answer": box,
+            "vote": ballot(box),
+            "path": list(trace.path),
+            "segments": self._segments(trace.segments),
+        }
+
+    def _segments(self, segments: Sequence[Segment]) -> list[Json]:
+        return [segment_json(segment, tokens) for segment, tokens in zip(segments, split(segments, self._pieces), strict=True)]
+
 
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("vendor/htm-preact.umd.js", "start.js", "tokens.js", "graph.js", str(STATIC / "demo.js"))

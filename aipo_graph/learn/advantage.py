@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 
-from ..types import differ
+from aipo_graph.types import differ
 
 Estimator = Callable[[float, Sequence[float]], float]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Loss
-from ..errors import GraphError, TrainError
-from ..types import Segment, Trace, TraceGroup
-from .advantage import advantages
+from aipo_graph.config import Loss
+from aipo_graph.errors import GraphError, TrainError
+from aipo_graph.learn.advantage import advantages
+from aipo_graph.types import Segment, Trace, TraceGroup
 
 SOURCES = {"context": 0, "policy": 1, "agent": 2}
 CONTEXT, POLICY, AGENT = SOURCES.values()

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import hf_storage, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..errors import ConfigError
-from . import shards
+from aipo_graph.errors import ConfigError
+from aipo_graph.learn import shards
 
 MANIFEST, STATE, LATEST, FORMAT = "MANIFEST.json", "state.json", "LATEST", 1
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

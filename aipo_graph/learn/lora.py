@@ -12,9 +12,9 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..config import Policy
-from ..errors import ConfigError, install
-from .shards import from_first, whole
+from aipo_graph.config import Policy
+from aipo_graph.errors import ConfigError, install
+from aipo_graph.learn.shards import from_first, whole
 
 ADAPTER = "default"
 """peft's name of the only adapter."""

@@ -24,8 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config import Loss
-from .batch import AGENT, POLICY, Batch
+from aipo_graph.config import Loss
+from aipo_graph.learn.batch import AGENT, POLICY, Batch
 
 CLAMP = 20.0
 """Bound of every log-ratio."""

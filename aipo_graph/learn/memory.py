@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ..config import Config
-from . import lora
-from .model import CHUNK
+from aipo_graph.config import Config
+from aipo_graph.learn import lora
+from aipo_graph.learn.model import CHUNK
 
 Phase = Literal["sampling", "learning"]
 BOTH: tuple[Phase, ...] = ("sampling", "learning")

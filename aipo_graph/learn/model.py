@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils.logging import disable_progress_bar
 
-from ..errors import ConfigError, EngineError, TrainError
-from ..forward import EXACT, MISFITS, affordable, borders, first_line, own_logprobs, probe_rows, scaled_from, use_exact_attention
-from . import lora, shards
-from .checkpoint import atomic_directory
+from aipo_graph.errors import ConfigError, EngineError, TrainError
+from aipo_graph.forward import EXACT, MISFITS, affordable, borders, first_line, own_logprobs, probe_rows, scaled_from, use_exact_attention
+from aipo_graph.learn import lora, shards
+from aipo_graph.learn.checkpoint import atomic_directory
 
 CHUNK = 2**26
 """Most logits in memory at once (256 MiB of float32)."""

@@ -15,6 +15,6 @@ def view(run: Any, other: Any = None, *, out: str | Path | None = None, traces: 
 
     Raises ConfigError in one line.
     """
-    from .__main__ import make  # only readers of a page wait for it
+    from aipo_graph.view.__main__ import make  # only readers of a page wait for it
 
     return make([str(getattr(found, "dir", found)) for found in (run, other) if found is not None], out, traces, open)

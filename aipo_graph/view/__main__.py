@@ -15,9 +15,8 @@ from aipo_graph import cli
 from aipo_graph.cli import write_whole
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import nearest
-
-from .page import SCRIPTS, STYLES, assemble, has_display
-from .read import ViewedRun, index_of, read_run
+from aipo_graph.view.page import SCRIPTS, STYLES, assemble, has_display
+from aipo_graph.view.read import ViewedRun, index_of, read_run
 
 RUNS = Path("runs")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -103,7 +102,7 @@ def write(folders: Sequence[Path], out: Path, traces: int, console: Console) -> 
 
 def show(folders: Sequence[Path], traces: int, host: str, port: int, opens: bool, console: Console) -> None:
     """The page, served until Ctrl-C."""
-    from .serve import application, serve  # half a second that the file does not need
+    from aipo_graph.view.serve import application, serve  # half a second that the file does not need
 
     runs = [ViewedRun(folder, traces, live=True) for folder in folders]
     for viewed in runs:

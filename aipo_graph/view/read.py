@@ -1,17 +1,18 @@
 """A run's folder as the page is told of it: an index of its traces, and the traces in pages. Nothing of the folder is ever run."""
 
+import errno
 import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from pydantic_core import from_json, to_json
 
 from aipo_graph import __version__
@@ -19,11 +20,149 @@ from aipo_graph.cli import read_yaml
 from aipo_graph.errors import ConfigError
 from aipo_graph.log import LOGGED_GROUP, LoggedGroup
 from aipo_graph.types import TRAINED
+from aipo_graph.view.record import Pieces, Row, open_pieces, rounded, rows, trace_of
 
-from .follow import Growing
-from .graph import END, START, graph_of_paths, read_graph
-from .pieces import Pieces, open_pieces
-from .record import Row, rounded, rows, trace_of
+START, END = "__start__", "__end__"
+WIDE, TALL, GAP, MARGIN, APART, LIFT = 110, 44, 70, 10, 7, 34
+"""A box's width and height; between boxes; the rim; from an edge to its way back; an edge that passes over boxes, per box."""
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class _Node(_Form):
+    name: str
+    label: str
+    role: Literal["policy", "agent", "tool", "end"]
+    x: float
+    y: float
+    width: PositiveFloat
+    height: PositiveFloat
+
+
+class _Edge(_Form):
+    source: str
+    target: str
+    conditional: bool
+    points: Annotated[tuple[tuple[float, float], ...], Field(min_length=4, max_length=4)]
+
+
+class _Graph(_Form):
+    width: PositiveFloat
+    height: PositiveFloat
+    nodes: tuple[_Node, ...]
+    edges: tuple[_Edge, ...]
+
+
+def read_graph(text: bytes) -> dict[str, Any]:
+    """What graph.json says. Raises ConfigError where it is damaged."""
+    try:
+        return _Graph.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc'])) or 'graph'}: {first['msg']}") from error
+
+
+def graph_of_paths(names: Iterable[str], moves: Iterable[tuple[str, str]], agents: Collection[str]) -> dict[str, Any]:
+    """Nodes side by side in the given order, between start and end; an edge for each move that a trace made."""
+    order = [START, *names, END]
+    place = {name: i for i, name in enumerate(order)}
+    edges = [(one, two) for one, two in moves if one in place and two in place]
+    lift = max((LIFT * _over(place[one], place[two]) for one, two in edges), default=0)
+    middle = MARGIN + lift + TALL / 2
+    nodes = [
+        {
+            "name": name,
+            "label": name.strip("_") if name in (START, END) else name,
+            "role": "end" if name in (START, END) else "agent" if name in agents else "policy",
+            "x": MARGIN + WIDE / 2 + i * (WIDE + GAP),
+            "y": middle,
+            "width": WIDE,
+            "height": TALL,
+        }
+        for name, i in place.items()
+    ]
+    drawn = [{"source": a, "target": b, "conditional": True, "points": _points(place[a], place[b], middle)} for a, b in edges]
+    return {"width": 2 * MARGIN + len(order) * (WIDE + GAP) - GAP, "height": 2 * middle, "nodes": nodes, "edges": drawn}
+
+
+def _over(source: int, target: int) -> int:
+    """How high an edge goes, in lifts: not at all between neighbours."""
+    step = abs(target - source)
+    return 0 if step == 1 else max(step, 1)
+
+
+def _points(source: int, target: int, middle: float) -> list[list[float]]:
+    """A cubic curve: straight to the next box, over the boxes for a longer way, under them for one back."""
+    one, two = (MARGIN + WIDE / 2 + i * (WIDE + GAP) for i in (source, target))
+    step = target - source
+    if abs(step) == 1:
+        y = middle - step * APART
+        x0, x1 = one + step * WIDE / 2, two - step * WIDE / 2
+        return [[x0, y], [x0, y], [x1, y], [x1, y]]
+    side = -1 if step >= 0 else 1
+    near, far = middle + side * TALL / 2, middle + side * (TALL / 2 + LIFT * _over(source, target))
+    lean = WIDE / 4 if step == 0 else 0
+    return [[one - lean, near], [one - 2 * lean, far], [two + 2 * lean, far], [two + lean, near]]
+
+
+SEEN = 64
+"""Bytes of the last line that must still be there for what follows them to be a continuation."""
+
+
+def opened(path: Path) -> BinaryIO:
+    """For its bytes. Raises OSError for what is no file: one would wait for a pipe without end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a file")
+    return path.open("rb")
+
+
+class Growing:
+    """Gives every whole line of a growing file once. No file is an empty one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.forget()
+
+    def forget(self) -> None:
+        """Start again with the first line."""
+        self.lines = self._offset = 0
+        self.rest = False
+        """Whether something without an end follows the last line."""
+        self.fault = ""
+        """Why the file cannot be read."""
+        self._seen = b""
+
+    def rewritten(self) -> bool:
+        """Whether what was read is no longer there: a run that goes on cuts off what came after its checkpoint."""
+        if not self._offset:
+            return False
+        try:
+            with opened(self.path) as file:
+                file.seek(self._offset - len(self._seen))
+                return file.read(len(self._seen)) != self._seen
+        except OSError:
+            return True
+
+    def read(self) -> Iterator[tuple[int, bytes]]:
+        """(offset, line) of each line that is new; ``lines`` is the number of the last one, from 1."""
+        self.rest, self.fault = False, ""
+        try:
+            with opened(self.path) as file:
+                file.seek(self._offset)
+                for line in file:
+                    self.rest = not line.endswith(b"\n")
+                    if self.rest:
+                        return
+                    start, self._offset, self._seen = self._offset, self._offset + len(line), line[-SEEN:]
+                    self.lines += 1
+                    yield start, line
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.fault = error.strerror or str(error)
+
 
 PAGE_TRACES, PAGE_BYTES = 50, 256_000
 """A page holds no more traces, and is closed by the one with which its lines are this long."""

@@ -14,9 +14,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from aipo_graph.errors import ConfigError
-
-from .page import csp
-from .read import ViewedRun, index_of
+from aipo_graph.view.page import csp
+from aipo_graph.view.read import ViewedRun, index_of
 
 
 def guard(host: str) -> Middleware:
