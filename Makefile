@@ -8,7 +8,7 @@ RUN ?= runs/quickstart
 MODEL ?= $(firstword $(wildcard runs/quickstart/policy) operators)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm browser train view test lint types docs demo evaluate study report screenshots bench vllmbench faults clean
+.PHONY: help setup vllm browser train view test lint types docs demo evaluate study report screenshots bench against vllmbench faults clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -81,6 +81,11 @@ screenshots: $(READY) browser  ## Make the screenshots in docs/img; RUN=folder, 
 
 bench: $(READY)  ## Measure tokens/s of engine, graph and learner
 	$(PY) benchmarks/bench.py $(ARGS)
+
+against: $(READY)  ## One step beside TRL's GRPOTrainer, in .venv-trl: seconds, tokens, memory
+	test -x .venv-trl/bin/python || $(PY) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0
+	$(PY) benchmarks/against_trl.py $(ARGS)
 
 vllmbench: vllm  ## Measure tokens/s of bare vLLM, and of its traces through the graph
 	.venv-vllm/bin/python benchmarks/bench_vllm.py $(ARGS)

@@ -1,0 +1,262 @@
+"""`make against`: one GRPO step without agents, ours and TRL's, on the same model, prompts, reward and one thread: seconds, tokens, memory.
+
+Both stand ready in processes of their own (TRL's in `.venv-trl`) and take steps in turn, so that both see the same load; medians and
+ranges are shown. A step samples, rewards and learns; tokens are those sampled, counted on both sides. Models have random weights but for
+the shipped one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+PROBLEMS, TRACES, STEPS, WARM = 16, 8, 5, 1
+"""128 traces a step; of the steps, those that are not counted."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy and how long its completions are."""
+
+    layers: int
+    width: int
+    vocabulary: int
+    longest: int
+    uniform: bool = False
+    """Every token is as likely as any, so that completions end by chance: their mean length is the vocabulary's size."""
+
+
+CASES = {
+    "shipped": Case(0, 0, 0, 64),
+    "1m": Case(4, 128, 45, 64),
+    "32k": Case(4, 128, 32_000, 64),
+    "lengths": Case(4, 128, 100, 512, uniform=True),
+}
+
+
+def reward(question: str, reply: str) -> float:
+    """Differs between the traces of a group, so that each step learns."""
+    return sum(map(ord, reply)) % 7 / 7
+
+
+def make(case: Case, folder: Path) -> None:
+    """The policy's folder, and `prompts.json`. Needs aipo_graph."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+    from aipo_graph import Config
+    from aipo_graph.load import model
+    from aipo_graph.tasks.open import open_task
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shipped = model("operators")
+    tokenizer = AutoTokenizer.from_pretrained(shipped)
+    task, count = open_task(Config()), PROBLEMS * (STEPS + WARM)
+    questions = [task.train(index).question for index in range(count)]
+    if case.vocabulary > len(tokenizer):
+        words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, case.vocabulary)}
+        plain = Tokenizer(models.WordLevel(words, unk_token="w2"))
+        plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
+        questions = [" ".join(f"w{2 + (31 * index + 7 * place) % (case.vocabulary - 2)}" for place in range(12)) for index in range(count)]
+    if case.layers:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=case.width, num_hidden_layers=case.layers, num_attention_heads=4, intermediate_size=4 * case.width,
+            vocab_size=len(tokenizer), max_position_embeddings=1024, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        policy = AutoModelForCausalLM.from_config(config)
+        if case.uniform:
+            policy.lm_head.weight.data.zero_()
+    else:
+        policy = AutoModelForCausalLM.from_pretrained(shipped)
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "prompts.json").write_text(json.dumps(questions))
+
+
+def ours(case: Case, folder: Path) -> None:
+    """Takes a step for every line of the standard input."""
+    import asyncio
+    import gc
+
+    import torch
+
+    from aipo_graph import Config, load
+    from aipo_graph.engines.local import LocalEngine
+    from aipo_graph.learn.batch import pack
+    from aipo_graph.learn.learner import Learner
+    from aipo_graph.rollout.collect import Rollouts
+    from aipo_graph.tasks.open import open_task
+
+    torch.set_num_threads(1)
+    rows = [{"question": question, "answer": "0"} for question in json.loads((folder / "prompts.json").read_text())]
+    config = Config(
+        policy={"model": str(folder)},
+        task={"name": "dataset", "data": "object:rows", "reward": "object:reward"},
+        rollout={"problems": PROBLEMS, "traces": TRACES, "with_agents": 0.0, "max_tokens": case.longest},
+        agents={"use": {}},
+        optimizer={"lr": 1e-6},
+        run={"device": "cpu", "threads": 1},
+    )
+
+    async def serve() -> None:
+        with load.given({"rows": rows, "reward": reward}):
+            sampler, learner = LocalEngine.load(config, str(folder)), Learner(config, str(folder))
+            rollouts = Rollouts.open(config, sampler, open_task(config))
+            gc.freeze()  # as in training
+            say(ready=True)
+            for step, _ in enumerate(sys.stdin):
+                started = time.perf_counter()
+                await sampler.load_weights(learner.weights(), learner.version)
+                groups = await rollouts.run_groups([rollouts.draw(PROBLEMS * step + index) for index in range(PROBLEMS)])
+                learner.step(pack(groups, config.loss, learner.version))
+                seconds = time.perf_counter() - started
+                traces = [trace for group in groups for trace in group.traces]
+                sampled = sum(len(s.token_ids) for trace in traces for s in trace.segments if s.source == "policy")
+                say(seconds=seconds, tokens=sampled, traces=len(traces))
+
+    asyncio.run(serve())
+
+
+def trl(case: Case, folder: Path) -> None:
+    """The same, of GRPOTrainer. Runs where TRL is installed."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(1)
+    sampled: list[int] = []
+
+    def score(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        sampled.extend(map(len, completion_ids))
+        return [reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not sys.stdin.readline():
+                os._exit(0)
+            sampled.clear()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            say(seconds=time.perf_counter() - self.started, tokens=sum(sampled), traces=len(sampled))
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            say(ready=True)
+
+    settings = GRPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=PROBLEMS * TRACES, num_generations=TRACES,
+        max_completion_length=case.longest, learning_rate=1e-6, max_steps=STEPS + WARM, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, shuffle_dataset=False, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1000,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder), score, settings, callbacks=[Turns()],
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in json.loads((folder / "prompts.json").read_text())]),
+        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+    )  # fmt: skip
+    trainer.train()
+
+
+def say(**found: Any) -> None:
+    """A line for the parent, with the most memory that this process has had, in MB."""
+    print(MARK + json.dumps(found | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}), flush=True)
+
+
+MARK = "step:"
+
+
+class Side:
+    """A process that stands ready for steps."""
+
+    def __init__(self, name: str, python: str, case: str, folder: Path) -> None:
+        self.name = name
+        alone = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [python, __file__, "--side", name, "--cases", case, "--folder", str(folder)]
+        log = (folder / f"{name}.log").open("w")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=alone)
+        self._heard()
+
+    def _heard(self) -> dict[str, Any]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        sys.exit(f"error: {self.name} ended with {self._process.wait()}; see its log in the folder of the case")
+
+    def step(self) -> dict[str, Any]:
+        assert self._process.stdin
+        print("go", file=self._process.stdin, flush=True)
+        return self._heard()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def compare(name: str, python: str, folder: Path) -> list[dict[str, Any]]:
+    """Steps in turn: rows of seconds, tokens and memory by side."""
+    sides = [Side("ours", sys.executable, name, folder), Side("trl", python, name, folder)]
+    try:
+        rounds = [{side.name: side.step() for side in (sides if turn % 2 else sides[::-1])} for turn in range(STEPS + WARM)]
+    finally:
+        for side in sides:
+            side.end()
+    return rounds[WARM:]
+
+
+def shown(name: str, rounds: Sequence[dict[str, Any]]) -> None:
+    for side in ("ours", "trl"):
+        seconds = [row[side]["seconds"] for row in rounds]
+        tokens = statistics.median(row[side]["tokens"] for row in rounds)
+        memory = max(row[side]["memory"] for row in rounds)
+        median = statistics.median(seconds)
+        print(
+            f"{name:9} {side:5} {median:7.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {tokens:7,.0f} tokens, "
+            f"{tokens / median:7,.0f} tokens/s, {memory:6,.0f} MB"
+        )
+    rates = [row["ours"]["tokens"] / row["ours"]["seconds"] * row["trl"]["seconds"] / row["trl"]["tokens"] for row in rounds]
+    print(f"{name:9} tokens/s, ours to TRL's: {statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--python", default=".venv-trl/bin/python", help="of the environment with TRL (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench/against_trl"), help="of models, logs and results")
+    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        return {"ours": ours, "trl": trl}[given.side](CASES[given.cases[0]], given.folder)
+    if not Path(given.python).exists():
+        sys.exit(f"error: no {given.python}: run `make against`, which makes it")
+    versions = subprocess.run([given.python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout.split()
+    hardware = f"{os.cpu_count()} shared cores, 1 in use, {platform.machine()}"
+    about = {
+        "date": date.today().isoformat(),
+        "hardware": hardware,
+        "versions": [v for v in versions if v.startswith(("trl=", "torch=", "transformers="))],
+    }
+    found = {}
+    for name in given.cases:
+        make(CASES[name], given.folder / name)
+        found[name] = compare(name, given.python, given.folder / name)
+        shown(name, found[name])
+        (given.folder / "results.json").write_text(json.dumps(about | {"cases": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
