@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import signal
 import sys
 from itertools import pairwise
 from types import ModuleType
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 # The Hub's and vLLM's usage reports, read when they are imported: nothing leaves this machine unasked. A value of the user's own stays.
 os.environ.setdefault("DO_NOT_TRACK", "1")
 if sys.argv[:1] == ["-m"] and any(option == "-m" and name.startswith(f"{__name__}.") for option, name in pairwise(sys.orig_argv)):
-    gc.disable()  # a command starts: a quarter of it would go into looking for garbage among what is imported; cli.main turns it on
+    # A command starts; cli.main undoes both. A quarter of the start would go into looking for garbage among what is imported, and Ctrl-C
+    # would show a traceback of it.
+    gc.disable()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 __version__ = "0.1.0"
 __all__ = ["Agent", "Config", "PolicyChatModel", "Run", "evaluate", "train", "view"]
 COMMANDS = {"train", "evaluate", "view"}

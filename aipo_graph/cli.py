@@ -6,6 +6,7 @@ import difflib
 import errno
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ def write_whole(path: Path, text: str) -> None:
 def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and turn an expected failure into one line on stderr; returns the exit code (0, 2, 130)."""
     gc.enable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     atexit.register(gc.freeze)  # nothing is looked through for garbage at the end: with torch loaded that takes seconds
     try:
         command(list(sys.argv[1:] if argv is None else argv))

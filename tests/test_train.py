@@ -296,3 +296,20 @@ def test_a_wrong_model_name_ends_the_run_at_the_first_consult(tmp_path: Path) ->
     assert last.startswith("error: agent 'knowledge': ")
     assert "the provider has no such model or address: correct agents.models.knowledge" in last
     assert read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl") == []
+
+
+def test_ctrl_c_while_libraries_are_imported_ends_the_command_without_a_word(tmp_path: Path) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-m", "aipo_graph.train"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs the tests may ignore it
+    )
+    while "libtorch" not in Path(f"/proc/{command.pid}/maps").read_text():
+        assert command.poll() is None
+        time.sleep(0.01)
+    command.send_signal(signal.SIGINT)
+    _, said = command.communicate(timeout=100)
+    assert (command.returncode, said) == (-signal.SIGINT, "")
+    assert not (tmp_path / "runs").exists()
