@@ -80,7 +80,7 @@ def folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the pages' commands expect: configs, prompts, examples and finished runs."""
     for name in ("configs", "prompts", "examples"):
         shutil.copytree(root / name, tmp_path / name)
-    for name in ("calculator", "expert"):
+    for name in ("calculator", "expert", "legs"):
         shutil.copytree(data("operators"), tmp_path / "examples" / name / "policy", dirs_exist_ok=True)
     (tmp_path / "gpqa_diamond.csv").touch()
     for name, config in (("qwen3_1p7b_lora", "qwen3_1p7b_lora_1gpu"), ("quickstart", "quickstart"), ("masked", "quickstart")):
