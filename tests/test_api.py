@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -104,6 +105,15 @@ def test_a_callback_logs_and_stops_and_the_same_call_goes_on(policy: str) -> Non
     with pytest.raises(ConfigError, match="has no policy yet"):
         _ = run.policy
     assert trained(policy, steps=3).summary["steps"] == 3
+
+
+def test_a_run_that_cannot_be_saved_says_so_at_its_start(
+    policy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    trained(policy, steps=1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert 0 <= said.find("this run cannot be saved") < said.find("step 1/1")
 
 
 def test_an_asynchronous_callback_is_awaited_and_what_tracers_had_set_is_as_before(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:

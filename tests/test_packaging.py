@@ -1,5 +1,6 @@
 """The wheel carries all that a run needs, and works in an empty folder."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ from test_chat_graph import tokenizer
 from test_messages import QWEN
 
 from aipo_graph import __version__
+from aipo_graph.config import Config
+from aipo_graph.load import load
 
 pytestmark = pytest.mark.slow
 
@@ -161,3 +164,13 @@ def test_constraints_pin_every_direct_dependency_within_its_range(root: Path) ->
 def test_make_targets_have_a_help_line(root: Path, target: str) -> None:
     done = subprocess.run(["make", "--no-print-directory"], cwd=root, capture_output=True, text=True, check=True)
     assert re.search(rf"^  make {target} +\S", done.stdout, re.MULTILINE)
+
+
+def test_a_bench_writes_past_the_results_that_the_docs_quote(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quoted = root / "benchmarks" / "results" / "bench.json"
+    before = quoted.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    bench = load(f"{root}/benchmarks/bench.py:report")
+    bench(Config(), {key: [1.0] for key in ("graph", "engine", "ratio", "learner", "superstep")}, quoted.name)
+    assert json.loads((tmp_path / "runs" / "bench" / quoted.name).read_text())["rows"]["ratio"] == [1.0]
+    assert quoted.read_bytes() == before
