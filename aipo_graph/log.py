@@ -26,6 +26,8 @@ from aipo_graph.errors import ConfigError
 from aipo_graph.trackers import Trackers
 from aipo_graph.types import Learned, TraceGroup
 
+# --- a begun run that goes on: which of its settings and files have changed, which may, and what was changed when
+
 CONFIG, FILES, CHANGES = "config.yaml", "files.json", "changes.jsonl"
 PLACES = ("run.name", "run.dir")
 """Where a run lies is nothing of it."""
@@ -113,6 +115,9 @@ def _read(path: Path) -> dict[str, str]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); delete it: the files are then taken as they are") from error
+
+
+# --- the log
 
 
 @dataclass(frozen=True, slots=True)

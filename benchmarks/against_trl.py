@@ -44,7 +44,7 @@ CASES = {
 }
 
 
-def reward(question: str, reply: str) -> float:
+def reward(reply: str) -> float:
     """Differs between the traces of a group, so that each step learns."""
     return sum(map(ord, reply)) % 7 / 7
 
@@ -141,9 +141,9 @@ def trl(case: Case, folder: Path) -> None:
     torch.set_num_threads(1)
     sampled: list[int] = []
 
-    def score(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def score(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         sampled.extend(map(len, completion_ids))
-        return [reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        return list(map(reward, completions))
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""The demo's command line: the settings of a run, and what is shown how."""
+"""What is asked of the demo: its command line, the settings of a run and what is shown how; and the questions that people type."""
 
 import random
 import sys
@@ -100,6 +100,8 @@ def _ordered(argv: Sequence[str]) -> list[str]:
             options += [word, *islice(rest, 1)]
     return [*words, *options]
 
+
+# --- from what a person types to a problem
 
 POOL = 256
 """Held-out problems of a kind that are drawn from, and whose answers are known."""

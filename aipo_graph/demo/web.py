@@ -57,6 +57,12 @@ Json = dict[str, Any]
 """A JSON object."""
 
 
+# --- asked questions as LangGraph threads in SQLite, each a run of a small graph whose checkpoints hold the question and its traces
+
+# The rollouts' own graphs run inside of its nodes and without a checkpointer: a graph of one's own may keep in its state what cannot be
+# stored, it knows nothing of scores and errors, and plain JSON is read back without building an object of any class.
+
+
 class Planned(TypedDict):
     """One trace to be made."""
 
@@ -158,6 +164,8 @@ async def open_threads(path: Path) -> AsyncIterator[Threads]:
             raise ConfigError(f"--threads {path}: {error}; name another file, or one that is new") from error
         yield threads
 
+
+# --- one question being answered: its graph runs, all at once, and the events from which the page draws them
 
 STOPPED = "stopped"
 """The status of a trace that somebody stopped: beside those of types.Status, and on the page alone."""
@@ -265,6 +273,8 @@ class Asking:
     def _segments(self, segments: Sequence[Segment]) -> list[Json]:
         return [segment_json(segment, tokens) for segment, tokens in zip(segments, split(segments, self._pieces), strict=True)]
 
+
+# --- the server
 
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("vendor/htm-preact.umd.js", "start.js", "tokens.js", "graph.js", str(STATIC / "demo.js"))

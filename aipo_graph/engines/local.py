@@ -21,6 +21,8 @@ from aipo_graph.forward import first_line
 from aipo_graph.messages import decode
 from aipo_graph.types import Completion, Stop
 
+# --- where sampling stops: EOS ids, token sequences, strings in the decoded text
+
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
@@ -72,6 +74,11 @@ class Stops:
         text = self._decode(sampled[-rule.tail :])
         return any(string in text for string in rule.strings)
 
+
+# --- when a batch may form: once every active graph run waits for the engine and no consult is in flight
+
+# Runs come back from their helpers at times that nothing controls. Whoever samples only at such points sees the same requests together in
+# every repetition of a job, hence the same floating-point sums.
 
 QUIET_TURNS = 8
 """Event-loop turns without news after which all requests of a fan-out have arrived (one was enough for LangGraph 1.2)."""
@@ -151,6 +158,8 @@ class Barrier:
             await asyncio.sleep(0)
             quiet = quiet + 1 if seen == self.events else 0
 
+
+# --- the engine
 
 PREFILL_TOKENS = 16384
 """Padded tokens of one prefill forward."""

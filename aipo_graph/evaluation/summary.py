@@ -1,4 +1,4 @@
-"""What the samples of an evaluation say: its figures, from each part's lines of samples.jsonl."""
+"""What the samples of an evaluation say: its figures, from each part's lines of samples.jsonl, and the estimators behind them."""
 
 import functools
 import math
@@ -21,6 +21,9 @@ EXACT_FLIPS = 12
 Values = dict[str, Any]
 Rates = dict[str, float]
 """Problem -> its estimate."""
+
+
+# --- estimators, as pure functions: pass@k, maj@k, intervals, a paired test
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -126,6 +129,9 @@ def sign_flip(differences: Sequence[float], seed: int) -> float:
     rng = np.random.default_rng(seed)
     hits = sum(int((abs(rng.choice((-1.0, 1.0), size=(1000, len(given))) @ given) >= observed).sum()) for _ in range(FLIPS // 1000))
     return (hits + 1) / (FLIPS + 1)
+
+
+# --- figures
 
 
 def summarise(parts: Sequence[Part], samples: Mapping[Key, Sample], k: Sequence[int], seed: int) -> Values:

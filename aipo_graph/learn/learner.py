@@ -32,6 +32,8 @@ from aipo_graph.learn.model import (
 )
 from aipo_graph.types import Learned, Trace, TraceGroup, derive_seed
 
+# --- what an update makes of each token: for people who look at traces
+
 Columns = tuple[list[float | None], ...]
 """Of one row, by token: logprobs, ratios, advantages, coefficients."""
 
@@ -72,6 +74,8 @@ def _learned(trace: Trace, rows: Iterator[Columns]) -> Learned:
     logprobs, ratios, advantages, coefficients = map(tuple, parts)
     return Learned(logprobs, ratios, advantages, coefficients)
 
+
+# --- the learner
 
 BAD_STEPS = 3
 """Bad steps in a row that end a run."""

@@ -1,4 +1,7 @@
-"""Helper agents: what a consult reaches. An agent is an instance: a name, tools, and a chat model with a prompt or none."""
+"""Helper agents: what a consult reaches. An agent is an instance: a name, tools, and a chat model with a prompt or none.
+
+Prompt files, which policy nodes read, too, come first.
+"""
 
 import asyncio
 import re
@@ -24,6 +27,8 @@ from aipo_graph.rollout.faults import BadBody, is_lasting, is_transient, overflo
 from aipo_graph.rollout.tokens import quoted
 from aipo_graph.rollout.tools import Tool, answer, shown, text
 from aipo_graph.types import Reply, Request, derive_seed
+
+# --- prompt files: one Markdown file per name, plain text with `{field}` places (a literal brace is doubled)
 
 FIELDS = ("question", "query", "transcript")
 """What a prompt may ask for: the problem's question, the consult's query, the thread so far."""
@@ -74,6 +79,8 @@ def _fields(text: str) -> list[str]:
     """Raises ValueError for a stray brace."""
     return [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
 
+
+# --- agents
 
 BREAK_AFTER = 5
 """Failed consults in a row after which an agent is spared."""

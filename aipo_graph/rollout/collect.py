@@ -1,4 +1,4 @@
-"""Runs graphs over problems: one trace, one group, groups of many problems. Every token is checked against the ledger."""
+"""Opens what a config names, and runs graphs over problems: one trace, one group, many. Every token is checked against the ledger."""
 
 import asyncio
 import os
@@ -34,6 +34,8 @@ from aipo_graph.rollout.tools import check_alone
 from aipo_graph.tasks.grading import leaks
 from aipo_graph.tasks.rewards import Rewards
 from aipo_graph.types import TRAINED, Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed, differ
+
+# --- the graphs and agents that a config names by path
 
 
 def open_graph(path: str) -> Graph:
@@ -91,6 +93,8 @@ def _open_agent(name: str, path: str, config: Config, chat: BaseChatModel | None
         concurrency=settings.concurrency,
     )
 
+
+# --- graph runs
 
 OnSegments = Callable[[tuple[Segment, ...]], None]
 T = TypeVar("T")

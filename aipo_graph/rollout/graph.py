@@ -1,4 +1,4 @@
-"""What a rollout graph is made of: its state, its run context, and the nodes that sample and consult."""
+"""What a rollout graph is made of: its state, its run context, the nodes that sample and consult, and the routes between them."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -189,6 +189,8 @@ def agent_node(name: str, thread: str = "main") -> Node:
 
     return consult
 
+
+# --- routes: plain functions of the state (and the run's context) that return a node's name
 
 Route = Callable[[State, Runtime[Context]], str]
 

@@ -1,4 +1,4 @@
-"""An endless stream of training steps: which problems are under way, and where new weights enter."""
+"""An endless stream of training steps: which problems are under way, and where new weights enter and are seen to have taken effect."""
 
 import asyncio
 import time
@@ -11,6 +11,8 @@ from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.rollout.collect import Draw, has_signal, too_long
 from aipo_graph.types import Engine, TraceGroup
+
+# --- did a weight load take effect? The engine's logprobs of a fixed text are compared with the learner's
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest mean gap between two implementations of one model. In bfloat16 their roundings differ in every layer."""
@@ -53,6 +55,8 @@ class SyncCheck:
         self._before = probe, tuple(found)
         return {"sync_gap": mean, "sync_gap_max": largest}
 
+
+# --- the stream
 
 MOST_TOO_LONG = 1000
 """Problems in a row whose prompts may fill the context."""

@@ -1,4 +1,4 @@
-"""Between text and token ids: prompts in, helpers' replies in, sampled ids never re-tokenized."""
+"""The consult protocol as text, and between text and token ids: prompts in, helpers' replies in, sampled ids never re-tokenized."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from aipo_graph.errors import ConfigError
 from aipo_graph.messages import ChatFormat, blank, decode, settings, special_ids, turn_end
 from aipo_graph.types import Reply, Segment
+
+# --- the protocol: `<agent>query</agent>` asks, `<feedback>reply</feedback>` answers
 
 FEEDBACK = "feedback"
 
@@ -54,6 +56,9 @@ def quoted(author: str, text: str) -> str:
     knowledge> policy> so it is
     """
     return "\n".join(f"{author}> {line}" for line in text.splitlines() or [""])
+
+
+# --- token ids
 
 
 class Tokenizer:

@@ -22,6 +22,8 @@ from aipo_graph.log import LOGGED_GROUP, LoggedGroup
 from aipo_graph.types import TRAINED
 from aipo_graph.view.record import Pieces, Row, open_pieces, rounded, rows, trace_of
 
+# --- the picture of a graph as numbers: the trainer's graph.json, or one row made of the recorded paths
+
 START, END = "__start__", "__end__"
 WIDE, TALL, GAP, MARGIN, APART, LIFT = 110, 44, 70, 10, 7, 34
 """A box's width and height; between boxes; the rim; from an edge to its way back; an edge that passes over boxes, per box."""
@@ -107,6 +109,8 @@ def _points(source: int, target: int, middle: float) -> list[list[float]]:
     return [[one - lean, near], [one - 2 * lean, far], [two + 2 * lean, far], [two + lean, near]]
 
 
+# --- files of lines that another process may still be writing
+
 SEEN = 64
 """Bytes of the last line that must still be there for what follows them to be a continuation."""
 
@@ -163,6 +167,8 @@ class Growing:
         except OSError as error:
             self.fault = error.strerror or str(error)
 
+
+# --- a run
 
 PAGE_TRACES, PAGE_BYTES = 50, 256_000
 """A page holds no more traces, and is closed by the one with which its lines are this long."""

@@ -1,4 +1,4 @@
-"""What the page is told of a trace: a row of the index, and the trace itself."""
+"""What the page is told of a trace: a row of the index, and the trace itself, split at its tokens."""
 
 import math
 import re
@@ -16,6 +16,8 @@ from aipo_graph.errors import ConfigError
 from aipo_graph.load import model
 from aipo_graph.log import LoggedGroup
 from aipo_graph.types import Learned, Segment, Status
+
+# --- token ids to the pieces of text that they stand for
 
 CUT = "\ufffd"
 """What a decoder writes for bytes that are not, or not yet, a character."""
@@ -102,6 +104,8 @@ def open_pieces(folder: Path, settings: Mapping[str, str]) -> Pieces:
         raise ConfigError(f"neither {folder / 'policy'} nor policy.model = {name!r} has a {FILE} on this machine")
     return Pieces(path)
 
+
+# --- traces
 
 LINES = re.compile(r"(?<=\n)|(?=<[|｜])")
 COLUMNS = ("logprobs", "ratios", "coefficients", "advantages")
