@@ -346,22 +346,23 @@ def _expand(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def follow(evaluation: Evaluation, console: Console) -> Values:
-    """The result, with a progress bar on a terminal and a line per tenth elsewhere."""
+def follow(evaluation: Evaluation, console: Console, policy: str = "") -> Values:
+    """Waits for the result, with a progress bar on a terminal and a line per tenth elsewhere, which name the ``policy`` if given."""
+    whose = f"{policy} policy: " if policy else ""
     if console.is_terminal:
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
         )
         with bar:
-            row = bar.add_task("traces", total=evaluation.total)
-            return evaluation.result(lambda done, total, failed: bar.update(row, completed=done, description=_failures(failed)))
+            row = bar.add_task(f"{whose}traces", total=evaluation.total)
+            return evaluation.result(lambda done, total, failed: bar.update(row, completed=done, description=whose + _failures(failed)))
     shown = 0
 
     def report(done: int, total: int, failed: int) -> None:
         nonlocal shown
         if 10 * done // total > shown:
             shown = 10 * done // total
-            console.print(f"evaluated {done} of {total} {_failures(failed)}")
+            console.print(f"{whose}evaluated {done} of {total} {_failures(failed)}")
 
     return evaluation.result(report)
 

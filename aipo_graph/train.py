@@ -243,7 +243,7 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             waiting = stack.enter_context(begin(beside, path, "base")) if evaluated else None
             first = waiting is not None and (waiting.here or config.engine.kind != "local")
             if waiting and first:
-                values["base"] = follow(waiting, console)
+                values["base"] = follow(waiting, console, "base")
             cluster = stack.enter_context(_cluster(config, log)) if config.cluster.address else None
             learner: Any = cluster.learners(path) if cluster else Learner(config, path, device_here(config))
             cursor = learner.restore(log.folder / "checkpoints")
@@ -258,10 +258,10 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             gc.collect()
             torch.cuda.empty_cache()
             if waiting and not first:
-                values["base"] = follow(waiting, console)
+                values["base"] = follow(waiting, console, "base")
         if evaluated:
             with begin(config, log.folder / "policy", "trained") as trained:
-                values["trained"] = follow(trained, console)
+                values["trained"] = follow(trained, console, "trained")
         if not known or len(read_metrics(log.folder / "metrics.jsonl")) > len(before):
             seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
             known = {"wall_seconds": round(seconds, 1)}

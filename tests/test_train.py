@@ -66,7 +66,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     done = run(folder, **EVALUATED)
     assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
     return folder / "runs" / "quickstart"
+
+
+def test_a_reader_of_the_output_knows_which_policy_is_evaluated(undisturbed: Path) -> None:
+    said = (undisturbed.parents[1] / "said").read_text()
+    assert 0 < said.index("base policy: evaluated ") < said.index("trained policy: evaluated ")
 
 
 def test_a_run_leaves_all_that_it_promises(undisturbed: Path) -> None:
