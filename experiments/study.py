@@ -56,7 +56,8 @@ CURVE = (
     "tokens/policy", "reward/alone", "reward/alone/hard", "reward/alone/easy", "reward/with_agents", "consults/verify",
     "consults/knowledge", "consults/reasoning", "entropy", "length/alone", "length/with_agents", "gradient_norm", "violations", "leaks",
     "agent_ratio_mean", "floor_hit", "ceiling_hit", "agent_ess", "agent_ratio_below/0.001", "agent_ratio_below/0.01",
-    "agent_ratio_below/0.1", "agent_ratio_below/0.3", "agent_ratio_below/1",
+    "agent_ratio_below/0.1", "agent_ratio_below/0.3", "agent_ratio_below/1", "lag", "policy_ess", "mismatch_mean", "mismatch_kl",
+    "mismatch_capped",
 )  # fmt: skip
 """Metrics of each step that a result keeps."""
 Row = dict[str, Any]
