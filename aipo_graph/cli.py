@@ -143,7 +143,7 @@ def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None
         sys.stdout.flush()
         return 0
     except AipoError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         return 130
@@ -155,7 +155,7 @@ def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        return _fail(f"no space left on the disk{where}; free some and repeat the command")
+        return fail(f"no space left on the disk{where}; free some and repeat the command")
 
 
 def printable(text: str) -> str:
@@ -163,7 +163,8 @@ def printable(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _fail(message: str) -> int:
+def fail(message: str) -> int:
+    """Say an error on one line. The exit code."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble(("error: ", "bold red"), printable(message)))
     return 2
 

@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
+from aipo_graph.cli import fail
 from aipo_graph.config import Config
 from aipo_graph.engines.chat import open_chats
 from aipo_graph.engines.decoder import device_here
@@ -51,6 +53,8 @@ except ImportError as missing:
 PLACE, LOAD, JOIN, LEARN = 300.0, 900.0, 600.0, 7200.0
 """Seconds for a process to find its place, for it to open or take weights, for one rank to wait for the others, and for a step of the
 learner or a checkpoint."""
+AWAY, ABSENT = 5.0, 4
+"""Seconds between two looks at Ray's head, and how many may fail in a row."""
 RESTARTS = 3
 """Times that a process is started again over a run."""
 AGAIN = 1.0
@@ -371,10 +375,28 @@ def joined(config: Config, folder: Path, note: Callable[[str], None]) -> Iterato
             f"cluster.address = {address}: no Ray cluster answers there ({' '.join(str(error).split())[:300]}); start one with the same "
             "Ray, Python and RAY_AUTH_TOKEN, or say local"
         ) from error
+    over = threading.Event()
+    head = ray.get_runtime_context().gcs_address
+    threading.Thread(target=_watch, args=(head, over), daemon=True).start()
     try:
         yield Cluster(config, folder, note)
     finally:
+        over.set()
         ray.shutdown()
+
+
+def _watch(head: str, over: threading.Event) -> None:
+    """Ends this process where Ray's head is gone. Ray would do so itself, a minute later and without a word of what to do."""
+    host, _, port = head.rpartition(":")
+    refused = 0
+    while refused < ABSENT and not over.wait(AWAY):
+        try:
+            socket.create_connection((host, int(port)), timeout=AWAY).close()
+            refused = 0
+        except OSError:
+            refused += 1
+    if not over.is_set():
+        os._exit(fail(f"Ray's head at {head} is gone; start a cluster and run the same command again: it goes on from the last checkpoint"))
 
 
 class Lost(Exception):

@@ -31,7 +31,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "num_gpus": 2, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=3, num_gpus=2) for _ in sys.argv[1:]]
-print(cluster.address, *(node.all_processes["raylet"][0].process.pid for node in nodes), flush=True)
+head = cluster.head_node.all_processes["gcs_server"][0].process.pid
+print(cluster.address, head, *(node.all_processes["raylet"][0].process.pid for node in nodes), flush=True)
 input()
 cluster.shutdown()
 """
@@ -39,7 +40,7 @@ cluster.shutdown()
 
 @contextlib.contextmanager
 def ray_cluster(*more: str) -> Iterator[list[str]]:
-    """A Ray cluster on this machine: its address, and the raylets of the nodes beside the first. Each node has
+    """A Ray cluster on this machine: its address, its head's server and the raylets of the nodes beside the first. Each node has
     three CPUs and says that it has two GPUs."""
     words = [sys.executable, "-c", RAY, *more]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -57,7 +58,7 @@ def ray_cluster(*more: str) -> Iterator[list[str]]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Of a cluster of one node, which ends with the tests."""
-    with ray_cluster() as (found,):
+    with ray_cluster() as (found, _):
         yield found
 
 
@@ -287,9 +288,9 @@ def test_a_rank_that_hangs_is_ended_and_all_start_again(here: Config, tmp_path: 
     assert gone(tmp_path)
 
 
-def test_a_lost_node_costs_its_processes_only(tmp_path: Path, local: Path) -> None:
-    """They start again on the other."""
-    with ray_cluster("second") as (address, raylet):
+def test_a_lost_node_costs_its_processes_only_and_a_lost_head_ends_the_run(tmp_path: Path, local: Path) -> None:
+    """They start again on the other. Without the head the same command goes on in another cluster, or as here without any."""
+    with ray_cluster("second") as (address, head, raylet):
         done = run(tmp_path, address, run__device="cuda", engine__kind="vllm", engine__gpus=3)
         assert "engines of 3 GPUs each need 3 GPUs, the largest node has 2; lower" in one_line(done)
         driver = start(tmp_path, address, cluster__workers=2, cluster__learners=2)
@@ -303,6 +304,17 @@ def test_a_lost_node_costs_its_processes_only(tmp_path: Path, local: Path) -> No
         assert held <= {line["process"] for line in begun(tmp_path) if line["again"]}
         assert sampled(tmp_path / "runs" / "quickstart") == sampled(local)
         assert gone(tmp_path)
+        driver = start(tmp_path, address, train__steps=50)
+        driver.wait_for("\nstep +4/")
+        os.kill(int(head), signal.SIGKILL)
+        assert driver.wait() == 2
+        said = f"Ray's head at {address} is gone; start a cluster and run the same command again: it goes on from the last checkpoint"
+        assert said in driver.err.read_text()
+        assert gone(tmp_path)
+    reached = len(read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl"))
+    done = run(tmp_path, train__steps=reached + 1)
+    assert done.returncode == 0, done.stderr
+    assert f"goes on after step {reached}" in done.stdout
 
 
 VLLM = {"rollout.max_tokens": 128, "engine.kind": "vllm", "engine.max_context": 384, "engine.max_batch": 16, "cluster.address": "local"}
