@@ -12,6 +12,8 @@ from experiments.report.stored import Mean, Order, Study, compare, untrained
 METRICS = ("alone pass@1", "alone greedy", "alone pass@max", "with_agents pass@1", "easy pass@1")
 DRAWN = {"coefficients": "bars pass_at_k curves", "boundary": "pass_at_k", "second": "bars curves", "verbose": "bars curves"}
 """Experiment -> its figures; those that chose settings have none, all others bars."""
+STEPS = {"lag": ("lag", "mismatch_mean", "mismatch_kl", "mismatch_capped", "policy_ess", "agent_ess")}
+"""Experiment -> metrics of each step that its page gives as means over steps and seeds."""
 MARKS: dict[Order, str] = {"above": "▼", "below": "▲", "not separated": "="}
 """How `aipo` compares with what a cell holds -> what the cell shows: how it compares with `aipo`."""
 
@@ -85,6 +87,7 @@ def text(study: Study, experiment: str) -> str:
     names = variants(study, experiment)
     heads = [study.named(experiment, metric).replace("_", " ") for metric in METRICS]
     means = table(["variant", "n", *heads, "policy tokens, M", "steps"], [_row(study, experiment, name) for name in names])
+    tables = [means, *([_steps(study, experiment, names)] if experiment in STEPS else [])]
     images = [image(name, "../img/study") for name in drawn(study, experiment)]
     rows = [
         [plain(name), listed(f"{key}={value}" for key, value in run.settings.items()) or "–", str(run.seed)]
@@ -96,8 +99,18 @@ def text(study: Study, experiment: str) -> str:
     again = f"Anew: `python -m experiments.study --results again --only {experiment}`, with `--variants` and `--seeds` for some."
     marks = "▼ below `aipo`, ▲ above it, = not separated; [the rule, and how to read the figures](how.md#the-rule)."
     return "\n\n".join(
-        [means, marks, *images, "<details><summary>Each seed's figures, settings, command</summary>", each, again, "</details>"]
+        [*tables, marks, *images, "<details><summary>Each seed's figures, settings, command</summary>", each, again, "</details>"]
     )
+
+
+def _steps(study: Study, experiment: str, names: list[str]) -> str:
+    """What the learner saw, per step."""
+    rows = []
+    for name in names:
+        curves = [[run.curve.get(metric, ()) for run in study.cell(experiment, name)] for metric in STEPS[experiment]]
+        found = [[value for curve in of for value in curve if value is not None] for of in curves]
+        rows.append([plain(name), *(f"{statistics.fmean(values):.3g}" if values else "–" for values in found)])
+    return table(["mean over steps", *(f"`{metric}`" for metric in STEPS[experiment])], rows)
 
 
 def _row(study: Study, experiment: str, name: str) -> list[str]:
