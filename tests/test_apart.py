@@ -29,7 +29,7 @@ from test_chat_graph import CALL, build, run
 
 from aipo_graph.errors import GraphError
 from aipo_graph.rollout import Context, PolicyChatModel, State, append, policy_node
-from aipo_graph.rollout.apart import apart
+from aipo_graph.rollout.inputs import apart
 from aipo_graph.rollout.graph import Graph
 from aipo_graph.types import Problem
 

@@ -1,9 +1,10 @@
 """Helper agents: what a consult reaches. An agent is an instance: a name, tools, and a chat model with a prompt or none.
 
-Prompt files, which policy nodes read, too, come first.
+In three parts: prompt files, which policy nodes read, too; agents; what the error of a failed consult means.
 """
 
 import asyncio
+import json
 import re
 import string
 import time
@@ -11,10 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import tenacity
+from langchain_core.exceptions import (
+    ContextOverflowError,
+    ModelAuthenticationError,
+    ModelError,
+    ModelNotFoundError,
+    ModelPermissionDeniedError,
+)
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.runnables import Runnable
@@ -22,8 +34,7 @@ from langchain_core.tools import BaseTool, ToolException
 from pydantic import ValidationError
 
 from aipo_graph import load
-from aipo_graph.errors import AgentError, AipoError, ConfigError, RequestError, ToolError
-from aipo_graph.rollout.faults import BadBody, is_lasting, is_transient, overflows, remedy, retry_after
+from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, RequestError, ToolError
 from aipo_graph.rollout.tokens import quoted
 from aipo_graph.rollout.tools import Tool, answer, shown, text
 from aipo_graph.types import Reply, Request, derive_seed
@@ -260,8 +271,8 @@ class Agent:
             return AgentError(f"agent {self.name!r}: {said}")
         if overflows(error) and await self._reads_less(request, prompts):
             return RequestError(f"agent {self.name!r}: the request is too long for it ({said})")
-        kind = ConfigError if is_lasting(error) else AgentError
-        return kind(f"agent {self.name!r}: {said}{remedy(error, self.name)}")
+        lasts, remedy = lasting(error, self.name)
+        return (ConfigError if lasts else AgentError)(f"agent {self.name!r}: {said}{remedy}")
 
     async def _reads_less(self, request: Request, prompts: Prompts) -> bool:
         """Whether what the policy wrote is what fills the context: it is most of the request, and without it the model answers."""
@@ -406,3 +417,126 @@ async def _use(tools: Mapping[str, BaseTool], call: Mapping[str, Any]) -> str:
         if is_transient(error):
             raise
         return f"error: {type(error).__name__}: {_line(error)}"
+
+
+# --- what the error of a failed consult means
+
+
+class BadBody(Exception):
+    """A client could not read what its server answered with status 200: a proxy's page, JSON of another shape."""
+
+
+TRANSIENT_STATUS = frozenset({408, 409, 429})
+TRANSIENT = (TimeoutError, ConnectionError, json.JSONDecodeError, HTTPException, URLError, BadBody)
+TRANSIENT_NAMES = frozenset(
+    {
+        *("TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError", "DecodingError"),  # httpx
+        *("APIConnectionError", "APIResponseValidationError"),  # openai, anthropic
+        *("ConnectionError", "Timeout", "ChunkedEncodingError", "ContentDecodingError"),  # requests
+        *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
+    }
+)
+"""Classes of clients that we do not import, their subclasses included."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether another try may help: time-outs, resets, bad bodies, HTTP 408, 409, 429 and 5xx, whichever client raised them."""
+    status = _status(error)
+    if status is not None and status >= 400:
+        return status >= 500 or (status in TRANSIENT_STATUS and not lasting(error)[0])
+    if isinstance(error, ModelError):
+        return error.is_retryable
+    if isinstance(error, EngineError):
+        return error.__cause__ is not None and is_transient(error.__cause__)
+    return isinstance(error, TRANSIENT) or not TRANSIENT_NAMES.isdisjoint(cls.__name__ for cls in type(error).__mro__)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error carries, itself or on its response."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in ("status_code", "status", "code"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and 100 <= value < 600:
+                return int(value)
+    return None
+
+
+def retry_after(error: BaseException | None) -> float:
+    """The seconds for which the server asked to be left alone (Retry-After: seconds or a date), else 0."""
+    for holder in (getattr(error, "response", None), error):
+        headers = getattr(holder, "headers", None)
+        value = str(headers.get("retry-after") or "") if headers is not None and hasattr(headers, "get") else ""
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            return float(value)
+        try:
+            date = parsedate_to_datetime(value)
+        except ValueError:
+            continue
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return 0.0
+
+
+_OVERFLOW = re.compile(
+    r"context.?(?:length|window|size)|(?:maximum|max).?(?:context|model.?len|input|prompt)|above_max_length|reduce the (?:length|size)"
+    r"|(?:prompt|input|string|request)[^.]{0,40}too (?:long|large)|too many (?:input )?tokens|exceeds? (?:the|this) (?:model|max)",
+    re.IGNORECASE,
+)
+_FILTERED = re.compile(r"content.?(?:filter|management)|moderation|flagged|safety", re.IGNORECASE)
+_EXHAUSTED = re.compile(r"insufficient.?(?:quota|balance|credit)|billing", re.IGNORECASE)
+_NO_MODEL = re.compile(
+    r"model\b.{0,120}(?:not.?found|does not exist|not supported|decommissioned|not a valid)|(?:no such|invalid|unknown) model\b",
+    re.IGNORECASE,
+)
+_NO_CALLS = re.compile(r"tool.?choice.{0,60}requires|does not support tools|tool.?(?:use|calling).{0,40}not supported", re.IGNORECASE)
+
+
+def overflows(error: BaseException) -> bool:
+    """Whether a request was refused for its length."""
+    status = _status(error)
+    refused = status == 413 or (status in (400, 422) and _OVERFLOW.search(_said(error)) is not None)
+    return refused or isinstance(error, (ContextOverflowError, ContextError))
+
+
+def lasting(error: BaseException, name: str = "") -> tuple[bool, str]:
+    """Whether the client of agent ``name``'s model will fail so at every request, and the remedy, as far as we know one."""
+    status, text = _status(error), _said(error)
+    denied = status == 403 or isinstance(error, ModelPermissionDeniedError)
+    known = (
+        (
+            overflows(error),
+            False,
+            f"; too long for the model: shorten the agent's prompt file, lower agents.max_tokens, or change agents.models.{name}",
+        ),
+        (  # some providers refuse a single text so
+            (denied or status == 400) and _FILTERED.search(text),
+            False,
+            f"; the provider filters this content: name another model in agents.models.{name}",
+        ),
+        (
+            status == 401 or isinstance(error, ModelAuthenticationError),
+            True,
+            "; set the provider's API key in the environment (such as OPENAI_API_KEY; VLLM_API_KEY for a vLLM server)",
+        ),
+        (denied, True, f"; the key may not use this model: name another in agents.models.{name}, or another key"),
+        (isinstance(error, ImportError), True, "; install that package"),
+        (
+            status == 402 or (status == 429 and _EXHAUSTED.search(text)),
+            True,
+            f"; the account behind the key is used up: fill it, or name another model in agents.models.{name}",
+        ),
+        (
+            status == 400 and _NO_CALLS.search(text),
+            True,
+            "; start vLLM with --enable-auto-tool-choice --tool-call-parser NAME, or name a model that calls tools",
+        ),
+        (
+            status in (404, 405, 410) or isinstance(error, ModelNotFoundError) or (status == 400 and _NO_MODEL.search(text)),
+            True,
+            f"; the provider has no such model or address: correct agents.models.{name}",
+        ),
+    )
+    return next(((lasts, remedy) for found, lasts, remedy in known if found), (False, ""))
+
+
+def _said(error: BaseException) -> str:
+    return f"{error} {getattr(error, 'body', '')}"[:4000]

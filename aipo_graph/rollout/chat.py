@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeVar
 from uuid import UUID
 from weakref import WeakSet
@@ -258,7 +259,8 @@ class ChatRun(BaseCallbackHandler):
         if left <= 0:
             self._refused = True
             raise OutOfTokens
-        turn.origin = tuple(self._tasks[prefix] for prefix in _prefixes(turn.ns) if prefix in self._tasks)
+        running = accumulate(turn.ns.split("|"), "{}|{}".format)  # the namespaces of the running tasks, outermost first
+        turn.origin = tuple(self._tasks[ns] for ns in running if ns in self._tasks)
         same = sum((old.origin, old.prompt_ids) == (turn.origin, turn.prompt_ids) for old in self._turns)
         turn.seed = derive_seed(self._seed, str(turn.origin), str(turn.prompt_ids), same)
         self._turns.append(turn)
@@ -610,16 +612,6 @@ def _messages(outputs: Any) -> Iterator[BaseMessage]:
         case list() | tuple():
             for value in outputs:
                 yield from _messages(value)
-
-
-def _prefixes(ns: str) -> list[str]:
-    """The namespaces of the running tasks, outermost first.
-
-    >>> _prefixes("a:1|b:2")
-    ['a:1', 'a:1|b:2']
-    """
-    parts = ns.split("|")
-    return ["|".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _same(message: BaseMessage, ours: AIMessage | None) -> bool:

@@ -24,10 +24,9 @@ from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, 
 from aipo_graph.load import call, find, load, model, nearest, own_place
 from aipo_graph.messages import THOUGHTS, after_reasoning
 from aipo_graph.rollout.agents import Agent, Clock, Prompts
-from aipo_graph.rollout.apart import apart, fresh_stores
 from aipo_graph.rollout.chat import ChatRun, Misfit, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
-from aipo_graph.rollout.inputs import Inputs, in_messages, said, start
+from aipo_graph.rollout.inputs import Inputs, apart, fresh_stores, in_messages, said, start
 from aipo_graph.rollout.ledger import Ledger
 from aipo_graph.rollout.tokens import FEEDBACK, Tokenizer, parse_request, writes_feedback
 from aipo_graph.rollout.tools import check_alone

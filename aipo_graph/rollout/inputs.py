@@ -1,18 +1,34 @@
-"""What a graph is given of a problem, and what of its last state is scored."""
+"""What a graph is given of a problem, what of its last state is scored, and how traces stay apart.
 
-from collections.abc import Mapping
+Nothing that a graph keeps (checkpoints, a store, a cache) reaches from one trace into another.
+"""
+
+import gc
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, get_type_hints
 
 from langchain_core.messages import HumanMessage
+from langgraph.pregel import Pregel
+from langgraph.store.base import BaseStore, Op, Result
+from langgraph.store.memory import InMemoryStore
 
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import ConfigError, GraphError
 from aipo_graph.load import nearest
-from aipo_graph.rollout.apart import gives_away, unsolved
 from aipo_graph.rollout.graph import Graph
 from aipo_graph.rollout.tools import text
+from aipo_graph.tasks.grading import leaks
 from aipo_graph.types import FIELDS, Problem
+
+SECRET = re.compile(r"answer|solution|gold|truth|target|label|reference|rationale|explanation|proof|test|output|reward", re.IGNORECASE)
+"""Names under which a task may keep what gives an answer away."""
 
 
 def in_messages(graph: Graph) -> bool:
@@ -54,8 +70,8 @@ class Inputs:
 
     def of(self, problem: Problem) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """State, context and configurable values of a problem, copies that a graph may change. Raises ConfigError for a field it lacks."""
-        given = ({name: _value(problem, field) for name, field in each.items()} for each in (self.state, self.context, self.configurable))
-        state, context, configurable = given
+        places = (self.state, self.context, self.configurable)
+        state, context, configurable = ({name: _value(problem, field) for name, field in each.items()} for each in places)
         return state, context, configurable
 
     def warnings(self, problem: Problem) -> list[str]:
@@ -107,3 +123,129 @@ def _fault(graph: Graph, keys: list[str], place: str, name: str) -> str:
     if place == "context" and schema is not None and name not in (known := get_type_hints(schema)):
         return f"its context_schema has no {name!r}{nearest(name, known)}"
     return ""
+
+
+def unsolved(problem: Problem) -> Problem:
+    """What a graph sees of a problem: neither its gold answer nor what of ``meta`` says it or, by its name, may."""
+
+    kept = {key: value for key, value in problem.meta.items() if problem.answer and not gives_away(problem, str(key), value)}
+    return replace(problem, answer="", meta=kept)
+
+
+def gives_away(problem: Problem, key: str, value: object) -> bool:
+    """Whether a field of ``meta`` says the answer or, by its name, may."""
+    text, answer = str(value), problem.answer
+    return bool(SECRET.search(key)) or (bool(answer) and (answer.casefold() in text.casefold() or leaks(text, answer, "")))
+
+
+# --- traces apart
+
+_STORES: ContextVar[dict["TraceStore", InMemoryStore] | None] = ContextVar("stores", default=None)
+LIBRARIES = sys.stdlib_module_names | {"langgraph", "langchain_core", "langchain", "langsmith", "pydantic", "aipo_graph"}
+"""Whose functions' globals are not searched: they hold nothing of a graph."""
+LONGEST = 10_000
+"""Items of a collection past which it is taken for data, not for a part of a graph."""
+
+
+class TraceStore(BaseStore):
+    """Stands in for a graph's store: within a trace a copy of its own, as the store was when the graph was opened; outside, the store."""
+
+    def __init__(self, store: InMemoryStore) -> None:
+        self._store = store
+        self._opened = _copy(store)
+
+    def _own(self) -> InMemoryStore:
+        stores = _STORES.get()
+        if stores is None:
+            return self._store
+        if self not in stores:
+            stores[self] = _copy(self._opened)
+        return stores[self]
+
+    def batch(self, ops: Iterable[Op]) -> list[Result]:
+        return self._own().batch(ops)
+
+    async def abatch(self, ops: Iterable[Op]) -> list[Result]:
+        return await self._own().abatch(ops)
+
+
+@contextmanager
+def fresh_stores() -> Iterator[None]:
+    """Within, each TraceStore is a copy that starts as its graph's store was opened."""
+    token = _STORES.set({})
+    try:
+        yield
+    finally:
+        _STORES.reset(token)
+
+
+def apart(graph: Graph, path: str) -> Graph:
+    """The graph without checkpointer and cache, and with a store per trace; likewise every graph that its nodes and tools reach.
+
+    Raises GraphError for a store that cannot be copied for each trace, or that a node uses past LangGraph's runtime.
+    """
+    graph = graph.copy({"checkpointer": False, "cache": None, "store": graph.store and _per_trace(graph.store, path)})
+    for found in _reachable(graph):
+        if isinstance(found, Pregel) and found is not graph:
+            found.cache = None
+            found.checkpointer = found.checkpointer if isinstance(found.checkpointer, bool) else None
+            found.store = found.store and _per_trace(found.store, path)
+        elif isinstance(found, BaseStore) and not isinstance(found, TraceStore):
+            raise GraphError(
+                f"{path}: a node or tool uses a {type(found).__name__} by its name, so that traces would read each other's notes; "
+                "compile the graph with it and take it from runtime.store, which is each trace's own"
+            )
+    return graph
+
+
+def _per_trace(store: BaseStore, path: str) -> TraceStore:
+    if isinstance(store, TraceStore):
+        return store
+    try:
+        if isinstance(store, InMemoryStore):
+            return _stand_in(store)
+        reason = "it is no InMemoryStore"
+    except (TypeError, ValueError, NotImplementedError) as error:
+        reason = str(error)
+    raise GraphError(
+        f"{path}: its store, a {type(store).__name__}, cannot be copied for each trace ({reason}), so that traces would read each other's "
+        "notes; compile the graph that is trained with an InMemoryStore, or without"
+    )
+
+
+@cache
+def _stand_in(store: InMemoryStore) -> TraceStore:
+    """The same for the same store, so that a graph and its sub-graphs share one within a trace."""
+    return TraceStore(store)
+
+
+def _copy(store: InMemoryStore) -> InMemoryStore:
+    shared = (store.embeddings, (store.index_config or {}).get("embed"))  # clients of models, which keep nothing of a trace
+    return deepcopy(store, {id(kept): kept for kept in shared})
+
+
+def _reachable(graph: Graph) -> Iterator[Any]:
+    """The objects that a graph's nodes and tools hold or name: in attributes, closures, defaults, and the globals of functions."""
+    seen: dict[int, Any] = {}
+    left: list[Any] = [graph]
+    while left:
+        found = left.pop()
+        if id(found) in seen or isinstance(found, (type, ModuleType, CodeType, str, bytes)):
+            continue
+        seen[id(found)] = found  # kept, so that no other object gets its id
+        yield found
+        if isinstance(found, FunctionType):
+            left += _held(found)
+        elif not isinstance(found, BaseStore) and not (isinstance(found, (dict, list, tuple, set)) and len(found) > LONGEST):
+            left += filter(gc.is_tracked, gc.get_referents(found))  # numbers, texts and what holds nothing else reach no store
+
+
+def _held(function: FunctionType) -> list[Any]:
+    held = [*(function.__closure__ or ()), function.__defaults__, function.__kwdefaults__, function.__dict__]
+    if (function.__module__ or "").partition(".")[0] in LIBRARIES:
+        return held
+    return held + [function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__]
+
+
+def _names(code: CodeType) -> set[str]:
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
