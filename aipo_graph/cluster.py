@@ -31,10 +31,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from aipo_graph.cli import fail
 from aipo_graph.config import Config
+from aipo_graph.engines import open_engine
 from aipo_graph.engines.chat import open_chats
 from aipo_graph.engines.decoder import device_here
 from aipo_graph.engines.facts import Facts
-from aipo_graph.engines.open import open_engine
 from aipo_graph.engines.server import APART
 from aipo_graph.errors import AipoError, ConfigError, EngineError, LostError, TrainError, install
 from aipo_graph.forward import first_line

@@ -23,11 +23,11 @@ from aipo_graph import load as files
 from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Run, Settings, TaskLike, configured, run_name, settings_of
 from aipo_graph.config import Config
 from aipo_graph.draw import layout
+from aipo_graph.engines import open_engine
 from aipo_graph.engines.chat import describe, open_chats
 from aipo_graph.engines.decoder import device_here
-from aipo_graph.engines.handover import sweep
 from aipo_graph.engines.launch import launched, serve_text
-from aipo_graph.engines.open import open_engine
+from aipo_graph.engines.vllm_api import sweep
 from aipo_graph.errors import AipoError, ConfigError, LostError, TrainError
 from aipo_graph.evaluate import Evaluation, follow, start
 from aipo_graph.evaluation.provenance import contents, model_contents, problems_digest

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from aipo_graph import cli
 from aipo_graph.config import Config
+from aipo_graph.engines import open_engine
 from aipo_graph.engines.chat import open_chats
-from aipo_graph.engines.open import open_engine
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
 from aipo_graph.load import find, model

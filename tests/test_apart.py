@@ -29,8 +29,8 @@ from test_chat_graph import CALL, build, run
 
 from aipo_graph.errors import GraphError
 from aipo_graph.rollout import Context, PolicyChatModel, State, append, policy_node
-from aipo_graph.rollout.inputs import apart
 from aipo_graph.rollout.graph import Graph
+from aipo_graph.rollout.inputs import apart
 from aipo_graph.types import Problem
 
 Node = Callable[..., Awaitable[Any]]
@@ -238,7 +238,7 @@ TRACERS = ("LANGSMITH_TRACING", "LANGSMITH_TRACING_V2", "LANGCHAIN_TRACING_V2", 
 ASK = """
 import asyncio, sys
 from aipo_graph.config import Config
-from aipo_graph.engines.open import open_engine
+from aipo_graph.engines import open_engine
 from aipo_graph.load import model
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.open import open_task

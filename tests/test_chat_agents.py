@@ -25,11 +25,11 @@ from vllm_world import OPERATORS, ROOT, base, exact, gap, proxy, served
 
 from aipo_graph import cli
 from aipo_graph.config import Config
+from aipo_graph.engines import open_engine
 from aipo_graph.engines.chat import LONGEST_ANSWER, EngineChatModel, describe, open_chats
-from aipo_graph.engines.client import Client, Unanswered
 from aipo_graph.engines.facts import Facts
 from aipo_graph.engines.local import LocalEngine
-from aipo_graph.engines.open import open_engine
+from aipo_graph.engines.server import Client, Unanswered
 from aipo_graph.errors import AgentError, ConfigError
 from aipo_graph.load import find
 from aipo_graph.messages import ChatFormat

@@ -21,7 +21,7 @@ from aipo_graph.errors import ConfigError, EngineError
     ({}, ["--dtype float32", "--max-model-len 512", "--max-num-seqs 256", "--enable-scale-out", "--enforce-eager"], "--enable-lora"),
     ({"policy": {"lora_rank": 12}}, ["--enable-lora --max-lora-rank 16 --max-loras 2"], "--gpu"),
     ({"policy": {"lora_rank": 16}, "rollout": {"max_lag": 2}}, ["--max-loras 4"], "--gpu"),
-    ({"policy": {"dtype": "bfloat16"}}, ["--dtype bfloat16"], "nccl"),
+    ({"policy": {"dtype": "bfloat16"}}, ["--dtype bfloat16"], "--enable-lora"),
     ({"engine": {"max_context": 256, "max_batch": 8}}, ["--max-model-len 256", "--max-num-seqs 8"], "--enable-lora"),
     ({"run": {"device": "cuda"}, "engine": {"memory": 0.5}}, ["--gpu-memory-utilization 0.5"], "--enforce-eager"),
 ])  # fmt: skip

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo_graph.config import Config, Loss
 from aipo_graph.engines.facts import Facts
-from aipo_graph.engines.handover import Handover
 from aipo_graph.engines.local import LocalEngine
+from aipo_graph.engines.vllm_api import WeightFiles
 from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
@@ -159,13 +159,12 @@ def test_weights_for_vllm_are_the_files_that_the_hub_has(kind: str, tmp_path: Pa
     tiny(kind).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     learner = Learner(Config(), tmp_path)
-    handover = Handover(Config(), Facts.read(Config(), str(tmp_path)))
+    files = WeightFiles(Config(), Facts.read(Config(), str(tmp_path)))
     try:
-        path = handover.write("a-1", learner.weights())
+        path = files.write("a-1", learner.weights())
         assert (path / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
-        assert handover.renames == (kind in ("qwen3_moe", "mixtral"))
     finally:
-        handover.close()
+        files.close()
 
 
 def test_a_reply_ends_where_the_template_ends_it(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import torch
 from aiohttp import web
 from vllm_world import OPERATORS, served, settings
 
-from aipo_graph.engines.client import Refused
+from aipo_graph.engines import open_engine
 from aipo_graph.engines.facts import Facts
-from aipo_graph.engines.handover import Handover, sweep
-from aipo_graph.engines.open import open_engine
+from aipo_graph.engines.server import Refused
+from aipo_graph.engines.vllm_api import WeightFiles, sweep
 from aipo_graph.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ def test_what_a_killed_run_left_is_swept_away(tmp_path: Path) -> None:
     run = tmp_path / "mine"
     run.mkdir()
     (run / "config.yaml").touch()
-    killed = Handover(config, Facts.read(config, OPERATORS))
+    killed = WeightFiles(config, Facts.read(config, OPERATORS))
     assert killed.write("a-1", [("w", torch.zeros(2))]).is_relative_to(run)
     sweep(run)
     assert [path.name for path in run.iterdir()] == ["config.yaml"]

@@ -14,10 +14,9 @@ import torch
 from vllm_world import CONTEXT, OPERATORS, PROMPT, RANK, adapted, base, exact, gap, per_server, perturbed, proxy, served, settings
 
 from aipo_graph.config import Config
-from aipo_graph.engines.client import Client
+from aipo_graph.engines import open_engine
 from aipo_graph.engines.local import LocalEngine
-from aipo_graph.engines.open import open_engine
-from aipo_graph.engines.server import ServerEngine
+from aipo_graph.engines.server import Client, ServerEngine
 from aipo_graph.errors import ConfigError, ContextError, EngineError
 from aipo_graph.types import Completion
 
@@ -123,7 +122,7 @@ async def test_loaded_weights_are_sampled_from(vllm_server: str) -> None:
             assert completion.version == engine.version == version
             assert gap(completion.logprobs, exact(model, [*PROMPT, *completion.token_ids])[len(PROMPT) - 1 :]) < CLOSE
             before = after
-        folder = engine._handover.folder
+        folder = engine._files.folder
         assert [path.name.rpartition("-")[2] for path in folder.iterdir()] == ["2"]
     assert not folder.exists()
     async with opened(vllm_server) as engine:  # the next run starts from its own policy, not from what the last one left
@@ -185,7 +184,7 @@ async def test_an_adapter_is_sampled_from_and_requests_keep_theirs(vllm_server: 
         assert after.version == 2
         assert gap(after.logprobs, exact(second, [*PROMPT, *after.token_ids])[prefix:]) < CLOSE
         await engine.load_weights(first_tensors, 3)
-        assert [path.name.rpartition("-")[2] for path in engine._handover.folder.iterdir()] == ["3"]
+        assert [path.name.rpartition("-")[2] for path in engine._files.folder.iterdir()] == ["3"]
 
 
 async def test_weights_that_a_lora_run_evaluated_do_not_pass_for_the_servers_own(vllm_server: str, tmp_path: Path) -> None:
@@ -278,9 +277,8 @@ def no_updating(path: str, answer: Any) -> None:
 
 
 @pytest.mark.parametrize(("options", "sections", "message"), [
-    ({"hide": ("/health",)}, {}, "without /v1"),
+    ({"hide": ("/version",)}, {}, "no vLLM server: engine.urls must name vLLM servers, without /v1"),
     ({"hide": ("/server_info",)}, {}, "VLLM_SERVER_DEV_MODE=1"),
-    ({"hide": ("/server_info", "/version")}, {}, "no vLLM server"),
     ({"edit": raw_logprobs}, {}, "--logprobs-mode processed_logprobs"),
     ({"edit": splits_prompts}, {}, "--no-enable-chunked-prefill --max-num-batched-tokens 4096"),
     ({"edit": no_lora}, {"policy": {"lora_rank": 4}}, "--enable-lora --max-lora-rank 8"),
@@ -364,7 +362,7 @@ async def test_a_refused_key_is_named() -> None:
     from aiohttp import web
 
     async def locked(request: web.Request) -> web.Response:
-        return web.json_response({"error": "Unauthorized"}, status=200 if request.path == "/health" else 401)
+        return web.json_response({"error": "Unauthorized"}, status=200 if request.path == "/version" else 401)
 
     async with served(locked) as url:
         assert "VLLM_API_KEY" in await refused(settings(url))

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from aipo_graph.config import Config
-from aipo_graph.engines.open import open_engine
+from aipo_graph.engines import open_engine
 from aipo_graph.errors import EngineError
 
 RUN: dict[str, Any] = {"run": {"device": "cpu"}, "rollout": {"max_tokens": 64}}

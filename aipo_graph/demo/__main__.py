@@ -14,9 +14,9 @@ from aipo_graph import cli
 from aipo_graph.demo.options import settings
 from aipo_graph.demo.terminal import converse
 from aipo_graph.demo.web import serve
+from aipo_graph.engines import open_engine
 from aipo_graph.engines.chat import open_chats
 from aipo_graph.engines.launch import launched
-from aipo_graph.engines.open import open_engine
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.open import open_task
 from aipo_graph.view.serve import bound

@@ -4,6 +4,7 @@ import importlib
 import os
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -16,11 +17,10 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, SecretStr
 
 from aipo_graph.config import Config
-from aipo_graph.engines import wire
-from aipo_graph.engines.client import Client, Refused, Unanswered
+from aipo_graph.engines import vllm_api
 from aipo_graph.engines.facts import Facts, check_request
-from aipo_graph.engines.fit import PROBE
 from aipo_graph.engines.local import LocalEngine
+from aipo_graph.engines.server import PROBE, TOKENS, Client, Refused, Unanswered
 from aipo_graph.errors import ConfigError, EngineError, install
 from aipo_graph.load import faults, model, nearest
 from aipo_graph.messages import DATE, ChatFormat, decode
@@ -43,7 +43,6 @@ OPENAI = frozenset({"openai", "azure_openai", "deepseek", "xai", "together"})
 LONGEST_ANSWER = 2**22
 """Bytes of an answer that are read."""
 FLAG = "was started without"
-TOKENS = "/inference/v1/generate"
 
 
 class EngineChatModel(BaseChatModel):
@@ -101,7 +100,7 @@ class EngineChatModel(BaseChatModel):
             temperature=self.temperature,
         )
         end = len(done.token_ids) - (done.token_ids[-1] in self.eos_ids)
-        text = self._decode(done.token_ids[:end])
+        text = decode(self.tokenizer, done.token_ids[:end])
         turn = derive_seed(seed, str(prompt))
         message = self.chat_format.parse(text, tools, seed=turn) if self.chat_format else AIMessage(text.strip())
         reply = self._reply(done.token_ids[:end], done.logprobs[:end], str(message.content))
@@ -119,18 +118,16 @@ class EngineChatModel(BaseChatModel):
         bos = self.tokenizer.bos_token_id
         return tuple(ids) if bos is None else (bos, *ids)
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return decode(self.tokenizer, token_ids)
-
     def _reply(self, token_ids: Sequence[int], logprobs: Sequence[float], text: str) -> Reply:
         """The text with the run of sampled ids that is exactly it, or with none. Decodes O(log n) times."""
-        at = self._decode(token_ids).rfind(text)
+        read = partial(decode, self.tokenizer)
+        at = read(token_ids).rfind(text)
         if not text or at < 0:
             return Reply(text)
         lengths = range(len(token_ids) + 1)
-        first, last = (bisect_left(lengths, place, key=lambda n: len(self._decode(token_ids[:n]))) for place in (at, at + len(text)))
+        first, last = (bisect_left(lengths, place, key=lambda n: len(read(token_ids[:n]))) for place in (at, at + len(text)))
         ids = tuple(token_ids[first:last])
-        return Reply(text, ids, tuple(logprobs[first:last])) if self._decode(ids) == text else Reply(text)
+        return Reply(text, ids, tuple(logprobs[first:last])) if read(ids) == text else Reply(text)
 
 
 async def open_chats(config: Config, engine: Engine) -> dict[str, BaseChatModel]:
@@ -164,7 +161,7 @@ def describe(chats: Mapping[str, BaseChatModel], config: Config) -> list[str]:
     return lines
 
 
-def _open_provider(spec: str, config: Config) -> BaseChatModel:
+def _open_provider(spec: str, config: Config, **given: Any) -> BaseChatModel:
     provider, _, name = spec.partition(":")
     if not (provider and name):
         raise ConfigError(f"{spec!r} names no model; write provider:model, vllm:URL or policy")
@@ -174,7 +171,7 @@ def _open_provider(spec: str, config: Config) -> BaseChatModel:
         raise ConfigError(f"{spec!r} needs LangChain; {install('agents')}") from error
     settings = config.agents
     try:
-        if provider in KEYS and not os.environ.get(KEYS[provider]):
+        if provider in KEYS and "api_key" not in given and not os.environ.get(KEYS[provider]):
             raise ConfigError(f"{spec!r} needs an API key; set {KEYS[provider]} in the environment")
         return init_chat_model(
             name,
@@ -184,6 +181,7 @@ def _open_provider(spec: str, config: Config) -> BaseChatModel:
             timeout=settings.timeout / settings.attempts,
             max_retries=0,  # the agent retries
             **({"http_async_client": _bounded_http()} if provider in OPENAI else {}),
+            **given,
         )
     except ImportError as error:
         extra = install("agents")
@@ -258,7 +256,15 @@ async def _open_vllm(url: str, config: Config) -> BaseChatModel:
         return _over(_sampler(url, name, facts, context, config.agents.timeout / config.agents.attempts), facts, config)
     if not facts.tokenizer.chat_template and FLAG in why:
         raise ConfigError(f"{why}, and a model without a chat template is reached with token ids alone; start it with that")
-    return _chat_api(url, name, why, config)
+    return _open_provider(
+        f"openai:{name}",
+        config,
+        base_url=f"{url}/v1",
+        api_key=SecretStr(os.environ.get("VLLM_API_KEY") or "none"),
+        seed=config.run.seed,
+        extra_body={"chat_template_kwargs": {"enable_thinking": config.policy.thinking, "date_string": DATE}},
+        metadata={"why": why},
+    )
 
 
 def _over(sample: Generate, facts: Facts, config: Config) -> EngineChatModel:
@@ -275,29 +281,6 @@ def _over(sample: Generate, facts: Facts, config: Config) -> EngineChatModel:
     )
 
 
-def _chat_api(url: str, name: str, why: str, config: Config) -> BaseChatModel:
-    try:
-        from langchain_openai import ChatOpenAI
-    except ImportError as error:
-        raise ConfigError(
-            f"{url} is asked through its chat API ({why}), which needs a package that is not installed; {install('agents')}"
-        ) from error
-    settings = config.agents
-    return ChatOpenAI(
-        model=name,
-        base_url=f"{url}/v1",
-        api_key=SecretStr(os.environ.get("VLLM_API_KEY") or "none"),
-        temperature=settings.temperature,
-        max_completion_tokens=settings.max_tokens,
-        timeout=settings.timeout / settings.attempts,
-        max_retries=0,
-        http_async_client=_bounded_http(),
-        seed=config.run.seed,
-        extra_body={"chat_template_kwargs": {"enable_thinking": config.policy.thinking, "date_string": DATE}},
-        metadata={"why": why},
-    )
-
-
 def _sampler(url: str, name: str, facts: Facts, context: int, seconds: float) -> Generate:
     """Tokens in and out of one server. A connection per request, so that nothing is left to close."""
 
@@ -305,12 +288,12 @@ def _sampler(url: str, name: str, facts: Facts, context: int, seconds: float) ->
         prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
     ) -> Completion:
         limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=facts.vocab_size, context=context)
-        parameters = wire.sampling(facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
+        parameters = vllm_api.sampling(facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
         body = {"model": name, "token_ids": list(prompt_ids), "sampling_params": parameters}
         async with Client(url, seconds, LONGEST_ANSWER) as client:
             choice = (await client.call("POST", TOKENS, body, seconds=seconds))["choices"][0]
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        return wire.completion(facts, choice["token_ids"], logprobs, choice["finish_reason"], [(0, 0)])
+        return vllm_api.completion(facts, choice["token_ids"], logprobs, choice["finish_reason"], [(0, 0)])
 
     return sample
 
@@ -337,7 +320,7 @@ async def _no_logprobs(client: Client, name: str, facts: Facts) -> str:
     Of a single allowed token the probability is 1 in what is sampled from, and the model's own in raw logprobs.
     """
     ids = facts.tokenizer.encode(PROBE, add_special_tokens=False)
-    parameters = wire.sampling(facts, seed=0, limit=1, stop=(), temperature=1.0) | {"allowed_token_ids": ids[:1]}
+    parameters = vllm_api.sampling(facts, seed=0, limit=1, stop=(), temperature=1.0) | {"allowed_token_ids": ids[:1]}
     try:
         answer = await client.call("POST", TOKENS, {"model": name, "token_ids": ids, "sampling_params": parameters})
     except Refused as error:

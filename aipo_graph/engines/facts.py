@@ -40,16 +40,8 @@ class Facts:
 
 def ends(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, generation: int | Sequence[int] | None) -> frozenset[int]:
     """Token ids that end a text: those of generation config, model config and tokenizer, and that which ends a reply in the template."""
-    return end_ids(generation, model.get_text_config().eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer))
-
-
-def end_ids(*found: int | Sequence[int] | None) -> frozenset[int]:
-    """Token ids that end a text: all that generation config, model config and tokenizer name.
-
-    >>> sorted(end_ids(None, [2, 3], 3))
-    [2, 3]
-    """
-    return frozenset(token for ids in found for token in ([ids] if isinstance(ids, int) else ids or ()))
+    named = (generation, model.get_text_config().eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer))
+    return frozenset(token for ids in named for token in ([ids] if isinstance(ids, int) else ids or ()))
 
 
 def context_of(config: Config, model: PretrainedConfig, model_path: str) -> int:

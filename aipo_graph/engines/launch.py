@@ -19,15 +19,13 @@ from rich.console import Console
 
 from aipo_graph import loops
 from aipo_graph.config import Config
-from aipo_graph.engines.client import Client
-from aipo_graph.engines.decoder import torch_device
 from aipo_graph.engines.facts import Facts
+from aipo_graph.engines.server import Client
+from aipo_graph.engines.vllm_api import WHOLE_PROMPTS, max_rank, on_cuda, prefill_budget
 from aipo_graph.errors import ConfigError, EngineError, install
 
 C = TypeVar("C", bound=Config)
 MODULE = "vllm.entrypoints.openai.api_server"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""vLLM's choices for --max-lora-rank."""
 KEEPER = """
 import os, signal, subprocess, sys, threading
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
@@ -49,27 +47,6 @@ os._exit(code % 256)
 """Ends the server, and what it started, with the process that asked for it, however that ends."""
 
 
-WHOLE_PROMPTS = ("--no-enable-chunked-prefill",)
-"""On the CPU, vLLM 0.32 dies of a seeded request whose prompt it splits over two steps (its generator cannot be set back)."""
-
-
-def prefill_budget(context: int) -> int:
-    """Tokens per step without chunked prefill: at least the longest prompt."""
-    return max(4096, context)
-
-
-def on_cuda(config: Config) -> bool:
-    return torch_device(config).startswith("cuda")
-
-
-def max_rank(rank: int) -> int:
-    """The least of vLLM's choices that holds ``rank``. Raises ConfigError where none does."""
-    fitting = [choice for choice in RANKS if choice >= rank]
-    if not fitting:
-        raise ConfigError(f"policy.lora_rank = {rank}: vLLM takes adapters up to rank {RANKS[-1]}; lower it, or use 0")
-    return fitting[0]
-
-
 def serve_command(config: Config, facts: Facts, port: int, *, python: str = sys.executable) -> list[str]:
     """Starts a server that fits this run. Raises ConfigError for a rank that vLLM does not have."""
     command = [python, "-m", MODULE, "--model", facts.path, "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
@@ -79,9 +56,7 @@ def serve_command(config: Config, facts: Facts, port: int, *, python: str = sys.
         command += ["--enable-lora", "--max-lora-rank", str(max_rank(rank)), "--max-loras", str(config.rollout.max_lag + 2)]
     if not on_cuda(config):
         return [*command, "--enforce-eager", *WHOLE_PROMPTS, "--max-num-batched-tokens", str(prefill_budget(facts.context))]
-    command += ["--gpu-memory-utilization", f"{config.engine.memory:g}"]
-    # NCCL joins two GPUs, never one with itself.
-    return [*command, "--weight-transfer-config", '{"backend":"nccl"}'] if torch.cuda.device_count() > 1 and not rank else command
+    return [*command, "--gpu-memory-utilization", f"{config.engine.memory:g}"]
 
 
 def serve_environment(config: Config) -> dict[str, str]:
@@ -101,8 +76,11 @@ def serve_environment(config: Config) -> dict[str, str]:
 
 def serve_text(config: Config, model_path: str, port: int = 8000) -> str:
     """The command for a shell, as `--dry-run` prints it."""
-    variables = [f"{name}={shlex.quote(value)}" for name, value in serve_environment(config).items()]
-    return " ".join([*variables, shlex.join(serve_command(config, Facts.read(config, model_path), port, python="python"))])
+    return _shell(serve_command(config, Facts.read(config, model_path), port, python="python"), serve_environment(config))
+
+
+def _shell(command: list[str], environment: Mapping[str, str]) -> str:
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +130,7 @@ async def launch(config: Config, model_path: str, log: Path, *, python: str = sy
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command, extra = serve_command(config, facts, port, python=python), serve_environment(config)
-    console.print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in extra.items()), shlex.join(command)]), markup=False)
+    console.print(_shell(command, extra), markup=False)
     server = Launched(f"http://127.0.0.1:{port}", log, _start(command, extra, log))
     try:
         with console.status(f"vLLM starts; its log is {log}"):

@@ -1,39 +1,227 @@
-"""The policy on one or more vLLM servers, over HTTP: token ids in, token ids and logprobs out."""
+"""The policy on one or more vLLM servers, over HTTP: token ids in, token ids and logprobs out.
+
+In three parts: requests to one server, whether a server fits a run, and the engine over all of them.
+"""
 
 import asyncio
 import contextlib
-import importlib.util
+import json
+import os
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import aiohttp
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from transformers import AutoConfig, PretrainedConfig
+
 from aipo_graph.config import Config
-from aipo_graph.engines import wire
-from aipo_graph.engines.client import Client
+from aipo_graph.engines import vllm_api
 from aipo_graph.engines.facts import Facts, check_request
-from aipo_graph.engines.fit import check_server, tokens_route
-from aipo_graph.engines.handover import Handover
 from aipo_graph.errors import ConfigError, EngineError
+from aipo_graph.forward import first_line
 from aipo_graph.types import Completion, Stop
+
+ATTEMPTS = 3
+PATIENCE = 900.0
+"""Seconds for a request that is no sampling: writing or loading weights takes minutes for large models."""
+IDLE = 2.0
+"""Seconds for which an unused connection is kept: less than vLLM's 5, after which it would be closed under a request."""
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+
+class Refused(EngineError):
+    """An answer other than 2xx."""
+
+    def __init__(self, message: str, status: int = 0) -> None:  # 0: from a pickle, which brings the status afterwards
+        super().__init__(message)
+        self.status = status
+
+
+class Unanswered(EngineError):
+    """No answer: refused connection, reset, timeout."""
+
+
+class Client:
+    """``load`` counts the requests under way, ``runs`` the graph runs that stay with this server; ``longest`` bounds an answer's bytes."""
+
+    def __init__(self, url: str, seconds: float, longest: int = 2**28) -> None:
+        key = os.environ.get("VLLM_API_KEY")
+        self.url = url.rstrip("/")
+        self.load = self.runs = 0
+        self._seconds, self._longest = seconds, longest
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def sample(self, path: str, body: dict[str, Any]) -> Any:
+        """A request that is tried again, with the same seed, where it or its answer was lost."""
+        self.load += 1
+        try:
+            async for attempt in AsyncRetrying(
+                stop=stop_after_attempt(ATTEMPTS),
+                wait=wait_random_exponential(multiplier=0.5, max=8),
+                retry=retry_if_exception(lambda error: isinstance(error, Unanswered) or getattr(error, "status", 0) in TRANSIENT),
+                reraise=True,
+            ):
+                with attempt:
+                    return await self.call("POST", path, body, seconds=self._seconds)
+        finally:
+            self.load -= 1
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float = PATIENCE, missing: str = ""
+    ) -> Any:
+        """One request; its JSON, or its text. Raises Unanswered, Refused, and ConfigError, which says what is ``missing``, for a 404."""
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=10)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                text = bytearray()
+                async for chunk in response.content.iter_any():
+                    text += chunk
+                    if len(text) > self._longest:
+                        raise ValueError(f"its answer is longer than {self._longest} bytes")
+                answer = json.loads(text) if response.content_type == "application/json" else text.decode(errors="replace")
+                status = response.status
+        except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
+            what = f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else first_line(error)
+            raise Unanswered(f"the vLLM server {self.url} cannot be reached ({what}); start it, or correct engine.urls") from error
+        if status == 404 and missing:
+            raise ConfigError(f"{self.url} {missing}")
+        if status in (401, 403):
+            raise Refused(f"the vLLM server {self.url} refuses the key; set VLLM_API_KEY to its --api-key", status)
+        if status >= 300:
+            raise Refused(f"the vLLM server {self.url} answered {path.partition('?')[0]} with {status}: {_message(answer)}", status)
+        return answer
+
+
+def _message(answer: Any) -> str:
+    """The text of an error body, in one bounded line."""
+    if isinstance(answer, dict):
+        inner = answer.get("error", answer.get("detail", answer))
+        answer = inner.get("message", inner) if isinstance(inner, dict) else inner
+    return " ".join(str(answer).split())[:300] or "no text"
+
+
+# --- whether a running server fits a run: one line and the remedy for each way it does not
+
+SHAPE = (
+    "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+"""What two directories of one model's weights agree on."""
+PROBE = "a1 B%=12?\n<knowledge>é✓ x²</knowledge> \\boxed{3}"
+NO_SERVER = "is no vLLM server: engine.urls must name vLLM servers, without /v1; start one with `vllm serve`"
+CLOSED = "takes no new weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment, reachable by this machine alone"
+
+
+async def check_server(client: Client, config: Config, facts: Facts) -> tuple[str, bool, dict[str, Any]]:
+    """The name under which it serves the policy, whether it serves just the weights asked for, and its settings.
+
+    Raises ConfigError (remedy: another server or setting) or EngineError (no answer).
+    """
+    await client.call("GET", "/version", seconds=30, missing=NO_SERVER)
+    info = await client.call("GET", "/server_info?config_format=json", missing=CLOSED)
+    if not isinstance(info, dict) or "vllm_config" not in info:
+        raise ConfigError(f"{client.url} {NO_SERVER}")
+    settings = info["vllm_config"]
+    models = (await client.call("GET", "/v1/models"))["data"]
+    base = next(model for model in models if not model.get("parent"))
+    name, root = str(base["id"]), str(base["root"])
+    fresh = (await client.call("GET", "/weight_info"))["weight_version"] == "default" and _same_place(root, facts.path)
+    body = {"model": name, "prompt": PROBE, "add_special_tokens": False}
+    try:
+        tokens = (await client.call("POST", "/tokenize", body))["tokens"]
+    except Refused as error:
+        raise ConfigError(f"{client.url} runs without a tokenizer ({error.status}); start it without --skip-tokenizer-init") from error
+    other_words = tokens != facts.tokenizer.encode(PROBE, add_special_tokens=False)
+    model, lora, rank = settings["model_config"], settings.get("lora_config") or {}, config.policy.lora_rank
+    highest, updating = lora.get("max_lora_rank", 0), info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+    dtype, mode, length = str(model["dtype"]).removeprefix("torch."), model["logprobs_mode"], int(model["max_model_len"])
+    wanted, budget = config.engine.max_context, config.rollout.max_tokens
+    splits = settings["device_config"]["device"] == "cpu" and settings["scheduler_config"]["enable_chunked_prefill"]
+    whole = f"{' '.join(vllm_api.WHOLE_PROMPTS)} --max-num-batched-tokens {vllm_api.prefill_budget(facts.context)}"
+    faults = [
+        (other_shape := _other_shape(root, facts), f"serves {root!r} with {other_shape}; start it with --model {facts.path}"),
+        (other_words, f"has another tokenizer than the policy {facts.path!r}; start it with --tokenizer {facts.path}"),
+        (
+            mode != "processed_logprobs",
+            f"gives {mode}, not those of the distribution it samples from; start it with --logprobs-mode processed_logprobs",
+        ),
+        (
+            dtype != config.policy.dtype,
+            f"runs in {dtype}, policy.dtype is {config.policy.dtype}; start it with --dtype {config.policy.dtype}",
+        ),
+        (length < wanted, f"has a context of {length}, engine.max_context is {wanted}; start it with --max-model-len {wanted}"),
+        (
+            length <= budget,
+            f"has a context of {length}, rollout.max_tokens is {budget} and the prompt comes on top; "
+            f"start it with --max-model-len {facts.context}, or lower the budget",
+        ),
+        (splits, f"splits prompts, and on the CPU vLLM dies of a split prompt with a seed; start it with {whole}"),
+        (
+            highest < rank,
+            f"takes adapters up to rank {highest}, policy.lora_rank is {rank}; "
+            f"start it with --enable-lora --max-lora-rank {vllm_api.max_rank(rank)}, or lower the rank",
+        ),
+        (rank and not updating, "loads no new adapters; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"),
+    ]
+    if fault := next((text for found, text in faults if found), None):
+        raise ConfigError(f"{client.url} {fault}")
+    return name, fresh, settings
+
+
+def _same_place(root: str, path: str) -> bool:
+    """Whether two names are one directory or one hub name."""
+    return root == path or (Path(root).is_dir() and Path(root).resolve() == Path(path).resolve())
+
+
+def _other_shape(root: str, facts: Facts) -> str:
+    """How the served model's shape differs from the policy's, where its config can be read here; a name alone says nothing."""
+    try:
+        theirs = AutoConfig.from_pretrained(root, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return ""  # on another machine: the tokenizer and the probe after each load decide
+    pairs = ((field, _field(theirs, field), _field(facts.config, field)) for field in SHAPE)
+    return next((f"{field} = {other}, the policy {facts.path!r} has {ours}" for field, other, ours in pairs if other != ours), "")
+
+
+def _field(config: PretrainedConfig, name: str) -> Any:
+    return getattr(config if name == "architectures" else config.get_text_config(), name, None)
+
+
+async def tokens_route(client: Client, name: str) -> bool:
+    """Whether it takes and gives token ids with their weight versions (``--enable-scale-out``)."""
+    try:
+        await client.call("POST", "/inference/v1/generate", {"model": name, "token_ids": [0], "sampling_params": {"max_tokens": 1}})
+    except Refused as error:
+        if error.status == 404:
+            return False
+        raise EngineError(f"{error}; it answers no requests, see its log") from error
+    return True
+
+
+# --- the engine
 
 TOKENS, TEXT = "/inference/v1/generate", "/v1/completions"
 APART = {"float32": 1e-3, "bfloat16": 0.05}
 """Mean gap of logprobs between two servers past which they hold different weights; equal machines stay below."""
 
 
-@dataclass(eq=False, slots=True)
-class _Seat:
-    """A graph run and the server it stays on, chosen at its first request."""
-
-    engine: "ServerEngine"
-    client: Client | None = None
-
-
-_seat: ContextVar[_Seat | None] = ContextVar("seat", default=None)
+_SEAT: ContextVar[dict["ServerEngine", Client] | None] = ContextVar("seat", default=None)
+"""Within a graph run: the server of each engine that it stays on, chosen at its first request."""
 
 
 class ServerEngine:
@@ -51,7 +239,6 @@ class ServerEngine:
         names: dict[str, str],
         *,
         tokens: bool,
-        nccl: bool,
         lora: bool,
         context: int,
     ) -> None:
@@ -64,13 +251,13 @@ class ServerEngine:
         self._clients = clients
         self._names = names
         self._tokens = tokens
-        self._nccl = nccl
         self._lora = lora
         self._apart = APART[config.policy.dtype]
-        self._labels = wire.Labels(secrets.token_hex(4))
-        self._handover = Handover(config, facts)
+        self._labels = vllm_api.Labels(secrets.token_hex(4))
+        self._files = vllm_api.WeightFiles(config, facts)
         self._adapter: str | None = None
-        self._in_use: Counter[str] = Counter()
+        self._in_use: Counter[str | None] = Counter()
+        """Requests under way by adapter, whose files vLLM may read again as long as one uses it."""
 
     @classmethod
     async def open(cls, config: Config, model_path: str, urls: Sequence[str]) -> Self:
@@ -79,7 +266,7 @@ class ServerEngine:
         Raises ConfigError where a server does not fit, EngineError where it does not answer.
         """
         facts = Facts.read(config, model_path)
-        wire.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
+        vllm_api.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
         async with contextlib.AsyncExitStack() as stack:
             different = dict.fromkeys(url.rstrip("/") for url in urls)
             clients = [await stack.enter_async_context(Client(url, config.rollout.timeout)) for url in different]
@@ -92,17 +279,12 @@ class ServerEngine:
                     "start every server with --enable-scale-out, or use 0"
                 )
             lengths = [int(settings["model_config"]["max_model_len"]) for _, _, settings in found]
-            transfers = [(settings.get("weight_transfer_config") or {}).get("backend") for _, _, settings in found]
-            nccl = all(backend == "nccl" for backend in transfers) and importlib.util.find_spec("vllm") is not None
             lora = any(settings.get("lora_config") for _, _, settings in found)
-            engine = cls(config, facts, clients, names, tokens=tokens, nccl=nccl, lora=lora, context=min(facts.context, *lengths))
-            try:
-                foreign = [client for client, (_, fresh, _) in zip(clients, found, strict=True) if not fresh]
-                await engine._reload(foreign, model_path, 0)
-                await engine._label([client for client in clients if client not in foreign], 0)
-            except BaseException:
-                engine._handover.close()
-                raise
+            engine = cls(config, facts, clients, names, tokens=tokens, lora=lora, context=min(facts.context, *lengths))
+            stack.callback(engine._files.close)
+            foreign = [client for client, (_, fresh, _) in zip(clients, found, strict=True) if not fresh]
+            await engine._reload(foreign, model_path, 0)
+            await engine._label([client for client in clients if client not in foreign], 0)
             stack.pop_all()
         return engine
 
@@ -115,20 +297,23 @@ class ServerEngine:
         Raises EngineError.
         """
         limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=self._facts.vocab_size, context=self.max_context)
-        parameters = wire.sampling(self._facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
+        parameters = vllm_api.sampling(self._facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
         client = self._choose()
         adapter, version = self._adapter, self.version
-        with self._using(adapter):
+        self._in_use[adapter] += 1
+        try:
             choice = (await self._ask(client, adapter, prompt_ids, parameters))["choices"][0]
+        finally:
+            self._in_use[adapter] -= 1
         ids = choice["token_ids"] or ()
         if not self._tokens:
-            return wire.completion(self._facts, ids, choice["logprobs"]["token_logprobs"], choice["finish_reason"], [(0, version)])
+            return vllm_api.completion(self._facts, ids, choice["logprobs"]["token_logprobs"], choice["finish_reason"], [(0, version)])
         versions = [(0, version)]
         if adapter is None and self.takes == "weights":
             spans = choice["weight_versions"] or ()
             versions = [(span["start"], self._labels.version(span["version"])) for span in spans] or versions
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        return wire.completion(self._facts, ids, logprobs, choice["finish_reason"], versions)
+        return vllm_api.completion(self._facts, ids, logprobs, choice["finish_reason"], versions)
 
     async def _ask(self, client: Client, adapter: str | None, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
         name = adapter or self._names[client.url]
@@ -151,13 +336,13 @@ class ServerEngine:
         return answers[0]
 
     async def _score(self, client: Client, token_ids: Sequence[int]) -> tuple[float, ...]:
-        parameters = wire.scoring(len(token_ids))
+        parameters = vllm_api.scoring(len(token_ids))
         check_request(token_ids, 1, 0.0, vocab_size=self._facts.vocab_size, context=self.max_context)
         if self._lora:
             return tuple(await asyncio.gather(*(self._score_next(client, token_ids[:t], token_ids[t]) for t in range(1, len(token_ids)))))
         answer = await self._ask(client, None, token_ids, parameters)
         entries = answer["prompt_logprobs"] if self._tokens else answer["choices"][0]["prompt_logprobs"]
-        return tuple(entry["logprob"] for entry in wire.prompt_scores(token_ids, entries))
+        return tuple(entry["logprob"] for entry in vllm_api.prompt_scores(token_ids, entries))
 
     async def _score_next(self, client: Client, prompt: Sequence[int], token: int) -> float:
         """One token, on a server with adapters. Prompt logprobs beside other requests end its engine (vLLM 0.32 maps the batch's rows to
@@ -171,14 +356,14 @@ class ServerEngine:
     @contextlib.contextmanager
     def run(self, key: str) -> Iterator[None]:
         """Entered around one graph run, which stays on one server: its prefix is cached there."""
-        seat = _Seat(self)
-        token = _seat.set(seat)
+        seat: dict[ServerEngine, Client] = {}
+        token = _SEAT.set(seat)
         try:
             yield
         finally:
-            _seat.reset(token)
-            if seat.client is not None:
-                seat.client.runs -= 1
+            _SEAT.reset(token)
+            for client in seat.values():
+                client.runs -= 1
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -186,42 +371,23 @@ class ServerEngine:
 
     def _choose(self) -> Client:
         """The run's server; a new run's is the one with the fewest requests under way."""
-        seat = _seat.get()
-        if seat is not None and seat.engine is self and seat.client is not None:
-            return seat.client
-        client = min(self._clients, key=lambda c: (c.load, c.runs))
-        if seat is not None and seat.engine is self:
-            seat.client = client
-            client.runs += 1
-        return client
-
-    @contextlib.contextmanager
-    def _using(self, adapter: str | None) -> Iterator[None]:
-        """vLLM may read an adapter's files again as long as a request uses it."""
-        if adapter is None:
-            yield
-            return
-        self._in_use[adapter] += 1
-        try:
-            yield
-        finally:
-            self._in_use[adapter] -= 1
+        seat, least = _SEAT.get(), min(self._clients, key=lambda c: (c.load, c.runs))
+        if seat is None:
+            return least
+        if self not in seat:
+            seat[self] = least
+            least.runs += 1
+        return seat[self]
 
     async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """To every server: a new adapter, tensors over NCCL where learner and servers can, else a directory that servers read.
-
-        Raises EngineError where one does not take them.
-        """
+        """To every server, as files: a new adapter, or all weights. Raises EngineError where one does not take them."""
         label = self._labels.of(version)
+        path = await asyncio.to_thread(self._files.write, label, weights)
         if self.takes == "adapter":
-            await self._switch(label, await asyncio.to_thread(self._handover.write, label, weights), version)
-            return
-        if self._nccl and not self._handover.renames and (tensors := list(weights)) and tensors[0][1].is_cuda:
-            await self._transfer(tensors, version)
+            await self._switch(label, path)
         else:
-            path = await asyncio.to_thread(self._handover.write, label, weights)
             await self._reload(self._clients, str(path), version)
-            self._handover.keep(label)
+            self._files.keep(label)
         self.version = version
 
     async def _reload(self, clients: Sequence[Client], path: str, version: int) -> None:
@@ -232,13 +398,6 @@ class ServerEngine:
             except EngineError as error:
                 remedy = "restart the server where it can read them"
                 raise EngineError(f"weights {version} from {path} were not taken: {error}; {remedy}") from error
-
-    async def _transfer(self, tensors: list[tuple[str, Any]], version: int) -> None:
-        """Untested: it needs two GPUs."""
-        from aipo_graph.engines import vllm
-
-        async with self._paused(self._clients, version):
-            await asyncio.to_thread(vllm.send_nccl, [client.url for client in self._clients], tensors)
 
     @contextlib.asynccontextmanager
     async def _paused(self, clients: Sequence[Client], version: int) -> AsyncIterator[None]:
@@ -256,17 +415,17 @@ class ServerEngine:
         body = {"new_version": self._labels.of(version)}
         await _all(client.call("POST", "/update_weight_version", body) for client in clients)
 
-    async def _switch(self, name: str, path: Path, version: int) -> None:
+    async def _switch(self, name: str, path: Path) -> None:
         """New requests name the new adapter; the one before is forgotten, its files go when its last request is done."""
         old = self._adapter
         if name == old:  # a run that loads its version again
             await _all(client.call("POST", "/v1/unload_lora_adapter", {"lora_name": old}) for client in self._clients)
         body = {"lora_name": name, "lora_path": str(path)}
         await _all(client.call("POST", "/v1/load_lora_adapter", body) for client in self._clients)
-        self._adapter, self.version = name, version
+        self._adapter = name
         if old is not None and old != name:
             await _all(client.call("POST", "/v1/unload_lora_adapter", {"lora_name": old}) for client in self._clients)
-        self._handover.keep(name, *(adapter for adapter, count in self._in_use.items() if count))
+        self._files.keep(name, *(adapter for adapter, count in self._in_use.items() if adapter and count))
 
     async def sleep(self) -> None:
         """Does nothing: servers have their memory to themselves."""
@@ -280,7 +439,7 @@ class ServerEngine:
             )
         for client in self._clients:
             await client.close()
-        self._handover.close()
+        self._files.close()
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:

@@ -1,25 +1,19 @@
 """The policy in vLLM inside this process: it shares the GPU with the learner and sleeps while that learns.
 
-The only file that imports vllm. What runs on CUDA alone (sleeping, weights over CUDA IPC or NCCL) was written from vLLM 0.32's source
-and is untested.
+The only file that imports vllm. What runs on CUDA alone (sleeping) was written from vLLM 0.32's source and is untested.
 """
 
 import asyncio
 import contextlib
 import itertools
 import os
-import socket
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
 from aipo_graph.config import Config
-from aipo_graph.engines import wire
+from aipo_graph.engines import vllm_api
 from aipo_graph.engines.facts import Facts, check_request
-from aipo_graph.engines.handover import Handover
-from aipo_graph.engines.launch import max_rank, on_cuda, prefill_budget
 from aipo_graph.errors import ConfigError, EngineError, install
 from aipo_graph.forward import first_line
 from aipo_graph.types import Completion, Stop
@@ -37,33 +31,30 @@ class VllmEngine:
         self.max_context = facts.context
         self._facts = facts
         self._llm = llm
-        self._labels = wire.Labels("policy")
-        self._handover = Handover(config, facts)
+        self._labels = vllm_api.Labels("policy")
+        self._files = vllm_api.WeightFiles(config, facts)
         self._adapter: Any = None
         self._adapters = itertools.count(1)
         self._requests = itertools.count()
         self._under_way = 0
         self._asleep = False
-        self._transfer: Any = None
 
     @classmethod
     async def open(cls, config: Config, model_path: str) -> Self:
         """Raises ConfigError where vLLM is not installed, EngineError where it does not start."""
-        facts, cuda = Facts.read(config, model_path), on_cuda(config)
+        facts, cuda = Facts.read(config, model_path), vllm_api.on_cuda(config)
         if cuda and config.run.device not in ("auto", "cuda", "cuda:0"):
             raise ConfigError(f"run.device = {config.run.device}: vLLM takes the first GPU; use cuda, and choose with CUDA_VISIBLE_DEVICES")
-        wire.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
+        vllm_api.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
         for name, value in _environment(cuda, shared=bool(config.cluster.address)).items():
             os.environ.setdefault(name, value)  # vLLM reads them when it is imported
         vllm = _vllm()
         lora: dict[str, Any] = {}
         if rank := config.policy.lora_rank:
-            lora = {"enable_lora": True, "max_lora_rank": max_rank(rank)}
-        device: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": prefill_budget(facts.context)}
+            lora = {"enable_lora": True, "max_lora_rank": vllm_api.max_rank(rank)}
+        device: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": vllm_api.prefill_budget(facts.context)}
         if cuda:
             device = {"gpu_memory_utilization": config.engine.memory, "enable_sleep_mode": not config.cluster.address}
-            if not lora and not config.cluster.address:
-                device["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
         arguments = vllm.AsyncEngineArgs(
             model=model_path,
             dtype=config.policy.dtype,
@@ -89,20 +80,20 @@ class VllmEngine:
     ) -> Completion:
         """As ``ServerEngine.generate``."""
         limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=self._facts.vocab_size, context=self.max_context)
-        parameters = wire.sampling(self._facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
+        parameters = vllm_api.sampling(self._facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
         adapter, version = self._adapter, self.version
         output = (await self._ask(prompt_ids, parameters | {"detokenize": bool(parameters["stop"])})).outputs[0]
         logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs or (), strict=True)]
         versions = [(0, version)]
         if adapter is None and self.takes == "weights":
             versions = [(span.start, self._labels.version(span.version)) for span in output.weight_versions or ()] or versions
-        return wire.completion(self._facts, output.token_ids, logprobs, output.finish_reason, versions)
+        return vllm_api.completion(self._facts, output.token_ids, logprobs, output.finish_reason, versions)
 
     async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
-        parameters = wire.scoring(len(token_ids))
+        parameters = vllm_api.scoring(len(token_ids))
         check_request(token_ids, 1, 0.0, vocab_size=self._facts.vocab_size, context=self.max_context)
         output = await self._ask(token_ids, parameters)
-        return tuple(entry.logprob for entry in wire.prompt_scores(token_ids, output.prompt_logprobs))
+        return tuple(entry.logprob for entry in vllm_api.prompt_scores(token_ids, output.prompt_logprobs))
 
     async def _ask(self, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
         vllm = _vllm()
@@ -129,8 +120,7 @@ class VllmEngine:
         yield
 
     async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """An adapter or a directory on disk; on CUDA full weights, unless files name them otherwise, go from the
-        learner's memory to vLLM's. Wakes it first.
+        """Hands them over as files, an adapter or all, and wakes it first.
 
         In a cluster requests wait, and go on under the new weights. Raises EngineError while one is served elsewhere, or where vLLM does
         not take them.
@@ -145,12 +135,10 @@ class VllmEngine:
                 await self._llm.wake_up(["weights"])
             if self.takes == "adapter":
                 await self._switch(label, weights)
-            elif self._sleeps and not self._handover.renames:
-                await asyncio.to_thread(self._send_ipc, list(weights), asyncio.get_running_loop())
             else:
-                path = await asyncio.to_thread(self._handover.write, label, weights)
+                path = await asyncio.to_thread(self._files.write, label, weights)
                 await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-                self._handover.keep(label)
+                self._files.keep(label)
             if self._asleep:
                 await self._llm.wake_up(["kv_cache"])
                 self._asleep = False
@@ -166,23 +154,13 @@ class VllmEngine:
         await self._llm.update_weight_version(self._labels.of(version))
 
     async def _switch(self, name: str, weights: Iterable[tuple[str, Any]]) -> None:
-        path = await asyncio.to_thread(self._handover.write, name, weights)
+        path = await asyncio.to_thread(self._files.write, name, weights)
         request = _vllm().lora.request.LoRARequest(name, next(self._adapters), str(path))
         await self._llm.add_lora(request)
         if self._adapter is not None:
             await self._llm.remove_lora(self._adapter.lora_int_id)
         self._adapter = request
-        self._handover.keep(name)
-
-    def _send_ipc(self, tensors: list[tuple[str, Any]], loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread of its own, since vLLM's trainer side is synchronous. Untested: it needs a GPU."""
-        transfer = _vllm().distributed.weight_transfer
-        if self._transfer is None:
-            client = _InProcess(self._llm, loop)
-            start = transfer.ipc_engine.IPCTrainerInitInfo(rank=0)
-            self._transfer = transfer.factory.WeightTransferTrainerFactory.trainer_init(start, client=client, source=_source(tensors))
-        self._transfer.source = _source(tensors)
-        self._transfer.send_weights()
+        self._files.keep(name)
 
     async def sleep(self) -> None:
         """On CUDA: frees the cache and, unless adapters need the base weights, drops the weights, which `load_weights` brings anew."""
@@ -192,90 +170,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.shutdown)
-        self._handover.close()
-
-
-class _InProcess:
-    """vLLM's four calls of a weight transfer, on an engine of another thread's event loop."""
-
-    def __init__(self, llm: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._llm, self._loop = llm, loop
-
-    def _wait(self, call: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(call, self._loop).result()
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._wait(self._llm.init_weight_transfer_engine(_request("WeightTransferInitRequest")(init_info=init_info)))
-
-    def start_weight_update(self) -> None:
-        self._wait(self._llm.start_weight_update())
-
-    def update_weights(self, update_info: Any) -> None:
-        self._wait(self._llm.update_weights(_request("WeightTransferUpdateRequest")(update_info=update_info)))
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._wait(self._llm.finish_weight_update(weight_version))
-
-
-def _request(name: str) -> Callable[..., Any]:
-    return getattr(_vllm().distributed.weight_transfer.base, name)
-
-
-def _source(tensors: Sequence[tuple[str, Any]]) -> Any:
-    """The learner's tensors as vLLM's transfers read them."""
-    return _vllm().distributed.weight_transfer.base.ModuleSource(_Named(tensors))
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """Stands in for the module whose parameters vLLM's source reads."""
-
-    tensors: Sequence[tuple[str, Any]]
-
-    def named_parameters(self) -> Sequence[tuple[str, Any]]:
-        return self.tensors
-
-
-_nccl: dict[str, Any] = {}
-"""Open transfers by server."""
-
-
-def send_nccl(urls: Sequence[str], tensors: Sequence[tuple[str, Any]]) -> None:
-    """Broadcasts tensors on the learner's GPU to each server's own group of GPUs. Untested: it needs two GPUs.
-
-    Raises EngineError where a server does not take part.
-    """
-    import torch
-
-    transfer = _vllm().distributed.weight_transfer
-    try:
-        torch.cuda.set_device(tensors[0][1].device)  # of this thread: vLLM joins the group with it
-        for url in urls:
-            if url not in _nccl:
-                import requests  # vLLM's own client needs it
-
-                client = transfer.clients.HTTPVLLMWeightSyncClient(url)
-                world = requests.get(f"{url}/get_world_size", timeout=60).json()["world_size"]
-                address, port = _rendezvous(url)
-                start = transfer.nccl_engine.NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world + 1, rank=0)
-                _nccl[url] = transfer.factory.WeightTransferTrainerFactory.trainer_init(start, client=client, source=_source(tensors))
-            _nccl[url].source = _source(tensors)
-            _nccl[url].send_weights()
-    except (RuntimeError, ValueError, OSError) as error:  # a failed HTTP request is an OSError
-        raise EngineError(
-            f"weights did not reach {url} over NCCL: {first_line(error)}; start it without --weight-transfer-config"
-        ) from error
-
-
-def _rendezvous(url: str) -> tuple[str, int]:
-    """This machine's address as the server sees it, and a free port."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
-        towards.connect((parts.hostname or "127.0.0.1", parts.port or 80))
-        address = str(towards.getsockname()[0])
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return address, int(probe.getsockname()[1])
+        self._files.close()
 
 
 def _environment(cuda: bool, *, shared: bool) -> dict[str, str]:
@@ -283,20 +178,13 @@ def _environment(cuda: bool, *, shared: bool) -> dict[str, str]:
     found = {"VLLM_NO_USAGE_STATS": "1"}
     if shared:
         found |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    # CUDA IPC handles travel to vLLM's own worker process pickled.
-    return found | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if cuda else {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    return found if cuda else found | {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def _vllm() -> ModuleType:
     """Raises ConfigError where vLLM is not installed."""
     try:
         import vllm
-        import vllm.config
-        import vllm.distributed.weight_transfer.base
-        import vllm.distributed.weight_transfer.clients
-        import vllm.distributed.weight_transfer.factory
-        import vllm.distributed.weight_transfer.ipc_engine
-        import vllm.distributed.weight_transfer.nccl_engine
         import vllm.exceptions
         import vllm.lora.request
         import vllm.sampling_params

@@ -215,8 +215,8 @@ async def _sample_all(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from aipo_graph.engines import open_engine
     from aipo_graph.engines.chat import open_chats
-    from aipo_graph.engines.open import open_engine
     from aipo_graph.rollout.collect import Rollouts
 
     torch.set_num_threads(config.run.threads)
