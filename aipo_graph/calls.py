@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 from aipo_graph.literals import Literals, check, coerce, decode
@@ -92,16 +93,13 @@ class Manner:
                 if self.weak and isinstance(error, _Other):
                     outside.append(text[match.start() : end])
                     at = end
-                else:
-                    at = match.end() + self._fault(text[match.end() : end], error, found)
+                    continue
+                # The text goes on after the last mark of a call that cannot be read, or nowhere.
+                before, closed, _ = text[match.end() : end].partition(self.last) if self.last else (text[match.end() : end], "", "")
+                found.append(Fault(before, str(error).partition("\n")[0][:200]))
+                at = match.end() + len(before) + len(closed)
         outside.append(text[at:])
         return "".join(outside), found
-
-    def _fault(self, body: str, error: Exception, found: list[Call | Fault]) -> int:
-        """Where text goes on after a call that cannot be read: after its last mark, or nowhere."""
-        before, closed, _ = body.partition(self.last) if self.last else (body, "", "")
-        found.append(Fault(before, str(error).partition("\n")[0][:200]))
-        return len(before) + len(closed)
 
     def _body(self, body: str, schemas: Schemas, whole: bool = True) -> tuple[list[Call], int]:
         """The calls that a text begins with, and where it goes on. Raises ValueError or RecursionError.
@@ -226,8 +224,8 @@ def _json(one: str, two: str, marks: re.Pattern[str]) -> Manner | None:
         head = one[: opening.start()]
         second = two.find(OTHER)
         begins = max(two.rfind("{", 0, second), 0)
-        lead = _common([*_tokens(head, marks)][::-1], [*_tokens(two[two.find(WORD) + 1 : begins], marks)][::-1])[::-1]
-        return _manner("json", head, "".join(lead), one[end:], "", marks, ahead=r"(?=\{\s*\"|\[\s*\{)", keys=keys)
+        lead = _shared_end(head, two[two.find(WORD) + 1 : begins], marks)
+        return _manner("json", head, lead, one[end:], "", marks, ahead=r"(?=\{\s*\"|\[\s*\{)", keys=keys)
     return None
 
 
@@ -252,7 +250,7 @@ def _named(one: str, two: str, write: Callable[[Sequence[Call]], str], plain: st
     if not named or WORD not in rest:
         raise ValueError(f"{' '.join(one.split())[:100]!r} does not hold the call's name and arguments")
     between = two[two.find(WORD) + 1 : max(two.find(OTHER), 0)]
-    lead = "".join(_common([*_tokens(head, marks)][::-1], [*_tokens(between, marks)][::-1])[::-1])
+    lead = _shared_end(head, between, marks)
     for opening in re.finditer(r"\{", rest[: rest.find(WORD)]):
         try:
             value, end = decode(rest, opening.start())
@@ -284,17 +282,16 @@ def _paired(head: str, lead: str, rest: str, write: Callable[[Sequence[Call]], s
         return [text[end:place] for end, place in zip([0, *ends], [*places, len(text)], strict=True)]
 
     first, middle, between, _, tail = parts({KEY: WORD, NEXT: MORE}, KEY, WORD, NEXT, MORE)
-    opening = "".join(_common([*_tokens(first, marks)][::-1], [*_tokens(between, marks)][::-1])[::-1])
+    opening = _shared_end(first, between, marks)
     ending = between.removesuffix(opening)
     middle_of_number = parts({KEY: NUMBER}, KEY, str(NUMBER))[1]
     quote = '"' if middle.endswith('"') and ending.startswith('"') and not middle_of_number.endswith('"') else ""
     middle, ending = middle.removesuffix(quote), ending.removeprefix(quote)
     tail = tail.removeprefix(quote).removeprefix(ending)
-    same = "".join(_common([*_tokens(middle, marks)], [*_tokens(middle_of_number, marks)]))
     written = _tight(middle)
     if middle != middle_of_number:  # it tells the value's type
-        end = "".join(_common([*_tokens(middle, marks)][::-1], [*_tokens(middle_of_number, marks)][::-1])[::-1])
-        written = rf"{_tight(same)}[^<>\n]{{0,60}}?{_tight(end)}"
+        same = "".join(_common(_tokens(middle, marks), _tokens(middle_of_number, marks)))
+        written = rf"{_tight(same)}[^<>\n]{{0,60}}?{_tight(_shared_end(middle, middle_of_number, marks))}"
     pair = re.compile(rf"\s*{_loose(opening)}(?P<key>[^<>\"'\n/][^<>\"'\n]{{0,199}}?){written}")
     until = re.match(rf"[\s\S]*?(?:{marks.pattern})|[\s\S]*", tail)
     goes_on = [_loose(text) for text in (opening, until.group() if until else "") if text.strip()]
@@ -348,7 +345,7 @@ def _manner(
         start = "|".join(["".join(f"(?:{section})?" for section in sections) + start, *sections])
     elif outer.strip():
         start = rf"(?:{_loose(outer)})?{start}"
-    pieces = [piece for part in tail.split() for piece in _pieces(part, marks)]
+    pieces = [piece for part in tail.split() for piece in re.split(f"({marks.pattern})", part) if piece]
     last = next((piece for piece in reversed(pieces) if marks.fullmatch(piece)), "")
     return Manner(
         shape,
@@ -363,28 +360,22 @@ def _manner(
 
 def _inside(text: str, plain: str, marks: re.Pattern[str]) -> str:
     """What a reply's rendering has of its own, without what every reply has before and after it."""
-    tokens, others = [*_tokens(text, marks)], [*_tokens(plain, marks)]
-    start = len(_common(tokens, others))
-    tokens, others = tokens[start:], others[start:]
-    end = len(_common(tokens[::-1], others[::-1]))
-    return "".join(tokens[: len(tokens) - end])
+    start = len("".join(_common(_tokens(text, marks), _tokens(plain, marks))))
+    return text[start:].removesuffix(_shared_end(text[start:], plain[start:], marks))
+
+
+def _shared_end(one: str, two: str, marks: re.Pattern[str]) -> str:
+    """The tokens that both end with."""
+    return "".join(_common(_tokens(one, marks)[::-1], _tokens(two, marks)[::-1])[::-1])
 
 
 def _common(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
     """The tokens that both begin with."""
-    same = 0
-    while same < min(len(tokens), len(others)) and tokens[same] == others[same]:
-        same += 1
-    return list(tokens[:same])
+    return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, others, strict=False))]
 
 
 def _tokens(text: str, marks: re.Pattern[str]) -> list[str]:
     return re.findall(rf"{marks.pattern}|\w+|[\s\S]", text)
-
-
-def _pieces(text: str, marks: re.Pattern[str]) -> list[str]:
-    """Marks, and what stands between them."""
-    return [piece for piece in re.split(f"({marks.pattern})", text) if piece]
 
 
 def _loose(text: str, after: str = r"\s*") -> str:

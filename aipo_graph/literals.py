@@ -27,13 +27,13 @@ TYPES: Mapping[str, tuple[type, ...]] = {
 
 def decode(text: str, at: int = 0) -> tuple[Any, int]:
     """The JSON value at a place, and where it ends. Raises ValueError, of a key twice and of a number that is not finite, too."""
-    return _DECODER.raw_decode(text, re.compile(r"\s*").match(text, at).end())  # type: ignore[union-attr] # blanks may be none
+    return DECODER.raw_decode(text, re.compile(r"\s*").match(text, at).end())  # type: ignore[union-attr] # blanks may be none
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key twice")
+        raise ValueError("a key stands twice")
     return found
 
 
@@ -44,7 +44,7 @@ def _number(text: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_number, parse_float=_number)
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_number, parse_float=_number)
 
 
 def check(value: Any, depth: int = MAX_DEPTH) -> None:
@@ -140,7 +140,7 @@ class Literals:
                 raise ValueError("an argument without a name")
             key, start = (named[2], named.end()) if named else (order[len(found)], at)
             if key in found:
-                raise ValueError("a key twice")
+                raise ValueError("a key stands twice")
             found[key], at = self._argument(start, closing, schema, key)
             at = self._comma(at, closing)
         return found, at + len(closing)

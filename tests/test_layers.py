@@ -22,7 +22,7 @@ OURS = {
     "cli": {"errors", "config", "load"},
     "trackers": {"errors", "config"},
     "log": {"types", "errors", "config", "cli", "curves", "trackers"},
-    "tools": {"types", "errors", "config", "load"},
+    "tools": {"types", "errors", "config", "load", "literals"},
     "tasks": {"types", "errors", "config", "load", "tools"},
     "literals": set(),
     "calls": {"literals"},

@@ -1,11 +1,11 @@
 """Records of a JSONL file, every fault named by file and line."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.literals import DECODER
 from aipo_graph.load import decoded
 
 LONGEST_LINE = 1_000_000
@@ -34,7 +34,7 @@ def record(line: bytes, where: str, fields: tuple[str, ...] = (), longest: int =
     if len(line) > longest:
         raise TaskError(f"{where}: a line of more than {longest} bytes; no more are read")
     try:
-        found = json.loads(decoded(line, where), parse_constant=_refuse, object_pairs_hook=_unique)
+        found = DECODER.decode(decoded(line, where))
     except ConfigError as error:
         raise TaskError(str(error)) from error
     except (ValueError, RecursionError) as error:
@@ -47,14 +47,3 @@ def record(line: bytes, where: str, fields: tuple[str, ...] = (), longest: int =
             problem = "is missing" if name not in found else f"is {value!r:.40}, not text"
             raise TaskError(f"{where}: field {name!r} {problem}; the fields there: {', '.join(found)[:200] or 'none'}")
     return found
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("a key stands twice")
-    return record
