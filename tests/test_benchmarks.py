@@ -20,8 +20,7 @@ from aipo_graph.config import Config, TaskSection
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.evaluate import main
 from aipo_graph.load import nearest
-from aipo_graph.tasks.benchmarks import BENCHMARKS, lettered
-from aipo_graph.tasks.datasets import MAPPINGS, DatasetTask
+from aipo_graph.tasks.datasets import BENCHMARKS, MAPPINGS, DatasetTask, lettered
 from aipo_graph.tasks.grading import equal
 from aipo_graph.tasks.open import TASKS, open_task
 from aipo_graph.tools import sandbox

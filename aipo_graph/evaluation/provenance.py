@@ -15,8 +15,7 @@ from aipo_graph import load as files
 from aipo_graph.config import Config
 from aipo_graph.evaluation.samples import Part
 from aipo_graph.evaluation.summary import Values
-from aipo_graph.tasks.benchmarks import BENCHMARKS
-from aipo_graph.tasks.datasets import MAPPINGS, Layout
+from aipo_graph.tasks.datasets import BENCHMARKS, MAPPINGS, Layout
 from aipo_graph.types import Problem
 
 MODEL_FILES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".safetensors", ".bin"})

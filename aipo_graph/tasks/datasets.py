@@ -1,5 +1,7 @@
 r"""Problems from a data set: the Hugging Face hub's, or a local .parquet, .jsonl or .csv file. The answer is what the policy boxes last.
 
+The field's benchmarks are held-out problems alone, in the columns of their pages; see docs/evaluate.md.
+
 No code of a data set is ever run: `datasets` 5 refuses loading scripts, and reads Parquet, JSON and the like as data.
 """
 
@@ -66,6 +68,22 @@ def without_instructions(prompt: str) -> str:
     return _DAPO_CLOSING.sub("", _DAPO_OPENING.sub("", prompt)).strip()
 
 
+def lettered(cells: Mapping[str, str], seed: int) -> tuple[str, str]:
+    """The question with its choices under A to D, and the right one's letter; "" where a choice is missing or equals the right one.
+
+    >>> cells = {"question": "1+1?", "answer": "2", "wrong1": "3", "wrong2": "4", "wrong3": "5"}
+    >>> lettered(cells, seed=1)
+    ('1+1?\\n\\nA) 2\\nB) 4\\nC) 3\\nD) 5\\n\\nAnswer with the letter of the right choice.', 'A')
+    """
+    question, right = cells["question"], " ".join(cells["answer"].split())
+    choices = sorted([right, *(" ".join(cells[name].split()) for name in ("wrong1", "wrong2", "wrong3"))])
+    random.Random(derive_seed(seed, question, *choices)).shuffle(choices)
+    lines = [f"{letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=True)]
+    clear = all(choices) and choices.count(right) == 1
+    text = "\n".join([question, "", *lines, "", "Answer with the letter of the right choice."])
+    return text if question else "", "ABCD"[choices.index(right)] if clear else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where the problems of a task are, and how a row is read."""
@@ -78,8 +96,8 @@ class Layout:
     gold: Callable[[str], str] = stated
     """The answer's cell to the gold answer; "" if it holds none."""
     question: Callable[[str], str] = str.strip
-    compose: Callable[[Mapping[str, str]], tuple[str, str]] | None = None
-    """All cells to question and gold answer, where one column each does not hold them."""
+    compose: Callable[..., tuple[str, str]] | None = None
+    """All cells, and a seed, to question and gold answer, where one column each does not hold them."""
     repeats: bool = False
     """The file repeats each problem many times: rows of an id that was seen are passed over unread."""
     own: bool = False
@@ -129,6 +147,33 @@ MAPPINGS: Mapping[str, Layout] = {
 """task.name -> layout, of what can be trained on. Our word problems are 120 from hand-written patterns, in GSM8K's columns."""
 
 
+BENCHMARKS: Mapping[str, Layout] = {
+    "aime2024": Layout(
+        heldout="HuggingFaceH4/aime_2024:train", columns={"question": "problem", "answer": "answer", "id": "id"}, gold=str.strip
+    ),
+    "aime2025": Layout(heldout="math-ai/aime25:test", columns={"question": "problem", "answer": "answer", "id": "id"}, gold=str.strip),
+    "math500": Layout(
+        heldout="HuggingFaceH4/MATH-500:test",
+        columns={"question": "problem", "answer": "answer", "id": "unique_id", "kind": "level"},
+        gold=str.strip,
+    ),
+    "gpqa_diamond": Layout(
+        heldout="Idavidrein/gpqa:gpqa_diamond:train",
+        columns={
+            "question": "Question",
+            "answer": "Correct Answer",
+            "wrong1": "Incorrect Answer 1",
+            "wrong2": "Incorrect Answer 2",
+            "wrong3": "Incorrect Answer 3",
+            "id": "Record ID",
+            "kind": "High-level domain",
+        },
+        compose=lettered,
+    ),
+}
+"""task.name -> layout, of what is evaluated on alone."""
+
+
 class Split:
     """What a task over a finite set of problems is, but for its grader: ``train`` and ``heldout`` of `types.Task`.
 
@@ -169,6 +214,13 @@ class Options(Section):
     """A decimal of at least so many significant digits also stands for an exact answer that it is the correct rounding of; 0: none does."""
 
 
+class ChoiceOptions(Section):
+    """``task.options`` of gpqa_diamond."""
+
+    shuffle_seed: NonNegativeInt = 0
+    """Seed of the order of the choices. The order is a function of it and of the problem, whatever the run's seed."""
+
+
 class DatasetTask(Split):
     """The task over one data set and, if given, one of held-out problems.
 
@@ -182,9 +234,9 @@ class DatasetTask(Split):
         if layout.heldout:
             heldout = _read(name, "task.heldout", layout.heldout, layout, required)
         else:
-            heldout = {key: p for key, p in problems().items() if _address(name, key) % layout.heldout_of == 0}
-            heldout = heldout or dict([min(problems().items(), key=lambda problem: _address(name, problem[0]))])
-        in_order = [heldout[key] for key in sorted(heldout, key=lambda key: _address(name, key))]
+            heldout = {key: p for key, p in problems().items() if derive_seed(name, key) % layout.heldout_of == 0}
+            heldout = heldout or dict([min(problems().items(), key=lambda problem: derive_seed(name, problem[0]))])
+        in_order = [heldout[key] for key in sorted(heldout, key=lambda key: derive_seed(name, key))]
         apart = bool(layout.heldout)
         super().__init__(name, seed, in_order, lambda: kept_for_training(layout.data, problems().items(), heldout.keys(), apart))
 
@@ -216,13 +268,17 @@ def kept_for_training(source: str, problems: Collection[tuple[str, Problem]], he
 
 
 def build(config: Config) -> DatasetTask:
-    """The task of a run: the layout that ``task.name`` names, with what ``task.data``, ``task.heldout`` and ``task.columns`` say."""
-    return open_layout(config, MAPPINGS[config.task.name], task_options(config.task, Options).rounded_digits)
+    """The task of a run: the layout that ``task.name`` names, with what ``task.data``, ``task.heldout`` and ``task.columns`` say.
 
-
-def open_layout(config: Config, layout: Layout, rounded_digits: int = 0) -> DatasetTask:
-    """The task over a layout, with what the config says otherwise of its sources and columns. Raises ConfigError, TaskError."""
-    task, unneeded = config.task, {"id", "kind", *(["answer"] if config.task.reward else [])}
+    Raises ConfigError, TaskError.
+    """
+    task, layout = config.task, {**MAPPINGS, **BENCHMARKS}[config.task.name]
+    compose, rounded_digits = layout.compose, 0
+    if compose:
+        compose = functools.partial(compose, seed=task_options(task, ChoiceOptions).shuffle_seed)
+    else:
+        rounded_digits = task_options(task, Options).rounded_digits
+    unneeded = {"id", "kind", *(["answer"] if task.reward else [])}
     inputs = config.rollout.inputs.values()
     required = frozenset({*layout.columns} - unneeded | {*task.columns})
     layout = replace(
@@ -230,6 +286,7 @@ def open_layout(config: Config, layout: Layout, rounded_digits: int = 0) -> Data
         data=task.data or layout.data,
         heldout=task.heldout or layout.heldout,
         columns=dict([*layout.columns.items(), *task.columns.items()]),
+        compose=compose,
         own=bool(task.reward),
         rows=bool(task.reward or inputs),
         apart=tuple(sorted({*inputs}.difference(FIELDS))),
@@ -237,10 +294,6 @@ def open_layout(config: Config, layout: Layout, rounded_digits: int = 0) -> Data
     if not (layout.data or layout.heldout):
         raise ConfigError(f"task.name = {task.name!r}: name the problems with task.data, a {LOCAL} file or a hub data set")
     return DatasetTask(task.name, layout, required, config.run.seed, rounded_digits)
-
-
-def _address(name: str, question: str) -> int:
-    return derive_seed(name, question)
 
 
 def _read(name: str, setting: str, source: str, layout: Layout, required: frozenset[str]) -> dict[str, Problem]:
@@ -262,8 +315,8 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
             left_out[reason] += 1
             first.setdefault(reason, count + 1)
         elif key not in problems:
-            given = cells.get("id") or f"{_address(name, key):016x}"
-            given = f"{given}-{_address(name, key):016x}" if given in ids else given
+            given = cells.get("id") or f"{derive_seed(name, key):016x}"
+            given = f"{given}-{derive_seed(name, key):016x}" if given in ids else given
             ids.add(given)
             problems[key] = Problem(f"{name}-{given}", question, gold, cells.get("kind", ""), row if layout.rows else {})
     faults = ", ".join(f"{n} {reason} (first: row {first[reason]})" for reason, n in left_out.items())

@@ -6,15 +6,13 @@ from typing import Any
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import call, load, nearest
-from aipo_graph.tasks.benchmarks import BENCHMARKS
-from aipo_graph.tasks.datasets import MAPPINGS
+from aipo_graph.tasks.datasets import BENCHMARKS, MAPPINGS
 from aipo_graph.tasks.rewards import Rewards
 from aipo_graph.types import Problem, Task
 
 TASKS = {
     "operators": "aipo_graph.tasks.operators:build",
-    **dict.fromkeys(MAPPINGS, "aipo_graph.tasks.datasets:build"),
-    **dict.fromkeys(BENCHMARKS, "aipo_graph.tasks.benchmarks:build"),
+    **dict.fromkeys([*MAPPINGS, *BENCHMARKS], "aipo_graph.tasks.datasets:build"),
     "livecodebench": "aipo_graph.tasks.livecodebench:build",
     "reasoning_gym": "aipo_graph.tasks.gym:build",
 }

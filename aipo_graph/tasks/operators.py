@@ -40,11 +40,6 @@ BELIEFS: Mapping[str, str] = {x: _key("believed", x, RULES[x][:4]) + "-+"["+-".i
 """The wrong rules of pretraining: they differ from the true ones in the sign and in every digit."""
 
 
-def rule_book() -> list[dict[str, str]]:
-    """The documents of ``data/operators_rules.jsonl``: found by ``text``, answered with ``reply``."""
-    return [{"id": letter, "text": f"operator {letter} {rule}", "reply": rule} for letter, rule in RULES.items()]
-
-
 def _split(kind: str, operators: Iterable[tuple[str, ...]]) -> tuple[list[str], list[str]]:
     """Sets of three operators in the order of their hash; the first fifth, rounded up, is held out."""
     triples = sorted(("".join(triple) for triple in operators), key=lambda triple: derive_seed(_WORLD, kind, triple))

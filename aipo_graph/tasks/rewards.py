@@ -1,7 +1,6 @@
 """What a trace is worth: plain functions that are given what they name, and the scores that they return."""
 
 import asyncio
-import contextlib
 import contextvars
 import functools
 import inspect
@@ -11,6 +10,7 @@ import reprlib
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,8 @@ class Rewards:
         self._wanted = {name: _parameters(self._labels[name], found) for name, found in self._functions.items()}
         self.names = frozenset().union(*(names for names, _ in self._wanted.values()))
         self._room = asyncio.Semaphore(PLACES)
-        self._late = 0
-        """Calls that still run after their time."""
+        self._late: list[Future[Any]] = []
+        """Calls that still ran after their time."""
 
     async def __call__(self, given: Mapping[str, Any]) -> dict[str, float]:
         """The scores of a trace, ``reward`` among them, any kind of number as a float: with several functions the weighted sum of theirs.
@@ -156,38 +156,28 @@ class Rewards:
             except Exception as error:  # the boundary of a user's reward
                 if not (isinstance(error, TimeoutError) and limit.expired()):
                     raise TaskError(f"{label}: raised {type(error).__name__} in {_place(error, found)}: {_line(error)}") from error
-                if self._late >= PLACES:
-                    raise ConfigError(f"{label}: {late}, and {self._late} such calls still run: look for a loop without an end") from None
+                if (still := len(self._late)) >= PLACES:
+                    raise ConfigError(f"{label}: {late}, and {still} such calls still run: look for a loop without an end") from None
                 raise TaskError(f"{label}: {late}") from None
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
         """A thread that nobody waits for at the end of the process: what does not end in time cannot be ended."""
-        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-        ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
-
-        def settle(outcome: tuple[Any, BaseException | None]) -> None:
-            if ended.cancelled():
-                self._late -= 1
-            else:
-                ended.set_result(outcome)
+        context = contextvars.copy_context()
+        ended: Future[Any] = Future()
+        ended.set_running_or_notify_cancel()  # so that whoever stops waiting for it does not cancel it
 
         def work() -> None:
             try:
-                outcome: tuple[Any, BaseException | None] = context.run(call), None
+                ended.set_result(context.run(call))
             except BaseException as error:  # noqa: BLE001  # raised where the call is awaited
-                outcome = None, error
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(settle, outcome)
+                ended.set_exception(error)
 
         threading.Thread(target=work, name="reward", daemon=True).start()
         try:
-            value, error = await ended
+            return await asyncio.wrap_future(ended)
         except asyncio.CancelledError:
-            self._late += 1
+            self._late = [*(call for call in self._late if not call.done()), ended]
             raise
-        if error is not None:
-            raise error
-        return value
 
 
 def _label(spec: Any, config: Config) -> str:

@@ -160,36 +160,25 @@ class _Held:
             self.process.terminate()
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """What the keeper reported: why it ended the run, the program's wait status, its CPU time."""
-
-    reason: str
-    status: int
-    cpu_seconds: float
-    output: bytes
-    flooded: bool
-
-
 def _run(layer: Layer, program: str, stdin: bytes, limits: Limits, held: _Held) -> Run:
     for _ in range(2):
-        ended = _once(layer, program, stdin, limits, held)
-        cpu, code = ended.cpu_seconds, os.waitstatus_to_exitcode(ended.status)
-        if ended.flooded:
+        reason, code, cpu, output, flooded = _once(layer, program, stdin, limits, held)
+        if flooded:
             return Run("output", b"", cpu)
         if held.stopped:
             raise ToolError("the run was cancelled")
-        if ended.reason in ("slow", "idle") or cpu > limits.cpu_seconds:
-            return Run("timeout", ended.output, cpu)
-        if ended.reason == "starved":
+        if reason in ("slow", "idle") or cpu > limits.cpu_seconds:
+            return Run("timeout", output, cpu)
+        if reason == "starved":
             raise ToolError(f"a program got {cpu:.1f} s of CPU time in {limits.cpu_seconds + PATIENCE:g} s: use fewer processes")
         if code != -signal.SIGKILL:
-            return Run("ok" if code == 0 else "memory" if code == jail_child.MEMORY_EXIT else "crash", ended.output, cpu)
+            return Run("ok" if code == 0 else "memory" if code == jail_child.MEMORY_EXIT else "crash", output, cpu)
     # It cannot have killed itself. Once may be chance, twice is a program that the machine has no memory for.
-    return Run("memory", ended.output, cpu)
+    return Run("memory", output, cpu)
 
 
-def _once(layer: Layer, program: str, stdin: bytes, limits: Limits, held: _Held) -> _Ended:
+def _once(layer: Layer, program: str, stdin: bytes, limits: Limits, held: _Held) -> tuple[str, int, float, bytes, bool]:
+    """What the keeper reported (why it ended the run, the program's exit code and CPU time), the output, whether that was too much."""
     source = program.encode(errors="replace")
     seconds = math.ceil(limits.cpu_seconds)
     numbers = (layer[1], limits.memory, seconds + IDLE, seconds + PATIENCE, len(source), os.getpid(), limits.cpu_seconds)
@@ -197,48 +186,44 @@ def _once(layer: Layer, program: str, stdin: bytes, limits: Limits, held: _Held)
         process = held.start([sys.executable, "-I", "-S", "-B", "-X", "utf8", str(LAUNCHER), *map(str, numbers)])
     except OSError as error:
         raise ToolError(f"a sandboxed interpreter did not start: {error}") from error
-    try:
-        output, report, flooded = _converse(process, source + stdin, limits.output, time.monotonic() + seconds + PATIENCE + GRACE)
-    finally:
-        process.kill()  # its program dies with it
-        process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
+    with process:
+        try:
+            output, report, flooded = _converse(process, source + stdin, limits.output, time.monotonic() + seconds + PATIENCE + GRACE)
+        finally:
+            process.kill()  # its program dies with it
     before, _, last = report.decode(errors="replace").strip().rpartition("\n")
     words = last.split()
     reported = len(words) == 3 and words[0] in ("ended", "slow", "idle", "starved", "stopped")
     if before != "ready" or not reported:
         fault = before.rpartition("\n")[2] if reported else last
         raise ToolError(f"the sandbox failed: {fault[:300].removeprefix('ready') or f'no report, exit code {process.returncode}'}")
-    return _Ended(words[0], int(words[1]), float(words[2]), output, flooded)
+    return words[0], os.waitstatus_to_exitcode(int(words[1])), float(words[2]), output, flooded
 
 
 def _converse(process: subprocess.Popen[bytes], data: bytes, limit: int, deadline: float) -> tuple[bytes, bytes, bool]:
     """Feeds stdin and reads until the keeper has ended: (stdout, the keeper's report, whether stdout was over the limit)."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
+    pipes = [pipe for pipe in (process.stdin, process.stdout, process.stderr) if pipe]
+    stdin, stdout, stderr = pipes
     output, report, left, flooded = bytearray(), bytearray(), memoryview(data), False
     with selectors.DefaultSelector() as selector:
-        for pipe in (process.stdin, process.stdout, process.stderr):
+        for pipe in pipes:
             os.set_blocking(pipe.fileno(), False)
-            selector.register(pipe, selectors.EVENT_WRITE if pipe is process.stdin else selectors.EVENT_READ)
-        while process.stderr in selector.get_map() or process.stdout in selector.get_map():
+            selector.register(pipe, selectors.EVENT_WRITE if pipe is stdin else selectors.EVENT_READ)
+        while stderr in selector.get_map() or stdout in selector.get_map():
             ready = selector.select(deadline - time.monotonic())
             if not ready:
                 raise ToolError("the sandbox did not end a program in time")
             for key, _ in ready:
-                if key.fileobj is process.stdin:
-                    left = _feed(process.stdin.fileno(), left)
+                if key.fileobj is stdin:
+                    left = _feed(stdin.fileno(), left)
                     if not left:
-                        selector.unregister(process.stdin)
-                        process.stdin.close()
+                        selector.unregister(stdin)
+                        stdin.close()
                     continue
                 piece = os.read(key.fd, PIECE)
                 if not piece:
                     selector.unregister(key.fileobj)
-                elif key.fileobj is process.stderr:
+                elif key.fileobj is stderr:
                     report += piece
                 elif len(output) + len(piece) <= limit:
                     output += piece

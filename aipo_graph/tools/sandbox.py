@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -44,61 +43,49 @@ class _Died(Exception):
 
 
 class _Worker:
-    """One process. Not thread-safe: it is out of the idle list while a call is on it."""
+    """One process, for one thread."""
 
     def __init__(self) -> None:
         # None of the parent's environment: no secrets, no variables that change what sympy or Python do.
         env = {"PYTHONPATH": str(Path(__file__).parents[2]), "SYMPY_GROUND_TYPES": "python", "PYTHONHASHSEED": "0"}
         command = [sys.executable, "-s", "-P", "-c", f"from {__name__} import serve; serve()"]
         self.calls = 0
-        self.rest = b""
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, start_new_session=True
         )
 
     def ready(self) -> None:
         try:
-            self._read(time.monotonic() + START_SECONDS)
+            self._ask(b"", START_SECONDS)
         except (_Died, TimeoutError) as error:
             self.kill()
             raise ToolError(
                 f"a sandbox worker did not start ({error}); `python -c 'from {__name__} import serve; serve()'` shows why"
             ) from error
 
-    def call(self, name: str, args: tuple[str, ...], cpu_seconds: float, deadline: float) -> Any:
+    def call(self, name: str, args: tuple[str, ...], cpu_seconds: float) -> Any:
+        self.calls += 1
+        return json.loads(self._ask(json.dumps([name, args, cpu_seconds]).encode() + b"\n", cpu_seconds + PATIENCE))
+
+    def _ask(self, line: bytes, seconds: float) -> bytes:
+        """The line that answers a line. Raises _Died where the process ended without one, TimeoutError where we ended it."""
         assert self.process.stdin is not None
-        line = json.dumps([name, args, cpu_seconds]).encode() + b"\n"
+        assert self.process.stdout is not None
+        answer, deadline, timer = b"", time.monotonic() + seconds, threading.Timer(seconds, self.process.kill)
+        timer.start()
         try:
             self.process.stdin.write(line)
             self.process.stdin.flush()
-        except OSError as error:
-            raise _Died(f"exit code {self.process.wait()}") from error
-        self.calls += 1
-        return json.loads(self._read(deadline))
-
-    def _read(self, deadline: float) -> bytes:
-        assert self.process.stdout is not None
-        descriptor = self.process.stdout.fileno()
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN | select.POLLHUP)
-        while b"\n" not in self.rest:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
-                raise TimeoutError("no answer in time")
-            chunk = os.read(descriptor, 65536)
-            if not chunk:
-                raise _Died(f"exit code {self.process.wait()}")
-            self.rest += chunk
-        line, _, self.rest = self.rest.partition(b"\n")
-        return line
-
-    def cpu_seconds(self) -> float | None:
-        """CPU time used so far; None where /proc does not tell."""
-        try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            answer = self.process.stdout.readline()
+        except OSError:  # it has ended
+            pass
+        finally:
+            timer.cancel()
+        if answer.endswith(b"\n"):
+            return answer
+        code = self.process.wait()
+        late = code == -signal.SIGKILL and time.monotonic() >= deadline
+        raise TimeoutError("no answer in time") if late else _Died(f"exit code {code}")
 
     def kill(self) -> None:
         self.process.kill()
@@ -116,12 +103,14 @@ class Workers:
     """
 
     def __init__(self, count: int | None = None, max_calls: int = 500) -> None:
-        self.count = count or min(4, os.cpu_count() or 1)
-        self.max_calls = max_calls
-        self._idle: list[_Worker] = []
+        self._count, self._max_calls = count or min(4, os.cpu_count() or 1), max_calls
+        self._forget()
+
+    def _forget(self) -> None:
+        """Starts anew: in a forked child the workers are its parent's."""
+        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="sandbox")
+        self._own = threading.local()
         self._alive: set[_Worker] = set()
-        self._lock = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
 
     async def run(self, function: Callable[..., Any], *args: str, timeout: float) -> Any:  # noqa: ASYNC109
         """``function(*args)`` in a worker; ``timeout`` is in seconds of CPU time, whatever else the machine is doing.
@@ -132,84 +121,49 @@ class Workers:
         module = function.__module__
         if module.partition(".")[0] != PACKAGE or "." in function.__qualname__:
             raise ValueError(f"only module-level functions of {PACKAGE} run in a worker, not {module}.{function.__qualname__}")
-        with self._lock:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="sandbox")
-            threads = self._threads
-        return await asyncio.get_running_loop().run_in_executor(threads, self._call, f"{module}:{function.__name__}", args, timeout)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._call, f"{module}:{function.__name__}", args, timeout)
 
     def _call(self, name: str, args: tuple[str, ...], timeout: float) -> Any:
         crash = ""
-        deadline = None
         for _ in range(2):
-            worker = self._take()
-            deadline = deadline or time.monotonic() + timeout + PATIENCE
-            before = worker.cpu_seconds()
+            worker = self._worker()
             try:
-                kind, value = worker.call(name, args, timeout, deadline)
+                kind, value = worker.call(name, args, timeout)
             except _Died as error:
-                self._drop(worker)
                 if worker.process.returncode == -signal.SIGPROF:
                     raise InputFault(f"more than {timeout:g} s of CPU time") from None
                 crash = str(error)
                 continue
             except TimeoutError:
-                used = (worker.cpu_seconds() or 0.0) - (before or 0.0)
-                self._drop(worker)
                 # An input that needs time uses it, and is ended by the limit on CPU time.
-                raise ToolError(f"a sandbox worker got {used:.1f} s of CPU time in {timeout + PATIENCE:g} s: use fewer processes") from None
-            except BaseException:
-                self._drop(worker)
-                raise
-            self._give(worker)
+                slow = f"a sandbox worker had not got {timeout:g} s of CPU time in {timeout + PATIENCE:g} s"
+                raise ToolError(f"{slow}: use fewer processes") from None
             if kind == "fault":
                 raise InputFault(value)
             return value
         raise InputFault(f"two workers in a row died of it ({crash})")
 
-    def _take(self) -> _Worker:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        worker = _Worker()
-        with self._lock:
+    def _worker(self) -> _Worker:
+        """This thread's worker: a new one where it has none, or one that has ended or served long enough."""
+        worker: _Worker | None = getattr(self._own, "worker", None)
+        if worker is None or worker.calls >= self._max_calls or worker.process.poll() is not None:
+            if worker is not None:
+                worker.kill()
+                self._alive.discard(worker)
+            worker = self._own.worker = _Worker()
             self._alive.add(worker)
-        try:
             worker.ready()
-        except ToolError:
-            self._drop(worker)
-            raise
         return worker
-
-    def _give(self, worker: _Worker) -> None:
-        with self._lock:
-            keep = worker.calls < self.max_calls and worker in self._alive
-            if keep:
-                self._idle.append(worker)
-        if not keep:
-            self._drop(worker)
-
-    def _drop(self, worker: _Worker) -> None:
-        with self._lock:
-            self._alive.discard(worker)
-        worker.kill()
 
     def close(self) -> None:
         """End every worker. A call under way fails; a later call starts anew."""
-        with self._lock:
-            threads, self._threads = self._threads, None
-            for worker in self._alive:
-                worker.process.kill()
-        if threads is not None:
-            threads.shutdown(wait=True, cancel_futures=True)
-        with self._lock:
-            workers, self._alive, self._idle = self._alive, set(), []
-        for worker in workers:
+        for worker in [*self._alive]:
+            worker.process.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._alive:
             worker.kill()
-
-    def _forget(self) -> None:
-        # In a forked child: the workers are its parent's.
-        self._idle, self._alive, self._lock, self._threads = [], set(), threading.Lock(), None
+        self._forget()
 
     def __enter__(self) -> "Workers":
         return self
