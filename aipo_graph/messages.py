@@ -149,7 +149,7 @@ class ChatFormat:
         self._manner = Manner()
         self._calls: calls.Manner | None = None
         self._unread = ""
-        """Why calls cannot be read, if so."""
+        """Why calls could not be read, if so."""
         self._noise = self._specials
         """What is no part of what a reply says."""
         question = [HumanMessage("?")]
@@ -255,16 +255,15 @@ class ChatFormat:
 
     def _learn(self, specials: set[str]) -> None:
         """Finds out how the template writes calls, what it expects for that, and what else it puts around a reply."""
-        reasons = []
         for manner in (Manner(), Manner(silent=True), Manner(encoded=True), Manner(encoded=True, silent=True), Manner(named=True)):
             self._manner = manner
             try:
                 self._calls = calls.learn(self._write, self._write((), calls.WORD), self._specials.pattern)
                 break
             except ValueError as error:
-                reasons.append(str(error))
+                self._unread = self._unread or str(error)
         else:
-            self._manner, self._unread = Manner(), reasons[0]
+            self._manner = Manner()
         marks = re.compile(f"{self._specials.pattern}|{calls.TAG}")
         made = [(calls.NAME, {calls.KEY: calls.WORD})] if self._calls else []
         try:
@@ -300,7 +299,8 @@ class ChatFormat:
 
     def _write(self, made: Sequence[calls.Call], text: str = "", *, thought: str = "", result: bool = False) -> str:
         """The template's text of a reply, and of what follows it. Raises ValueError for what it refuses."""
-        tools = [_tool(calls.NAME), _tool(calls.OTHER)]
+        shown = {"description": "?", "parameters": dict(calls.SCHEMA)}
+        tools = [{"type": "function", "function": {"name": name, **shown}} for name in (calls.NAME, calls.OTHER)]
         given = [ToolCall(type="tool_call", name=name, args=args, id=f"probe{i:04}") for i, (name, args) in enumerate(made)]
         asked: list[BaseMessage] = [HumanMessage("?")]
         reply = AIMessage(text, tool_calls=given, additional_kwargs={"reasoning_content": thought} if thought else {})
@@ -451,7 +451,8 @@ class ChatFormat:
         reasoning, content = self._split_reasoning(text)
         read: list[calls.Call | calls.Fault] = []
         if self._calls is not None:
-            content, read = self._calls.read(content, _schemas(tools))
+            functions = [tool.get("function") or tool for tool in tools]
+            content, read = self._calls.read(content, {str(f.get("name")): f.get("parameters") or {} for f in functions})
         valid: list[ToolCall] = []
         invalid: list[InvalidToolCall] = []
         origin = derive_seed(seed, ascii(text))
@@ -501,15 +502,6 @@ def _between(frame: str, marks: Collection[str]) -> list[str] | None:
     """What stands before, between and after the marks; None unless each stands there once."""
     found = re.split("|".join(marks), frame)
     return found if len(found) == len(marks) + 1 else None
-
-
-def _tool(name: str) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "description": "?", "parameters": dict(calls.SCHEMA)}}
-
-
-def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    functions = [tool.get("function") or tool for tool in tools]
-    return {str(function.get("name")): function.get("parameters") or {} for function in functions}
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -105,7 +105,7 @@ def prompt_scores(token_ids: Sequence[int], entries: Sequence[Mapping[Any, Any] 
         yield found[token] if token in found else found[str(token)]
 
 
-class Labels:
+class Labels(NamedTuple):
     """Names of weight versions that no other run uses, since a server can outlive its run or be shared by mistake.
 
     >>> labels = Labels("a1b2")
@@ -113,16 +113,15 @@ class Labels:
     ('a1b2-3', 3)
     """
 
-    def __init__(self, token: str) -> None:
-        self._token = token
+    token: str
 
     def of(self, version: int) -> str:
-        return f"{self._token}-{version}"
+        return f"{self.token}-{version}"
 
     def version(self, label: str) -> int:
         """Raises EngineError for weights that this run did not load."""
         token, _, number = label.rpartition("-")
-        if token != self._token:
+        if token != self.token:
             raise EngineError(f"the server sampled with weights {label!r}, which this run did not load; give each run its own server")
         return int(number)
 
