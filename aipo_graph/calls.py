@@ -6,7 +6,8 @@ value with the name in it, a name and a JSON object, a name and arguments as in 
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
@@ -213,20 +214,23 @@ def learn(write: Callable[[Sequence[Call]], str], plain: str, specials: str) -> 
 def _json(one: str, two: str, marks: re.Pattern[str]) -> Manner | None:
     """One JSON value holds name and arguments."""
     at = one.find(NAME)
-    for opening in re.finditer(r"[\[{]", one[: max(at, 0)]):
-        try:
-            value, end = decode(one, opening.start())
-        except ValueError:
-            continue
+    for start, value, end in _values(one, at):
         keys = _keys(value)
         if end <= at or keys is None:
             continue
-        head = one[: opening.start()]
+        head = one[:start]
         second = two.find(OTHER)
         begins = max(two.rfind("{", 0, second), 0)
         lead = _shared_end(head, two[two.find(WORD) + 1 : begins], marks)
         return _manner("json", head, lead, one[end:], "", marks, ahead=r"(?=\{\s*\"|\[\s*\{)", keys=keys)
     return None
+
+
+def _values(text: str, stop: int) -> Iterator[tuple[int, Any, int]]:
+    """The JSON lists and objects that begin before a place: where, what, and where they end."""
+    for opening in re.finditer(r"[\[{]", text[: max(stop, 0)]):
+        with suppress(ValueError):
+            yield opening.start(), *decode(text, opening.start())
 
 
 def _keys(value: Any) -> tuple[str | None, str] | None:
@@ -251,13 +255,9 @@ def _named(one: str, two: str, write: Callable[[Sequence[Call]], str], plain: st
         raise ValueError(f"{' '.join(one.split())[:100]!r} does not hold the call's name and arguments")
     between = two[two.find(WORD) + 1 : max(two.find(OTHER), 0)]
     lead = _shared_end(head, between, marks)
-    for opening in re.finditer(r"\{", rest[: rest.find(WORD)]):
-        try:
-            value, end = decode(rest, opening.start())
-        except ValueError:
-            continue
+    for start, value, end in _values(rest, rest.find(WORD)):
         if value == {KEY: WORD}:
-            return _manner("object", head, lead, rest[end:], rest[: opening.start()], marks, ahead=r"(?=\{)")
+            return _manner("object", head, lead, rest[end:], rest[:start], marks, ahead=r"(?=\{)")
     before, after = rest[: rest.find(KEY)], rest[rest.find(WORD) + len(WORD) :]
     between = rest[rest.find(KEY) + len(KEY) : rest.find(WORD)]
     if KEY in rest and before.strip() in ("(", "{"):
