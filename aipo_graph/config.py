@@ -14,6 +14,7 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -21,8 +22,12 @@ from pydantic import (
 from aipo_graph.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Algorithm = Literal["grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo"]
-Coefficient = Literal["aipo", "mask", "ppo", "luffy", "gated", "sft", "echo"]
+FORMS = {
+    "advantage": ("grpo", "dr_grpo", "rloo", "raft"),
+    "algorithm": ("grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo"),
+    "agent": ("aipo", "mask", "ppo", "luffy", "gated", "sft", "echo"),
+}
+"""Parts of the loss, and the names that each has; a file's function is one, too."""
 RETIRED = {"clip": "aipo", "shortfall": "aipo"}
 """Coefficients of agent tokens that are gone, and what did better in their place in the study."""
 GONE = {"run.keep_checkpoints": 2, "loss.gamma": 0.1, "optimizer.weight_decay": 0.0}
@@ -41,6 +46,7 @@ PATHS = (
     "rollout.solo",
     "rollout.prompts",
     "agents.use",
+    *(f"loss.{part}" for part in FORMS),
 )
 """Fields that may name a file. In a YAML file such a path may be relative to that file."""
 
@@ -281,14 +287,14 @@ class Cluster(Section):
 
 
 class Loss(Section):
-    advantage: Literal["grpo", "dr_grpo", "rloo", "raft"] = "grpo"
-    """Advantage estimator over a group's rewards. raft is the reward itself: fine-tuning on accepted traces."""
+    advantage: str = "grpo"
+    """Advantage estimator over a group's rewards: grpo, dr_grpo, rloo, raft (the reward itself), or your file.py:name."""
     baseline: Literal["split", "group", "counterfactual"] = "split"
     """split: alone traces are compared with alone ones only; group: all with all; counterfactual: each with the alone ones and itself."""
-    algorithm: Algorithm = "grpo"
-    """Surrogate of policy tokens."""
-    agent: Coefficient = "aipo"
-    """Coefficient of agent tokens (our reconstruction: aipo; alternatives by name)."""
+    algorithm: str = "grpo"
+    """Surrogate of policy tokens: grpo, dapo, dr_grpo, rloo, cispo, gspo, or your file.py:name."""
+    agent: str = "aipo"
+    """Coefficient of agent tokens: aipo (our reconstruction), mask, ppo, luffy, gated, sft, echo, or your file.py:name."""
     agent_weight: NonNegativeFloat = 1.0
     """Lambda: weight of the agent-token loss beside the policy-token loss."""
     floor: NonNegativeFloat = 0.3
@@ -310,11 +316,14 @@ class Loss(Section):
     kl_weight: NonNegativeFloat = 0.0
     """Weight of the KL to the starting policy; 0 keeps no reference in memory."""
 
-    @field_validator("agent", mode="before")
+    @field_validator(*FORMS)
     @classmethod
-    def _known(cls, value: object) -> object:
-        if isinstance(value, str) and value in RETIRED:
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        part = info.field_name or ""
+        if part == "agent" and value in RETIRED:
             raise ValueError(f"loss.agent = {value!r}: is gone, the study gave no reason to keep it; use {RETIRED[value]}")
+        if value not in FORMS[part] and ":" not in value:
+            raise ValueError(f"loss.{part} = {value!r}: must be {', '.join(FORMS[part])} or path/to/file.py:name")
         return value
 
     @model_validator(mode="after")

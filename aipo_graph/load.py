@@ -2,6 +2,7 @@
 
 import codecs
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -164,6 +165,27 @@ def call(spec: str, factory: Callable[..., Any], *args: Any) -> Any:
     """What the factory that ``spec`` named returns. Raises ConfigError in one line: what it raised and where."""
     target = spec.rpartition(":")[0]
     return _guarded(spec, find(target) if target.endswith(".py") else None, lambda: factory(*args))
+
+
+@functools.cache
+def own(setting: str, spec: str) -> Callable[..., Any]:
+    """The function that a setting names. It is loaded once: what a run learns by does not change under an edit.
+
+    Raises ConfigError in one line, as each of its calls does: what it raised and where.
+    """
+    function = load(spec)
+    if not callable(function):
+        raise ConfigError(f"{setting} = {spec!r}: a {type(function).__name__} is no function; name one")
+
+    def called(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except faults() as fault:
+            raise ConfigError(
+                f"{setting} = {spec!r}: {type(fault).__name__} in {own_place(fault) or spec}: {' '.join(str(fault).split())}"
+            ) from fault
+
+    return called
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

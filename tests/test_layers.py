@@ -29,7 +29,7 @@ OURS = {
     "messages": {"types", "errors", "calls"},
     "forward": set(),
     "rollout": {"types", "errors", "config", "load", "messages", "tools", "tasks.grading", "tasks.rewards"},
-    "learn": {"types", "errors", "config", "forward"},
+    "learn": {"types", "errors", "config", "load", "forward"},
     "engines": {"types", "errors", "config", "load", "loops", "messages", "forward"},
     "graphs": {"types", "errors", "config", "load", "tools", "tasks", "rollout"},
     # It reads what others wrote: no graph, task or model of a run's folder is ever opened.

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from tiny_learner import group, segment, trace
 from torch import Tensor
 
-from aipo_graph.config import Loss
+from aipo_graph.config import FORMS, Loss
+from aipo_graph.errors import ConfigError
+from aipo_graph.learn.advantage import ESTIMATORS
 from aipo_graph.learn.batch import AGENT, POLICY, Batch, pack
 from aipo_graph.learn.loss import BELOW, COEFFICIENTS, SURROGATES, aipo_loss, merge, summarise
 
@@ -143,8 +146,48 @@ def test_shares_of_ratios_below_the_bounds() -> None:
 
 
 def test_every_name_of_the_config_has_a_formula() -> None:
-    assert set(SURROGATES) == set(Loss.model_fields["algorithm"].annotation.__args__)
-    assert set(COEFFICIENTS) == set(Loss.model_fields["agent"].annotation.__args__)
+    assert {"advantage": (*ESTIMATORS,), "algorithm": (*SURROGATES,), "agent": (*COEFFICIENTS,)} == FORMS
+
+
+MINE = """
+def gated(log_rho, logprobs, advantages, settings):
+    return -advantages.clamp(min=0) * logprobs
+
+def summed(log_rho, logprobs, advantages, settings):
+    return (advantages * logprobs).sum()
+
+def odd(log_rho, logprobs, advantages, settings):
+    return logprobs @ logprobs
+
+def squared(reward, rewards):
+    return reward ** 2
+
+class Settings: ...
+name = "x"
+"""
+
+
+def test_functions_of_ones_own_are_parts_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    for a in (1.0, -1.0):
+        ours, mine = (parts(Loss(agent=name), batch_of(a0=a))[2] for name in ("gated", "mine.py:gated"))
+        assert torch.equal(ours, mine)
+    total, _, gradient = parts(Loss(algorithm="mine.py:gated"), batch_of())
+    assert total.isfinite()
+    assert gradient.abs().sum() > 0
+    traces = [trace(segment("context", 1), segment("policy", 2), reward=reward) for reward in (3.0, 1.0)]
+    batch = pack([group(*traces)], Loss(advantage="mine.py:squared", baseline="group"))
+    assert batch.advantages[:, -1].tolist() == [9.0, 1.0]
+    for spec, said in (
+        ("mine.py:summed", r"loss.agent = 'mine.py:summed': returns \[\]; a loss per token is wanted, a tensor of \[2, "),
+        ("mine.py:odd", r"loss.agent = 'mine.py:odd': RuntimeError in .*mine.py:9: "),
+        ("mine.py:name", "loss.agent = 'mine.py:name': a str is no function; name one"),
+        ("mine.py:gatd", "mine.py has no 'gatd'; did you mean 'gated'?"),
+        ("none.py:gated", "no file 'none.py'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parts(Loss(agent=spec), batch_of())
 
 
 def weights_of_agent_tokens(rho: list[float], a: float, loss: Loss) -> list[float]:

@@ -1,8 +1,11 @@
 """Advantages of the traces of one problem, from their rewards alone."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
+from aipo_graph.errors import ConfigError
+from aipo_graph.load import own
 from aipo_graph.types import differ
 
 Estimator = Callable[[float, Sequence[float]], float]
@@ -40,6 +43,7 @@ def advantages(
     alone ones only, so that what fails only for want of help is not pushed down. ``counterfactual`` (ours) compares a trace with agents
     with the alone ones and itself: help counts by what it changed, and is not blamed for a failure that came without it, too. Untrained
     traces get 0 and count in no statistic; a set whose rewards do not `differ`, or of one trace, gives 0 (``raft`` compares nothing).
+    ``estimator``: one of ESTIMATORS, or yours, file.py:name, of the same arguments. Raises ConfigError.
 
     >>> advantages([1, 1, 0, 0], [True, True, False, False], [True] * 4, estimator="dr_grpo", baseline="split")
     (0.5, 0.5, 0.0, 0.0)
@@ -48,9 +52,13 @@ def advantages(
     """
     everyone = [r for r, t in zip(rewards, trained, strict=True) if t]
     alone = [r for r, t, a in zip(rewards, trained, with_agents, strict=True) if t and not a]
+    estimate = ESTIMATORS.get(estimator) or own("loss.advantage", estimator)
     result = []
     for reward, helped, counts in zip(rewards, with_agents, trained, strict=True):
         peers = everyone if baseline == "group" or (helped and baseline == "split") else [*alone, reward] if helped else alone
         compared = counts and (estimator == "raft" or differ(peers))
-        result.append(ESTIMATORS[estimator](reward, peers) if compared else 0.0)
+        value = estimate(reward, peers) if compared else 0.0
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"loss.advantage = {estimator!r}: gave {value!r} for a reward of {reward:g}; a finite number is wanted")
+        result.append(float(value))
     return tuple(result)

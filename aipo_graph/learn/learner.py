@@ -18,7 +18,7 @@ from aipo_graph.config import Config, Loss
 from aipo_graph.errors import ConfigError, TrainError
 from aipo_graph.learn import checkpoint, lora, shards
 from aipo_graph.learn.batch import AGENT, POLICY, ROUNDING, Batch, fault
-from aipo_graph.learn.loss import Sums, aipo_loss, merge, summarise
+from aipo_graph.learn.loss import Sums, aipo_loss, forms, merge, summarise
 from aipo_graph.learn.model import (
     check_rows,
     choose_attention,
@@ -30,6 +30,7 @@ from aipo_graph.learn.model import (
     shard,
     token_logprobs,
 )
+from aipo_graph.load import own
 from aipo_graph.types import Learned, Trace, TraceGroup, derive_seed
 
 # --- what an update makes of each token: for people who look at traces
@@ -100,6 +101,8 @@ class Learner:
     """
 
     def __init__(self, config: Config, model_path: str | Path, device: torch.device | str = "cpu") -> None:
+        own.cache_clear()
+        forms(config.loss)
         self.config = config
         self.model_path = model_path
         self.device = torch.device(device)

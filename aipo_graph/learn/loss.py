@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from aipo_graph.config import Loss
+from aipo_graph.errors import ConfigError
 from aipo_graph.learn.batch import AGENT, POLICY, Batch
+from aipo_graph.load import own as own_function
 
 CLAMP = 20.0
 """Bound of every log-ratio."""
@@ -146,6 +148,30 @@ COEFFICIENTS: dict[str, Surrogate] = {
 }
 
 
+def forms(loss: Loss) -> tuple[Ratio, Surrogate, Scale, Surrogate]:
+    """Ratio, surrogate and scale of policy tokens, and the surrogate of agent tokens, which may be yours.
+
+    A function of yours takes what those above take, the log-ratio, log-probability and advantage of each token, f32 [B, T], and the
+    settings, and returns the loss of each token, f32 [B, T]. Rows without an advantage do not reach it; with policy tokens it has the
+    ratio of grpo and the scale of dapo. Raises ConfigError.
+    """
+    ratio, surrogate, scale = SURROGATES.get(loss.algorithm) or (_token_ratio, _yours("loss.algorithm", loss.algorithm), _per_token)
+    return ratio, surrogate, scale, COEFFICIENTS.get(loss.agent) or _yours("loss.agent", loss.agent)
+
+
+def _yours(setting: str, spec: str) -> Surrogate:
+    function = own_function(setting, spec)
+
+    def surrogate(log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
+        found = function(log_ratio, logprobs, advantages, loss)
+        if not isinstance(found, Tensor) or found.shape != logprobs.shape:
+            what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(f"{setting} = {spec!r}: returns {what}; a loss per token is wanted, a tensor of {list(logprobs.shape)}")
+        return found
+
+    return surrogate
+
+
 def aipo_loss(
     logprobs: Tensor, entropy: Tensor, batch: Batch, loss: Loss, *, budget: int, reference: Tensor | None = None
 ) -> tuple[Tensor, Sums]:
@@ -167,7 +193,7 @@ def aipo_loss(
     own = torch.where(policy | agent, logprobs, 0.0)
 
     zeros = torch.zeros_like(own)
-    ratio_form, surrogate, scale = SURROGATES[loss.algorithm]
+    ratio_form, surrogate, scale, agent_surrogate = forms(loss)
     log_ratio = ratio_form(torch.where(policy, own - torch.where(policy, old, zeros), zeros), policy)
     log_mismatch = torch.where(policy, old - behaviour, zeros).detach()
     weight = _exp(log_mismatch).clamp(max=loss.mismatch_cap)
@@ -177,7 +203,7 @@ def aipo_loss(
     # nan is absence of a record, never probability 1 by accident: the configured constant stands in for it
     log_mu = torch.where(torch.isnan(behaviour), math.log(loss.behaviour), behaviour)
     log_rho = torch.where(agent, own - torch.where(agent, log_mu, zeros), zeros)
-    agent_loss = torch.where(agent, COEFFICIENTS[loss.agent](log_rho, own, values, loss), zeros).sum() / max(1, batch.agent_tokens)
+    agent_loss = torch.where(agent, agent_surrogate(log_rho, own, values, loss), zeros).sum() / max(1, batch.agent_tokens)
 
     total = policy_loss + loss.agent_weight * agent_loss
     sums = {"dropped_tokens": dropped_tokens, "policy_loss": policy_loss, "agent_loss": agent_loss}

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from griffe import Attribute, Extension, Object
+from griffe import Extension, Object
 
 EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.M)
 
@@ -14,12 +14,3 @@ class Doctests(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring:
             obj.docstring.value = EXAMPLE.sub(lambda found: f"```pycon\n{found[0]}\n```", obj.docstring.value)
-
-
-class Choices(Extension):
-    """A setting whose type is a name for choices, such as `Algorithm`, shows the choices."""
-
-    def on_attribute(self, *, attr: Attribute, **_: Any) -> None:
-        named = attr.module.members.get(str(attr.annotation))
-        if isinstance(named, Attribute) and str(named.value).startswith("Literal["):
-            attr.annotation = named.value
