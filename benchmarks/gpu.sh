@@ -2,7 +2,7 @@
 # Everything that needs one GPU, in under 8 minutes: benchmarks/gpu.sh [FOLDER]; results in FOLDER/gpu.json (default runs/gpu-DATE).
 #   quick start   training on CUDA with the embedded engine, both evaluations
 #   learner       a step of a Qwen3-1.7B-shaped model with random weights: tokens/s, peak memory, MFU
-#   vllm          three steps with vLLM in the same process, weights as files: seconds to publish, gap of the probe; where vLLM is installed
+#   vllm          three steps with vLLM in the same process, weights by IPC: seconds to publish, gap of the probe; where vLLM is installed
 # A part that fails or runs out of time is a line in the results; the others run. PYTHON chooses the interpreter, which for vLLM is
 # .venv-vllm/bin/python. DRY=1 runs the same on a CPU with tiny sizes: no figure of it means anything.
 set -u

@@ -163,6 +163,7 @@ def test_weights_for_vllm_are_the_files_that_the_hub_has(kind: str, tmp_path: Pa
     try:
         path = files.write("a-1", learner.weights())
         assert (path / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+        assert files.renames == (kind in ("qwen3_moe", "mixtral"))
     finally:
         files.close()
 

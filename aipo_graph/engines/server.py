@@ -5,6 +5,7 @@ In three parts: requests to one server, whether a server fits a run, and the eng
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -239,6 +240,7 @@ class ServerEngine:
         names: dict[str, str],
         *,
         tokens: bool,
+        nccl: bool,
         lora: bool,
         context: int,
     ) -> None:
@@ -251,6 +253,7 @@ class ServerEngine:
         self._clients = clients
         self._names = names
         self._tokens = tokens
+        self._nccl = nccl
         self._lora = lora
         self._apart = APART[config.policy.dtype]
         self._labels = vllm_api.Labels(secrets.token_hex(4))
@@ -279,8 +282,10 @@ class ServerEngine:
                     "start every server with --enable-scale-out, or use 0"
                 )
             lengths = [int(settings["model_config"]["max_model_len"]) for _, _, settings in found]
+            transfers = [(settings.get("weight_transfer_config") or {}).get("backend") for _, _, settings in found]
+            nccl = all(backend == "nccl" for backend in transfers) and importlib.util.find_spec("vllm") is not None
             lora = any(settings.get("lora_config") for _, _, settings in found)
-            engine = cls(config, facts, clients, names, tokens=tokens, lora=lora, context=min(facts.context, *lengths))
+            engine = cls(config, facts, clients, names, tokens=tokens, nccl=nccl, lora=lora, context=min(facts.context, *lengths))
             stack.callback(engine._files.close)
             foreign = [client for client, (_, fresh, _) in zip(clients, found, strict=True) if not fresh]
             await engine._reload(foreign, model_path, 0)
@@ -380,9 +385,16 @@ class ServerEngine:
         return seat[self]
 
     async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """To every server, as files: a new adapter, or all weights. Raises EngineError where one does not take them."""
-        label = self._labels.of(version)
-        path = await asyncio.to_thread(self._files.write, label, weights)
+        """To every server: a new adapter, tensors over NCCL where learner and servers can, else a directory that servers read.
+
+        Raises EngineError where one does not take them.
+        """
+        label, tensors = self._labels.of(version), list(weights)
+        if self._nccl and self.takes == "weights" and tensors and tensors[0][1].is_cuda and not self._files.renames:
+            await self._transfer(tensors, version)
+            self.version = version
+            return
+        path = await asyncio.to_thread(self._files.write, label, tensors)
         if self.takes == "adapter":
             await self._switch(label, path)
         else:
@@ -398,6 +410,13 @@ class ServerEngine:
             except EngineError as error:
                 remedy = "restart the server where it can read them"
                 raise EngineError(f"weights {version} from {path} were not taken: {error}; {remedy}") from error
+
+    async def _transfer(self, tensors: list[tuple[str, Any]], version: int) -> None:
+        """Untested: it needs two GPUs."""
+        from aipo_graph.engines import vllm
+
+        async with self._paused(self._clients, version):
+            await asyncio.to_thread(vllm.send_nccl, [client.url for client in self._clients], tensors)
 
     @contextlib.asynccontextmanager
     async def _paused(self, clients: Sequence[Client], version: int) -> AsyncIterator[None]:

@@ -1,15 +1,19 @@
 """The policy in vLLM inside this process: it shares the GPU with the learner and sleeps while that learns.
 
-The only file that imports vllm. What runs on CUDA alone (sleeping) was written from vLLM 0.32's source and is untested.
+The only file that imports vllm. What runs on CUDA alone (sleeping, weights over CUDA IPC or NCCL) was written from vLLM 0.32's source
+and is untested.
 """
 
 import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from aipo_graph.config import Config
 from aipo_graph.engines import vllm_api
@@ -38,6 +42,7 @@ class VllmEngine:
         self._requests = itertools.count()
         self._under_way = 0
         self._asleep = False
+        self._transfer: Any = None
 
     @classmethod
     async def open(cls, config: Config, model_path: str) -> Self:
@@ -55,6 +60,8 @@ class VllmEngine:
         device: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": vllm_api.prefill_budget(facts.context)}
         if cuda:
             device = {"gpu_memory_utilization": config.engine.memory, "enable_sleep_mode": not config.cluster.address}
+            if not lora and not config.cluster.address:
+                device["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
         arguments = vllm.AsyncEngineArgs(
             model=model_path,
             dtype=config.policy.dtype,
@@ -120,7 +127,8 @@ class VllmEngine:
         yield
 
     async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Hands them over as files, an adapter or all, and wakes it first.
+        """An adapter or a directory on disk; on CUDA full weights, unless files name them otherwise, go from the
+        learner's memory to vLLM's. Wakes it first.
 
         In a cluster requests wait, and go on under the new weights. Raises EngineError while one is served elsewhere, or where vLLM does
         not take them.
@@ -135,6 +143,8 @@ class VllmEngine:
                 await self._llm.wake_up(["weights"])
             if self.takes == "adapter":
                 await self._switch(label, weights)
+            elif self._sleeps and not self._files.renames:
+                await asyncio.to_thread(self._send_ipc, list(weights), asyncio.get_running_loop())
             else:
                 path = await asyncio.to_thread(self._files.write, label, weights)
                 await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
@@ -162,6 +172,16 @@ class VllmEngine:
         self._adapter = request
         self._files.keep(name)
 
+    def _send_ipc(self, tensors: list[tuple[str, Any]], loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread of its own, since vLLM's trainer side is synchronous. Untested: it needs a GPU."""
+        transfer = _vllm().distributed.weight_transfer
+        if self._transfer is None:
+            client = _InProcess(self._llm, loop)
+            start = transfer.ipc_engine.IPCTrainerInitInfo(rank=0)
+            self._transfer = transfer.factory.WeightTransferTrainerFactory.trainer_init(start, client=client, source=_source(tensors))
+        self._transfer.source = _source(tensors)
+        self._transfer.send_weights()
+
     async def sleep(self) -> None:
         """On CUDA: frees the cache and, unless adapters need the base weights, drops the weights, which `load_weights` brings anew."""
         if self._sleeps and not self._asleep:
@@ -173,18 +193,108 @@ class VllmEngine:
         self._files.close()
 
 
+class _InProcess:
+    """vLLM's four calls of a weight transfer, on an engine of another thread's event loop."""
+
+    def __init__(self, llm: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._llm, self._loop = llm, loop
+
+    def _wait(self, call: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._wait(self._llm.init_weight_transfer_engine(_request("WeightTransferInitRequest")(init_info=init_info)))
+
+    def start_weight_update(self) -> None:
+        self._wait(self._llm.start_weight_update())
+
+    def update_weights(self, update_info: Any) -> None:
+        self._wait(self._llm.update_weights(_request("WeightTransferUpdateRequest")(update_info=update_info)))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._wait(self._llm.finish_weight_update(weight_version))
+
+
+def _request(name: str) -> Callable[..., Any]:
+    return getattr(_vllm().distributed.weight_transfer.base, name)
+
+
+def _source(tensors: Sequence[tuple[str, Any]]) -> Any:
+    """The learner's tensors as vLLM's transfers read them."""
+    return _vllm().distributed.weight_transfer.base.ModuleSource(_Named(tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """Stands in for the module whose parameters vLLM's source reads."""
+
+    tensors: Sequence[tuple[str, Any]]
+
+    def named_parameters(self) -> Sequence[tuple[str, Any]]:
+        return self.tensors
+
+
+_nccl: dict[str, Any] = {}
+"""Open transfers by server."""
+
+
+def send_nccl(urls: Sequence[str], tensors: Sequence[tuple[str, Any]]) -> None:
+    """Broadcasts tensors on the learner's GPU to each server's own group of GPUs. Untested: it needs two GPUs.
+
+    Raises EngineError where a server does not take part.
+    """
+    import torch
+
+    transfer = _vllm().distributed.weight_transfer
+    try:
+        torch.cuda.set_device(tensors[0][1].device)  # of this thread: vLLM joins the group with it
+        for url in urls:
+            if url not in _nccl:
+                import requests  # vLLM's own client needs it
+
+                client = transfer.clients.HTTPVLLMWeightSyncClient(url)
+                world = requests.get(f"{url}/get_world_size", timeout=60).json()["world_size"]
+                address, port = _rendezvous(url)
+                start = transfer.nccl_engine.NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world + 1, rank=0)
+                _nccl[url] = transfer.factory.WeightTransferTrainerFactory.trainer_init(start, client=client, source=_source(tensors))
+            _nccl[url].source = _source(tensors)
+            _nccl[url].send_weights()
+    except (RuntimeError, ValueError, OSError) as error:  # a failed HTTP request is an OSError
+        raise EngineError(
+            f"weights did not reach {url} over NCCL: {first_line(error)}; start it without --weight-transfer-config"
+        ) from error
+
+
+def _rendezvous(url: str) -> tuple[str, int]:
+    """This machine's address as the server sees it, and a free port."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
+        towards.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+        address = str(towards.getsockname()[0])
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return address, int(probe.getsockname()[1])
+
+
 def _environment(cuda: bool, *, shared: bool) -> dict[str, str]:
     """``shared``: with other processes of a cluster, which have the same cores and the same console."""
     found = {"VLLM_NO_USAGE_STATS": "1"}
     if shared:
         found |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return found if cuda else found | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    # CUDA IPC handles travel to vLLM's own worker process pickled.
+    return found | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if cuda else {"VLLM_CPU_KVCACHE_SPACE": "1"})
 
 
 def _vllm() -> ModuleType:
     """Raises ConfigError where vLLM is not installed."""
     try:
         import vllm
+        import vllm.config
+        import vllm.distributed.weight_transfer.base
+        import vllm.distributed.weight_transfer.clients
+        import vllm.distributed.weight_transfer.factory
+        import vllm.distributed.weight_transfer.ipc_engine
+        import vllm.distributed.weight_transfer.nccl_engine
         import vllm.exceptions
         import vllm.lora.request
         import vllm.sampling_params

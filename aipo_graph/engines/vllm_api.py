@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from aipo_graph.config import Config
 from aipo_graph.engines.decoder import torch_device
@@ -175,6 +176,12 @@ class WeightFiles:
             shell: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(self._facts.config))
         shell.generation_config = GenerationConfig()
         return shell
+
+    @property
+    def renames(self) -> bool:
+        """Whether files name or cut weights otherwise than the model in memory does, as for fused experts: then they go by disk."""
+        state = self._shell.state_dict()
+        return revert_weight_conversion(self._shell, dict(state)).keys() != state.keys()
 
     def _adapter_config(self, tensors: Iterable[str]) -> dict[str, Any]:
         modules = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
