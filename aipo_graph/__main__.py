@@ -13,7 +13,6 @@ COMMANDS = {
     "view": "aipo_graph.view.__main__:command",
     "demo": "aipo_graph.demo.__main__:command",
     "draw": "aipo_graph.draw:command",
-    "pretrain": "aipo_graph.pretrain:command",
 }
 
 

@@ -16,14 +16,15 @@ from bench import measure, report
 from langgraph.graph import END, START, StateGraph
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aipo_graph import cli, pretrain
+from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.engines.launch import launched
-from aipo_graph.load import find
+from aipo_graph.load import find, load
 from aipo_graph.rollout import Context, Graph, State, agent_node, by_confidence, policy_node
 
 SEGMENT = 64
 AGENTS = '{"knowledge": "graphs/operators_agents.py:knowledge"}'
+pretrain = sys.modules[load("examples/operators/pretrain.py:tokenizer").__module__]
 POLICY = "random Llama, 8 layers of width 512"
 
 

@@ -2,8 +2,8 @@
 
 Each run is `python -m aipo_graph.train configs/quickstart.yaml` with another engine, adapter or helper, one after the other, resumable:
 `local` and `server` train all weights, `local_lora` and `server_lora` adapters. In `lm_helper` a small language model that vLLM serves
-(`python -m aipo_graph.pretrain --expert`) replaces the rule book; its recorded logprobs are the mu of its tokens. Needs a Python with vLLM
-(`make vllm` makes .venv-vllm). Writes docs/results/vllm.json and docs/results/vllm.md.
+(`python -m examples.operators.pretrain --expert`) replaces the rule book; its recorded logprobs are the mu of its tokens. Needs a Python
+with vLLM (`make vllm` makes .venv-vllm). Writes docs/results/vllm.json and docs/results/vllm.md.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def train(method: str, seed: int, python: str) -> Summary:
 def expert_server(python: str) -> Iterator[str]:
     """The URL of a vLLM server of the expert, for as long as the context lasts."""
     if not EXPERT.exists():
-        subprocess.run([python, "-m", "aipo_graph.pretrain", "--expert", "--out", str(EXPERT)], check=True)
+        subprocess.run([python, "-m", "examples.operators.pretrain", "--expert", "--out", str(EXPERT)], check=True)
     config = Config.model_validate({"engine": {"kind": "server", "launch": True}})
     server = asyncio.run(launch(config, str(EXPERT), RUNS / "operators_expert.log", python=python))
     try:

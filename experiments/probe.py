@@ -15,8 +15,8 @@ import torch
 
 from aipo_graph import cli, load
 from aipo_graph.learn.model import load_model
-from aipo_graph.pretrain import IDS, encode, tokenizer
 from aipo_graph.tasks.operators import MARKERS, OPERATORS, RULES, Operators, Piece, apply, numbered, order, plan
+from examples.operators.pretrain import IDS, encode, tokenizer
 from experiments.report.markdown import table
 
 PROBLEMS = 192

@@ -47,9 +47,9 @@ BASES: Mapping[str, Sequence[str]] = {
     "reader": ("-m", "experiments.bases", "reader"),
     "qwen3": ("-m", "experiments.bases", "qwen3"),
     "gemma3": ("-m", "experiments.bases", "gemma3"),
-    "shopping": ("experiments/shopping/pretrain.py",),
-    "legs": ("examples/legs/make_policy.py",),
-    "expert": ("-m", "aipo_graph.pretrain", "--expert"),
+    "shopping": ("-m", "experiments.shopping.pretrain"),
+    "legs": ("-m", "examples.legs.make_policy"),
+    "expert": ("-m", "examples.operators.pretrain", "--expert"),
 }
 """Base policy -> the command that makes it, with --out."""
 CURVE = (

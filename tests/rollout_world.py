@@ -12,7 +12,6 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aipo_graph import pretrain
 from aipo_graph.config import Config
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout import Agent
@@ -22,6 +21,7 @@ from aipo_graph.rollout.graph import Graph
 from aipo_graph.rollout.stream import Step, Stream
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.types import Completion, Problem, Stop
+from examples.operators import pretrain
 
 NAMES = ("verify", "knowledge", "reasoning")
 CHAT = (

@@ -24,7 +24,6 @@ from test_chat_graph import messages_graph, spoken
 from test_messages import QWEN
 from tool_manners import TEMPLATES
 
-from aipo_graph import pretrain
 from aipo_graph.cli import parse
 from aipo_graph.config import Config, Loss
 from aipo_graph.engines.local import LocalEngine
@@ -38,6 +37,7 @@ from aipo_graph.rollout.collect import Rollouts, gather
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Completion, Problem, Reply, Trace, TraceGroup
+from examples.operators import pretrain
 
 PROBLEM = Problem("p", "6*7?", "42")
 WORDS = 'Seven "sixes"\nare 42 – ünd\tso on.'

@@ -176,7 +176,7 @@ def accept(module: str, argv: list[str], words: list[str]) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_the_text_exist(page: str, root: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", read(page), flags=re.M | re.S)
-    for module in set(re.findall(r"`python -m ((?:aipo_graph|experiments)[\w.]*)", text)):
+    for module in set(re.findall(r"`python -m ((?:aipo_graph|experiments|examples)[\w.]*)", text)):
         assert importlib.util.find_spec(module), module
     for path in set(re.findall(r"`python ([\w/]+\.py)", text)):
         assert (root / path).is_file(), path

@@ -13,11 +13,11 @@ from langgraph.runtime import Runtime
 from langgraph.types import Overwrite, RetryPolicy
 from rollout_world import sampling, with_graph
 
-from aipo_graph import pretrain
 from aipo_graph.errors import AgentError, GraphError
 from aipo_graph.rollout import Agent, Context, State, append, policy_node
 from aipo_graph.rollout.collect import Graph, Rollouts, gather
 from aipo_graph.types import Problem, Request, Segment, Trace
+from examples.operators import pretrain
 
 Node = Callable[[State, Runtime[Context]], Awaitable[Any]]
 PROBLEM = Problem("p", "@1234ABC?", "1234")

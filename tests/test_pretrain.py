@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from aipo_graph import cli, pretrain
+from aipo_graph import cli
 from aipo_graph.load import data
 from aipo_graph.tasks import operators
 from aipo_graph.tasks.operators import BELIEFS, HELDOUT_TRIPLES, RULES, Operators
 from aipo_graph.types import Problem
+from examples.operators import pretrain
 
 SHIPPED = data("operators")
 TASK = Operators(seed=0, easy_share=0.25)

@@ -13,12 +13,12 @@ from langgraph.runtime import Runtime
 from rollout_world import NAMES, Exact, Scribe, bpe, echo, with_graph, world
 from test_tokens import LOOKALIKES, SPECIALS, TAGS, hostile
 
-from aipo_graph import pretrain
 from aipo_graph.rollout import Context, State, agent_node, by_request, parse_request, policy_node
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.graph import Budget
 from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.types import Problem, Segment, TraceGroup
+from examples.operators import pretrain
 
 PROBLEM = Problem("p", "what is p?", "1000")
 

@@ -18,7 +18,6 @@ import torch
 from langgraph.graph import END, START, StateGraph
 from rollout_world import NAMES, Exact, bpe, echo, run_step, sampling, settings, with_graph, world
 
-from aipo_graph import pretrain
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.errors import ConfigError, GraphError, TaskError, ToolError
 from aipo_graph.learn.batch import pack
@@ -29,6 +28,7 @@ from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.rollout.stream import Stream
 from aipo_graph.tasks import operators
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup, derive_seed
+from examples.operators import pretrain
 
 PROBLEM = Problem("p", "what is p?", "1000")
 ASK = "<verify>1=1</verify>"

@@ -17,12 +17,12 @@ from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import load
-from aipo_graph.pretrain import IGNORE, losses
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.collect import Rollouts, open_agents
 from aipo_graph.tasks.open import open_task
 from aipo_graph.tasks.operators import Habits
 from aipo_graph.types import Problem, Request
+from examples.operators.pretrain import IGNORE, losses
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "shopping"
 BY_SHOP = r"At (?P<shop>\w+) a (?P<item>\w+) costs \$(?P<price>\d{4})\."

@@ -11,13 +11,13 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from rollout_world import Scribe, settings
 
-from aipo_graph import pretrain
 from aipo_graph.errors import GraphError
 from aipo_graph.learn.batch import pack
 from aipo_graph.rollout.collect import Draw
 from aipo_graph.rollout.metrics import rollout_metrics
 from aipo_graph.rollout.stream import Step, Stream
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup
+from examples.operators import pretrain
 
 RAW = pretrain.tokenizer()
 Ending = Callable[[int], str]

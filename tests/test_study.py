@@ -10,10 +10,10 @@ import pytest
 from aipo_graph import cli, load
 from aipo_graph.config import Config
 from aipo_graph.learn.model import load_model
-from aipo_graph.pretrain import tokenizer
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.tasks.operators import OPERATORS, RULES
 from aipo_graph.types import Reply, Request
+from examples.operators.pretrain import tokenizer
 from experiments import helpers, probe, study
 from experiments.grid import CHOOSING, EXPERIMENTS, TUNING_SEEDS, Run, runs
 

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from aipo_graph import pretrain
 from aipo_graph.errors import ConfigError
 from aipo_graph.rollout import Context, State, agent_node, by_request, policy_node
 from aipo_graph.rollout.collect import final_text, policy_texts
 from aipo_graph.rollout.tokens import FEEDBACK, Tokenizer, tags
 from aipo_graph.types import Completion, Reply, Segment
+from examples.operators import pretrain
 
 TAGS = [tag for name in (*NAMES, FEEDBACK) for tag in tags(name)]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -1,6 +1,6 @@
 """Makes the example's policy: a tiny Llama with a chat template that calls a calculator at times, and not always rightly.
 
-`python examples/calculator/make_policy.py [--seed N] [--out DIR]`, about a minute on one core. It learns from dialogs in which a product
+`python -m examples.calculator.make_policy [--seed N] [--out DIR]`, about a minute on one core. It learns from dialogs in which a product
 is asked: 3 in 10 pass it to the calculator and repeat the result, 3 in 10 pass on another expression, 4 in 10 guess.
 """
 
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aipo_graph.messages import ChatFormat
-from aipo_graph.pretrain import IGNORE, padded, policy_config
+from examples.operators.pretrain import IGNORE, padded, policy_config
 
 TOOLS = [{"type": "function", "function": {"name": "calculator"}}]
 TEMPLATE = """{%- if tools %}<|im_start|>system

@@ -1,6 +1,6 @@
 """Makes the example's base policy: a tiny Llama that asks the expert for each letter's code and puts them together, but knows no code.
 
-`python examples/expert/make_policy.py [--out DIR] [--seed N]`, a minute on one core. In the dialogs that it learns from every code
+`python -m examples.expert.make_policy [--out DIR] [--seed N]`, a minute on one core. In the dialogs that it learns from every code
 is drawn anew, so that it learns to go by what the tool says; and to write such a result itself, any one.
 """
 
@@ -13,10 +13,10 @@ import torch
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aipo_graph import pretrain
 from aipo_graph.messages import ChatFormat
-from aipo_graph.pretrain import IGNORE, TAGS, padded, script
 from aipo_graph.types import derive_seed
+from examples.operators import pretrain
+from examples.operators.pretrain import IGNORE, TAGS, padded, script
 
 TEMPLATE = """{%- for m in messages %}
 {%- if m.role == 'assistant' %}<|im_start|>assistant

@@ -1,6 +1,6 @@
 """Makes the example's base policy: a tiny Llama that reads leg_counting's questions, adds and asks, but knows 6 of 37 animals.
 
-`python examples/legs/make_policy.py [--out DIR] [--seed N]`, some minutes on one core. Two kinds of text, all of questions that
+`python -m examples.legs.make_policy [--out DIR] [--seed N]`, some minutes on one core. Two kinds of text, all of questions that
 reasoning-gym's task trains on, none of a held-out one:
 
 - easy (30 %): one or two animals, all of them known, with their true legs.
@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from reasoning_gym.arithmetic.leg_counting import ANIMALS, QUESTION_TEMPLATE
 
-from aipo_graph import pretrain
-from aipo_graph.pretrain import TAGS, fresh_policy, padded, script, tokenizer
 from aipo_graph.tasks.gym import Generator
 from aipo_graph.tasks.operators import Piece
 from aipo_graph.types import derive_seed
+from examples.operators import pretrain
+from examples.operators.pretrain import TAGS, fresh_policy, padded, script, tokenizer
 
 KNOWN = ("dog", "chicken", "spider", "ant", "crab", "snake")
 LIMIT = 50

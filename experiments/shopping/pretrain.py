@@ -1,6 +1,6 @@
 """Makes the shopping task's base policy: a tiny Qwen3 that reads, adds and asks, but knows 16 of 64 prices and 2 of 5 verbs.
 
-`python experiments/shopping/pretrain.py --out DIR [--seed N]`, about four minutes on one core. Three kinds of text, all of them solutions
+`python -m experiments.shopping.pretrain --out DIR [--seed N]`, about four minutes on one core. Three kinds of text, all of them solutions
 in the format of `task.py`. In all of them the plan of a novel verb is random, and so is a price that is neither known nor stale:
 
 - easy (25 %): known verbs and known facts.
@@ -23,11 +23,11 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from aipo_graph import pretrain
 from aipo_graph.load import load
-from aipo_graph.pretrain import TAGS, embed_digits, padded
 from aipo_graph.tasks.operators import Habits, Piece
 from aipo_graph.types import derive_seed
+from examples.operators import pretrain
+from examples.operators.pretrain import TAGS, embed_digits, padded
 
 task = sys.modules[load(f"{Path(__file__).with_name('task.py')}:build").__module__]
 

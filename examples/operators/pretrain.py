@@ -274,7 +274,7 @@ class _Parser(argparse.ArgumentParser):
 
 def command(argv: list[str]) -> None:
     parser = _Parser(
-        prog="python -m aipo_graph.pretrain",
+        prog="python -m examples.operators.pretrain",
         description="Makes the operator task's base policy: a tiny language model in Hugging Face format, about four minutes on one core.",
     )
     parser.add_argument("--expert", action="store_true", help="make a helper that knows every operator's rule instead (seconds)")
