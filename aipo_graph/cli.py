@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -20,12 +20,13 @@ from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource,
 from rich.console import Console
 from rich.text import Text
 
-from aipo_graph.config import GONE, PATHS
+from aipo_graph.config import GONE, PATHS, Config
 from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.load import find, text
 
 C = TypeVar("C", bound=BaseModel)
 MAX_YAML_BYTES = 1_000_000
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,22 @@ def parse(
     """Settings of ``cls`` from defaults, then a YAML file, then ``overlay`` (another one), then the command line.
 
     The file is the positional argument, or ``--config FILE`` where ``cls`` has positional fields of its own; without either it is
-    ``default``, where one is given. Raises ConfigError in one line: the key, its value, the place, the remedy. ``--help`` prints
-    every field's docstring and exits.
+    ``default``, where one is given. What is no Config takes no file and no ``--dry-run``. Raises ConfigError in one line: the key, its
+    value, the place, the remedy. ``--help`` prints every field's docstring and exits.
     """
-    known = [*(key for key, _ in leaves(cls)), "config", "dry-run", "help"]
+    common = ["config", "dry-run"] if issubclass(cls, Config) else []
+    more: Any = cls.model_config
+    known = [*(key for key, _ in leaves(cls)), *more.get("cli_shortcuts", {}).values(), *common, "help"]
+    words = []
     for word in argv:
-        key = word[2:].partition("=")[0]
-        if word.startswith("--") and key not in known and key not in cls.model_fields:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if key.replace("-", "_") in cls.model_fields:
+            key = key.replace("-", "_")
+        elif word.startswith("--") and key not in known:
             raise ConfigError(f"no setting --{key}{_nearest_key(key, known, '--')} (see {prog} --help)")
-    given = _command_line(argv, cls, prog, doc, default)
+        # pydantic-settings gives a field of one letter a short flag only.
+        words.append(f"-{'-' * (len(key) > 1)}{key}{equals}{value}" if word.startswith("--") else word)
+    given = _command_line(words, cls, prog, doc, default)
     file, dry_run = given.pop("config", default), given.pop("dry-run", False) is True
     path = find(file) if file else None
     values: dict[str, Any] = {}
@@ -66,7 +74,8 @@ def parse(
                 values.pop("task", None)
             values = _merge(cls, values, above)
             places |= {key: f"{layer}:{line}" for key, line in lines.items()}
-    return validated(cls, _merge(cls, values, given), set(_flatten(given)), places), Options(path, dry_run)
+    places |= dict.fromkeys(_flatten(given), "on the command line")
+    return validated(cls, _merge(cls, values, given), places), Options(path, dry_run)
 
 
 def _leave_out_gone(above: Mapping[str, Any]) -> None:
@@ -77,17 +86,12 @@ def _leave_out_gone(above: Mapping[str, Any]) -> None:
             del held[name]
 
 
-def validated(cls: type[C], values: Mapping[str, Any], given: Collection[str] = (), places: Mapping[str, str] = {}) -> C:
-    """Settings from a mapping of sections. Raises ConfigError in one line.
-
-    Args:
-        given: dotted names of those of the command line.
-        places: where the others were given.
-    """
+def validated(cls: type[C], values: Mapping[str, Any], places: Mapping[str, str] = {}) -> C:
+    """Settings from a mapping of sections, given in ``places``, by dotted name. Raises ConfigError in one line."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, cls, given, places)) from error
+        raise ConfigError(_explain(error, cls, places)) from error
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -152,7 +156,7 @@ def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         return fail(f"no space left on the disk{where}; free some and repeat the command")
@@ -179,18 +183,23 @@ class _Parser(argparse.ArgumentParser):
 
 def _command_line(argv: Sequence[str], cls: type[BaseModel], prog: str, doc: str, default: str) -> dict[str, Any]:
     """What argv gives, nested as the config is: most values still text, ``config`` and ``dry-run`` among them."""
-    positional = [name.upper() for name, field in cls.model_fields.items() if POSITIONAL in field.metadata]
+    positional = [
+        name.upper() if field.is_required() else f"[{name.upper()}]"
+        for name, field in cls.model_fields.items()
+        if POSITIONAL in field.metadata
+    ]
     file_type: Any = str if positional else CliPositionalArg[str]
-    command: Any = create_model(
-        "Command",
-        __base__=(BaseSettings, cls),
-        config_file=(file_type, Field(default, validation_alias="config", description="YAML file of settings.")),
-        dry_run=(CliToggleFlag[bool], Field(False, validation_alias="dry-run", description="Print the resolved settings and stop.")),
-    )
-    words = [prog, *positional, "[--config config.yaml]" if positional else "[config.yaml]", "[--section.field value ...] [--dry-run]"]
+    common: dict[str, Any] = {
+        "config_file": (file_type, Field(default, validation_alias="config", description="YAML file of settings.")),
+        "dry_run": (CliToggleFlag[bool], Field(False, validation_alias="dry-run", description="Print the resolved settings and stop.")),
+    }
+    usage = [prog, *positional, "[--config config.yaml]" if positional else "[config.yaml]", "[--section.field value ...] [--dry-run]"]
+    if not issubclass(cls, Config):
+        common, usage = {}, [prog, *positional, "[--field value ...]"]
+    command: Any = create_model("Command", __base__=(BaseSettings, cls), **common)
     parser = _Parser(
         prog=prog,
-        usage=" ".join(words),
+        usage=" ".join(usage),
         description=doc or cls.__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
         allow_abbrev=False,
@@ -198,9 +207,9 @@ def _command_line(argv: Sequence[str], cls: type[BaseModel], prog: str, doc: str
     try:
         source: Any = CliSettingsSource(
             command,
-            # pydantic-settings gives a field of one letter a short flag only.
-            cli_parse_args=[word[1:] if len(word) == 3 and word[:2] == "--" else word for word in argv],
+            cli_parse_args=list(argv),
             root_parser=parser,
+            parse_args_method=argparse.ArgumentParser.parse_intermixed_args,  # MODEL may come after an option
             cli_avoid_json=True,
             cli_hide_none_type=True,
             cli_parse_none_str="null",
@@ -229,6 +238,15 @@ def _merge(cls: type[BaseModel], low: Any, high: Any) -> Any:
         section = field.annotation if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
         merged[key] = _merge(section, low[key], value) if section and low.get(key) is not None else value
     return merged
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of settings by dotted name.
+
+    >>> flat({"run": {"seed": 1}})
+    {'run.seed': 1}
+    """
+    return {f"{section}.{name}": value for section, held in values.items() if isinstance(held, dict) for name, value in held.items()}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -289,7 +307,7 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
 # --- what is wrong with a value
 
 
-def _explain(error: ValidationError, cls: type[BaseModel], given: Collection[str], places: Mapping[str, str]) -> str:
+def _explain(error: ValidationError, cls: type[BaseModel], places: Mapping[str, str]) -> str:
     """One line for the first of the errors: key, value, what is allowed, where it was given, how many more there are."""
     errors = error.errors(include_url=False)
     first = errors[0]
@@ -297,11 +315,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], given: Collection[str
     if first["type"] == "value_error":  # our own checks of fields together: the message starts with the key
         key = str(first["ctx"]["error"]).partition(" = ")[0]
     stem = next((known for known, _ in leaves(cls) if key == known or key.startswith(f"{known}.")), key)
-    if stem in given:
-        place = " (on the command line)"
-    else:
-        found = next((places[k] for k in (key, stem, key.rpartition(".")[0]) if k in places), None)
-        place = f" ({found})" if found else ""
+    found = next((places[k] for k in (key, stem, key.rpartition(".")[0]) if k in places), "")
+    place = f" ({found})" if found else ""
     if first["type"] == "extra_forbidden":
         text = f"no setting {key!r}{_nearest_key(key, [*cls.model_fields, *(known for known, _ in leaves(cls))])}"
     elif first["type"] == "value_error":

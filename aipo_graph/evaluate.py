@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, TypeVar
 
 from pydantic import Field, PositiveInt
-from pydantic_settings import CliPositionalArg, CliToggleFlag
+from pydantic_settings import CliPositionalArg, CliToggleFlag, SettingsConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,20 +18,19 @@ from aipo_graph import load as files
 from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Settings, TaskLike, configured
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
-from aipo_graph.evaluation.provenance import digest, protocol, settings
-from aipo_graph.evaluation.samples import Mode, Part, Store
+from aipo_graph.evaluation.report import MODES, UNNAMED, caption, compare, comparison, remarks, summarise, table
+from aipo_graph.evaluation.samples import Mode, Part, Store, Values, digest, protocol, settings
 from aipo_graph.evaluation.sampling import Report, Sampling, units
-from aipo_graph.evaluation.summary import Values, compare, summarise
-from aipo_graph.evaluation.tables import MODES, UNNAMED, caption, comparison, remarks, table
 from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Task
 
+C = TypeVar("C", bound=Config)
 K = (1, 4, 16, 64)
 SIDE_SAMPLES = 4
 """Samples per problem of the kinds after the first, which are evaluated alone only."""
 
 
-class Evaluation:
+class Evaluation(AbstractContextManager["Evaluation"]):
     """An evaluation under way in worker processes: a context manager, so that none of them outlives its use."""
 
     def __init__(
@@ -41,23 +40,12 @@ class Evaluation:
         self._settings = settings(config, model, parts)
         self.folder = folder = out or Path("evaluations") / f"{Path(model).name}-{digest(self._settings)}"
         self._store = Store(folder, self._settings, aside=aside)
-        self._sampling: Sampling | None = None
         try:
             todo = units(parts, self._store.read(), 2 * config.engine.max_batch)
-            self._sampling = Sampling(config, task, parts, todo, self._store.path, whole=bool(preset))
-        finally:
-            if self._sampling is None:
-                self._store.close()
-
-    @property
-    def total(self) -> int:
-        """Traces left to sample when it began."""
-        return self._sampling.total if self._sampling else 0
-
-    @property
-    def here(self) -> bool:
-        """Whether it is this process that samples, once the result is asked for."""
-        return self._sampling is not None and self._sampling.here
+            self.sampling = Sampling(config, task, parts, todo, self._store.path, whole=bool(preset))
+        except BaseException:
+            self._store.close()
+            raise
 
     def result(self, report: Report | None = None) -> Values:
         """Waits for the samples and writes evaluation.json.
@@ -65,8 +53,7 @@ class Evaluation:
         Returns what it holds. Raises what a worker raised (an AipoError, or OSError for a full disk).
         """
         try:
-            assert self._sampling is not None
-            self._sampling.finish(report)
+            self.sampling.finish(report)
             samples = self._store.read()
             values: Values = {"model": self._model, "k": list(self._k)}
             values |= summarise(self._parts, samples, self._k, self._config.run.seed)
@@ -78,12 +65,8 @@ class Evaluation:
 
     def close(self) -> None:
         """Ends the workers. What they have sampled stays, and the next evaluation in the folder goes on from it."""
-        if self._sampling:
-            self._sampling.close()
+        self.sampling.close()
         self._store.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -118,7 +101,7 @@ def start(
 
     Raises AipoError in one line for settings or files that cannot be used.
     """
-    config, found = _with_model(config, str(model))
+    config, found = with_model(config, str(model))
     if not config.evaluate.problems:
         raise ConfigError("evaluate.problems = 0: nothing to evaluate; give at least 1")
     samples = config.evaluate.samples
@@ -208,7 +191,7 @@ def plan(config: Config, task: Task, kinds: Sequence[str], modes: Sequence[Mode]
     return parts
 
 
-def _with_model(config: Config, model: str) -> tuple[Config, str]:
+def with_model(config: C, model: str) -> tuple[C, str]:
     """The config with the model's place in it. Raises ConfigError for what is neither a folder nor looks like a hub name."""
     found = files.model(model)
     if not Path(found).is_dir() and (found.count("/") != 1 or Path(found).parent.is_dir()):
@@ -222,12 +205,27 @@ def _with_model(config: Config, model: str) -> tuple[Config, str]:
 # --- the command
 
 
+SHORT = {
+    "rollout.graph": "graph",
+    "rollout.solo": "solo",
+    "rollout.temperature": "temperature",
+    "evaluate.problems": "problems",
+    "evaluate.samples": "samples",
+    "evaluate.workers": "workers",
+}
+"""Settings that the command line knows by a short name."""
+
+
 class Command(Config):
     """Evaluate a policy on held-out problems. Without a file: the config.yaml of the run that made the model, else the quick start's.
     `--compare A B`, alone: the paired difference of two evaluations (their folders) of the same problems."""
 
+    model_config = SettingsConfigDict(cli_shortcuts=SHORT)
+
     model: CliPositionalArg[str]
     """A model directory, the folder of a run, `operators` (the shipped base policy), or a hub name."""
+    file: CliPositionalArg[str] = ""
+    """YAML file of settings, also given as --config FILE."""
     preset: str = ""
     """A benchmark's protocol over the file's settings: task, samples per problem, temperature, budget. The command line is above it."""
     k: Annotated[tuple[PositiveInt, ...] | None, Field(min_length=1)] = None
@@ -237,25 +235,16 @@ class Command(Config):
     greedy: CliToggleFlag[bool] = False
     """Greedy decoding only. Without this it is evaluated beside the samples."""
     modes: Annotated[tuple[Mode, ...] | None, Field(min_length=1)] = None
-    """alone, with_agents, or both with their difference; --alone-only and --with-agents-only are short for one."""
+    """alone, with_agents, or both with their difference."""
+    alone_only: CliToggleFlag[bool] = False
+    """Short for --modes alone; also written --alone-only."""
+    with_agents_only: CliToggleFlag[bool] = False
+    """Short for --modes with_agents; also written --with-agents-only."""
     out: str = ""
     """Folder of the results; what it holds already is not sampled again. Default: one of its own under evaluations/."""
 
 
-SHORT = {
-    "--graph": ["--rollout.graph"],
-    "--solo": ["--rollout.solo"],
-    "--temperature": ["--rollout.temperature"],
-    "--problems": ["--evaluate.problems"],
-    "--samples": ["--evaluate.samples"],
-    "--workers": ["--evaluate.workers"],
-    "--alone-only": ["--modes", "alone"],
-    "--with-agents-only": ["--modes", "with_agents"],
-}
-"""What the command line's short names stand for."""
 PROG = "python -m aipo_graph.evaluate"
-
-
 PRESETS = "configs/benchmarks"
 
 
@@ -285,11 +274,13 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(cli.write_yaml(config), end="")
         return
+    only = {"alone": command.alone_only, "with_agents": command.with_agents_only}
+    modes = tuple(mode for mode in MODES if only[mode]) or command.modes
     values = evaluate(
         command.model,
         config,
         out=command.out or None,
-        modes=command.modes and tuple(dict.fromkeys(command.modes)),
+        modes=modes and tuple(dict.fromkeys(modes)),
         kind=command.kind,
         k=command.k,
         greedy_only=command.greedy,
@@ -304,15 +295,19 @@ def main(argv: list[str]) -> None:
 
 def _read(argv: Sequence[str]) -> tuple[Command, Config, bool]:
     """The command line, the settings it comes to, and whether it only asks for them."""
-    short = ", ".join(f"{word} = {' '.join(full)}" for word, full in SHORT.items())
+    short = ", ".join(f"--{word} = --{full}" for full, word in SHORT.items())
     doc = f"{' '.join((Command.__doc__ or '').split())} Presets: {', '.join(sorted(presets()))}. Short names: {short}."
-    words = _expand(argv)
+    words: list[str] = []
+    for word in argv:
+        if words[-2:-1] == ["--k"] and word.isdigit():
+            words[-1] += f",{word}"  # --k 1 4 16
+        else:
+            words.append(word)
     command, options = cli.parse(words, Command, prog=PROG, doc=doc)
     overlay = _preset(command.preset)
     if options.file is None:
-        words += ["--config", str(own_settings(command.model))]
-    if options.file is None or overlay:
-        command, options = cli.parse(words, Command, prog=PROG, doc=doc, overlay=overlay)
+        words += ["--config", command.file or str(own_settings(command.model))]
+    command, options = cli.parse(words, Command, prog=PROG, doc=doc, overlay=overlay)
     return command, Config.model_validate({name: getattr(command, name) for name in Config.model_fields}), options.dry_run
 
 
@@ -324,47 +319,21 @@ def _served(config: Config, model: str, console: Console) -> AbstractContextMana
     return launched(config, model, Path(config.run.dir), console)
 
 
-def _expand(argv: Sequence[str]) -> list[str]:
-    """Short names to settings, `--k 1 4 16` to one value, and a YAML file after the model to `--config FILE`."""
-    words: list[str] = []
-    position = 0
-    while position < len(argv):
-        word, equals, value = argv[position].partition("=")
-        position += 1
-        if word == "--k" and not equals:
-            start_at = position
-            while position < len(argv) and argv[position].isdigit():
-                position += 1
-            words += ["--k", ",".join(argv[start_at:position])] if position > start_at else ["--k"]
-        elif word in SHORT:
-            full = SHORT[word]
-            words += [*full[:-1], full[-1] + equals + value]
-        elif word.endswith((".yaml", ".yml")) and words and (words[-1] in ("--greedy", "--dry-run") or not words[-1].startswith("-")):
-            words += ["--config", argv[position - 1]]
-        else:
-            words.append(argv[position - 1])
-    return words
-
-
 def follow(evaluation: Evaluation, console: Console, policy: str = "") -> Values:
     """Waits for the result, with a progress bar on a terminal and a line per tenth elsewhere, which name the ``policy`` if given."""
-    whose = f"{policy} policy: " if policy else ""
-    if console.is_terminal:
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-        )
-        with bar:
-            row = bar.add_task(f"{whose}traces", total=evaluation.total)
-            return evaluation.result(lambda done, total, failed: bar.update(row, completed=done, description=whose + _failures(failed)))
-    shown = 0
+    whose, shown = f"{policy} policy: " if policy else "", 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task(f"{whose}traces", total=evaluation.sampling.total)
 
-    def report(done: int, total: int, failed: int) -> None:
-        nonlocal shown
-        if 10 * done // total > shown:
-            shown = 10 * done // total
-            console.print(f"{whose}evaluated {done} of {total} {_failures(failed)}")
+        def report(done: int, total: int, failed: int) -> None:
+            nonlocal shown
+            bar.update(row, completed=done, description=whose + _failures(failed))
+            if not console.is_terminal and 10 * done // total > shown:
+                shown = 10 * done // total
+                console.print(f"{whose}evaluated {done} of {total} {_failures(failed)}")
 
-    return evaluation.result(report)
+        return evaluation.result(report)
 
 
 def _failures(count: int) -> str:

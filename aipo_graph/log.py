@@ -1,29 +1,29 @@
 """RunLog: one folder per run, held by one process, and what a person sees while it runs."""
 
-import errno
 import fcntl
 import json
 import math
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import to_json
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import TypedDict
 
-from aipo_graph.cli import leaves, printable, read_yaml, write_whole, write_yaml
+from aipo_graph.cli import FULL, flat, printable, read_yaml, write_whole, write_yaml
 from aipo_graph.config import GONE, Config, may_change
-from aipo_graph.errors import ConfigError
-from aipo_graph.trackers import Trackers
+from aipo_graph.errors import ConfigError, install
 from aipo_graph.types import Learned, TraceGroup
 
 # --- a begun run that goes on: which of its settings and files have changed, which may, and what was changed when
@@ -77,23 +77,14 @@ def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool
         write_whole(folder / FILES, json.dumps(files, indent=1) + "\n")
         write_whole(path, write_yaml(config))
         return Begun(folder, config, files, {}, (), ())
-    before = {section: values for section, values in read_yaml(path)[0].items() if isinstance(values, dict)}
-    now = config.model_dump(mode="json")
-    defaults, known = Config().model_dump(mode="json"), [key for key, _ in leaves(Config)]
-    defaults["loss"]["negative"] = 1.0  # as it was done where no setting said so
-    changed: dict[str, tuple[Any, Any]] = {}
-    for key in known:
-        section, _, name = key.partition(".")
-        old, new = before.get(section, {}).get(name, defaults[section][name]), now[section][name]
-        if old != new and key not in PLACES:
-            changed[key] = (old, new)
+    # As it was done where no setting said so.
+    before = flat(Config().model_dump(mode="json")) | {"loss.negative": 1.0} | flat(read_yaml(path)[0])
+    now = flat(config.model_dump(mode="json"))
+    changed = {key: (before[key], value) for key, value in now.items() if before[key] != value and key not in PLACES}
     old_files = _read(folder / FILES)
     changed |= {key: (old_files[key], files[key]) for key in files if old_files.get(key, files[key]) != files[key]}
-    gone = [f"{section}.{name}" for section, values in before.items() for name in values if f"{section}.{name}" not in known]
-    for key in gone:
-        section, _, name = key.partition(".")
-        if key in GONE and before[section][name] != GONE[key]:
-            changed[key] = (before[section][name], GONE[key])
+    gone = [key for key in before if key not in now]
+    changed |= {key: (before[key], GONE[key]) for key in gone if key in GONE and before[key] != GONE[key]}
     refused = [key for key in changed if key in files or key in gone or not may_change(key)]
     if refused and not force:
         raise ConfigError(_refusal(folder, changed, refused, files))
@@ -130,12 +121,23 @@ class LoggedGroup:
     """Of each trace, where the learner said it."""
 
 
+T = TypeVar("T")
 LOGGED_GROUP = TypeAdapter(LoggedGroup)
+
+
+class Point(TypedDict):
+    """What a line of every file has."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: int
+
+
+POINT = TypeAdapter(Point)
 
 
 class RunLog:
     """``runs/NAME/``: config.yaml, files.json, changes.jsonl, trackers.json, graph.json, metrics.jsonl, traces.jsonl, excluded.jsonl,
-    tensorboard/, curves.png, summary.json.
+    tensorboard/, summary.json.
 
     Entering it takes the folder's lock and starts the display; leaving it gives both back. Log a step before its checkpoint is
     saved, so that a run killed in between logs it once more instead of never.
@@ -157,17 +159,11 @@ class RunLog:
 
     def __enter__(self) -> Self:
         """Raises ConfigError where another process has the folder, what changes learning has changed, or a tracker cannot be opened."""
+        self._lock = hold(self.folder, "run folder", "--run.name or --run.dir")
+        # A forked worker that outlives a killed run would keep the lock with its copy of the file descriptor.
+        os.register_at_fork(after_in_child=self._unlock)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "checkpoints").mkdir(exist_ok=True)
-            self._lock = _take_lock(self.folder)
-            # A forked worker that outlives a killed run would keep the lock with its copy of the file descriptor.
-            os.register_at_fork(after_in_child=self._unlock)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ConfigError(f"run folder {self.folder}: {error.strerror}; choose another --run.dir or --run.name") from error
-        try:
             self._begun = begin(self.folder, self.config, self._files, force=self._force)
             self._trackers = Trackers(self.config, self.folder, self.note)
         except BaseException:
@@ -246,13 +242,6 @@ class RunLog:
         """Write summary.json."""
         self._attempt("summary.json", lambda: write_whole(self.folder / "summary.json", json.dumps(values, indent=2) + "\n"))
 
-    def curves(self) -> None:
-        """Draw curves.png from metrics.jsonl."""
-        from aipo_graph.curves import draw  # matplotlib takes a second, which readers of logs are spared
-
-        rows = read_metrics(self.folder / "metrics.jsonl")
-        self._attempt("curves.png", lambda: draw(rows, self.folder / "curves.png", title=self.config.run.name))
-
     def pause(self) -> None:
         """End the live display, to print tables below it. The next step starts a new one."""
         if self._live:
@@ -288,44 +277,39 @@ class RunLog:
 # --- files
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, damaged ones left out; no file, no lines."""
-    return [record for _, record in _records(path) if record is not None]
-
-
-def read_traces(path: Path) -> tuple[list[LoggedGroup], int]:
-    """The groups of a traces.jsonl, and how many lines could not be read. Raises ConfigError where there is no file."""
-    groups, bad = [], 0
-    try:
-        with path.open("rb") as lines:
-            for line in lines:
-                try:
-                    groups.append(LOGGED_GROUP.validate_json(line))
-                except ValidationError:
-                    bad += 1
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    return groups, bad
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """(offset of its first byte, record) of each line; None for a line that is damaged or has no end."""
-    if not path.exists():
-        return
+def records(path: Path, form: TypeAdapter[T]) -> Iterator[tuple[int, T | None]]:
+    """(offset of its first byte, record) of each line; None for a line that is damaged or has no end. Raises OSError."""
     offset = 0
     with path.open("rb") as lines:
         for line in lines:
             try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except (ValueError, RecursionError):
+                record = form.validate_json(line) if line.endswith(b"\n") else None
+            except ValidationError:
                 record = None
-            yield offset, record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+            yield offset, record
             offset += len(line)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, damaged ones left out; no file, no lines."""
+    return [dict(point) for _, point in records(path, POINT) if point is not None] if path.exists() else []
+
+
+def read_traces(path: Path) -> tuple[list[LoggedGroup], int]:
+    """The groups of a traces.jsonl, and how many lines could not be read. Raises ConfigError where there is no file."""
+    try:
+        found = [logged for _, logged in records(path, LOGGED_GROUP)]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    groups = [logged for logged in found if logged is not None]
+    return groups, len(found) - len(groups)
 
 
 def _cut(path: Path, step: int) -> None:
     """Truncate before the first line that is damaged or later than ``step``."""
-    for offset, record in _records(path):
+    if not path.exists():
+        return
+    for offset, record in records(path, POINT):
         if record is None or record["step"] > step:
             os.truncate(path, offset)
             return
@@ -344,14 +328,21 @@ def _append(path: Path, line: bytes) -> None:
             raise
 
 
-def _take_lock(folder: Path) -> int:
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+def hold(folder: Path, what: str, option: str) -> int:
+    """Makes a folder and takes its lock, a file descriptor. Raises ConfigError where another process has it or it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise ConfigError(f"{what} {folder}: {error.strerror}; choose another {option}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
         os.close(lock)
-        raise ConfigError(f"run folder {folder} is in use by {holder}; wait for it, or choose another --run.name") from None
+        raise ConfigError(f"{what} {folder} is in use by {holder}; wait for it, or choose another {option}") from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return lock
@@ -381,12 +372,6 @@ PER_AGENT = (
     ("at ceiling", "ceiling_hit", ".0%"),
     ("effective sample", "agent_ess", ".0%"),
 )
-
-
-def agents_in(metrics: Mapping[str, float]) -> list[str]:
-    """The agents that the metrics speak of, in order of appearance."""
-    prefixes = tuple(f"{key}/" for _, key, _ in PER_AGENT)
-    return list(dict.fromkeys(key.partition("/")[2] for key in metrics if key.startswith(prefixes)))
 
 
 class _LiveView:
@@ -428,7 +413,103 @@ def _agents(metrics: Mapping[str, float]) -> Table:
     table.add_column("agent", header_style="dim", style="cyan")
     for label, _, _ in PER_AGENT:
         table.add_column(label, justify="right", header_style="dim")
-    for agent in agents_in(metrics):
+    prefixes = tuple(f"{key}/" for _, key, _ in PER_AGENT)
+    for agent in dict.fromkeys(key.partition("/")[2] for key in metrics if key.startswith(prefixes)):
         cells = [f"{metrics[f'{key}/{agent}']:{form}}" if f"{key}/{agent}" in metrics else "" for _, key, form in PER_AGENT]
         table.add_row(agent, *cells)
     return table
+
+
+# --- where metrics go besides metrics.jsonl: another's code and often another's server, which may fail in any way, never a run
+
+IDS = "trackers.json"
+"""In the run folder: which run of each tracker is this one."""
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # three seconds that `--help` and readers of logs are spared
+
+            # Points from this step on, left by a run that was killed, are hidden.
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+
+    def finish(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Trackers:
+    """The trackers that `run.trackers` names, each with the run that it had before where this one goes on.
+
+    Raises ConfigError for one that is not installed or cannot be opened; later faults are noted, once each.
+    """
+
+    def __init__(self, config: Config, folder: Path, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._broken: set[str] = set()
+        self._opened: dict[str, Any] = {}
+        for name in config.run.trackers:
+            try:
+                self._opened[name] = _open(name, config, folder)
+            except Exception as error:
+                self.finish()
+                why = f"cannot be opened ({type(error).__name__}: {str(error)[:300]}); log in, let it work offline, or leave it out"
+                if isinstance(error, ImportError):
+                    why = f"is not installed; {install('trackers')}"
+                raise ConfigError(f"run.trackers: {name} {why}") from error
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hands one step's finite metrics to each."""
+        for name, tracker in self._opened.items():
+            self._attempt(name, lambda tracker=tracker: tracker.log(metrics, step=step))  # type: ignore[misc]
+
+    def finish(self) -> None:
+        for name, tracker in self._opened.items():
+            self._attempt(name, tracker.finish)
+
+    def _attempt(self, name: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  the tracker boundary
+            if name not in self._broken:
+                self._broken.add(name)
+                self._note(f"{name} failed ({type(error).__name__}: {str(error)[:300]}); the run goes on, metrics.jsonl has all of it")
+
+
+def _open(name: str, config: Config, folder: Path) -> Any:
+    if name == "tensorboard":
+        return _TensorBoard(folder)
+    ids = _ids(folder)
+    known, settings = name in ids, config.model_dump(mode="json")
+    if name == "wandb":
+        import wandb
+
+        run = ids.setdefault(name, secrets.token_hex(4))
+        opened = wandb.init(
+            project="aipo_graph", name=config.run.name, id=run, resume="allow", dir=str(folder), config=settings, allow_val_change=True
+        )
+    else:
+        import trackio
+
+        # Another run of this name may be there: only our own is gone on with.
+        run = ids.get(name, config.run.name)
+        opened = trackio.init(project="aipo_graph", name=run, resume="allow" if known else "never", config=settings)
+        ids[name] = str(getattr(opened, "name", None) or run)
+    if not known:
+        (folder / IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    return opened
+
+
+def _ids(folder: Path) -> dict[str, str]:
+    try:
+        ids = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        return ids if isinstance(ids, dict) else {}
+    except (OSError, ValueError):
+        return {}

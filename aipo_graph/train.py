@@ -22,7 +22,7 @@ from aipo_graph import cli, loops
 from aipo_graph import load as files
 from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Run, Settings, TaskLike, configured, run_name, settings_of
 from aipo_graph.config import Config
-from aipo_graph.draw import layout
+from aipo_graph.draw import picture
 from aipo_graph.engines import open_engine
 from aipo_graph.engines.chat import describe, open_chats
 from aipo_graph.engines.decoder import device_here
@@ -30,9 +30,8 @@ from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.vllm_api import sweep
 from aipo_graph.errors import AipoError, ConfigError, LostError, TrainError
 from aipo_graph.evaluate import Evaluation, follow, start
-from aipo_graph.evaluation.provenance import contents, model_contents, problems_digest
-from aipo_graph.evaluation.summary import Values, compare
-from aipo_graph.evaluation.tables import trained_table, verdict
+from aipo_graph.evaluation.report import compare, trained_table, verdict
+from aipo_graph.evaluation.samples import Values, contents, model_contents, problems_digest
 from aipo_graph.learn import memory
 from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
@@ -241,7 +240,7 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
 
         with ExitStack() as stack:
             waiting = stack.enter_context(begin(beside, path, "base")) if evaluated else None
-            first = waiting is not None and (waiting.here or config.engine.kind != "local")
+            first = waiting is not None and (waiting.sampling.here or config.engine.kind != "local")
             if waiting and first:
                 values["base"] = follow(waiting, console, "base")
             cluster = stack.enter_context(_cluster(config, log)) if config.cluster.address else None
@@ -270,7 +269,7 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             console.print(trained_table(values["base"], values["trained"]))
             for line in verdict(compare(evaluation / "base", evaluation / "trained"), values["base"]["kind"]):
                 console.print(line)
-        console.print(f"policy, curves.png and summary.json are in {log.folder}")
+        console.print(f"policy and summary.json are in {log.folder}")
         console.print(f"look at it: python -m aipo_graph.view {log.folder}", markup=False)
         if not files.objects():  # which the other commands would lack
             console.print(f"ask it: python -m aipo_graph.demo {log.folder}", markup=False)
@@ -318,7 +317,6 @@ def learn(
         log.note(f"stopped after step {learner.version} of {config.train.steps}; the same command goes on from there")
         return False
     log.pause()
-    log.curves()
     learner.export(log.folder / "policy")
     return True
 
@@ -336,7 +334,7 @@ async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: An
         for line in describe(chats, config):
             log.console.print(line, markup=False)
         rollouts = Rollouts.open(config, engine, task, chats)
-        log.graph(layout(rollouts.graph.get_graph(), frozenset([*rollouts.agents, *config.rollout.helpers])))
+        log.graph(picture(rollouts.graph.get_graph(), frozenset([*rollouts.agents, *config.rollout.helpers])))
         for line in rollouts.inputs[0].warnings(task.train(0)):
             log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
+from aipo_graph.evaluation.report import MODES
 from aipo_graph.evaluation.samples import Mode
-from aipo_graph.evaluation.tables import MODES
 
 Settings = dict[str, str]
 """Names as on the command line (loss.agent) -> values."""

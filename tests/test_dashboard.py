@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page
-from rich.console import Console
 from started import Started
 
 from aipo_graph.log import read_metrics
-from aipo_graph.view.__main__ import write
+from aipo_graph.view.__main__ import make
 
 Row = dict[str, Any]
 Open = Callable[..., Page]
@@ -38,7 +37,7 @@ def page_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     @cache
     def page(*folders: Path) -> Path:
         file = tmp_path_factory.mktemp("page") / "view.html"
-        write(folders, file, 100, Console(quiet=True))
+        make([str(folder) for folder in folders], file, 100, opens=False)
         return file
 
     return page

@@ -11,10 +11,8 @@ from rollout_world import bpe, world
 from started import run_module
 
 from aipo_graph import cli
-from aipo_graph.demo import Demo, settings
-from aipo_graph.demo.__main__ import command
-from aipo_graph.demo.options import Questions
-from aipo_graph.demo.terminal import Screen, Turn, summary, trace_of, turns, visible
+from aipo_graph.demo import Demo, Questions, settings
+from aipo_graph.demo.__main__ import Screen, Turn, command, summary, trace_of, turns, visible
 from aipo_graph.demo.web import Asking
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout.collect import Rollouts

@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import ormsgpack
 import pytest
+from aiohttp.test_utils import TestServer
 from playwright.sync_api import Browser, Page, expect
 from rollout_world import bpe, save_tiny
 from started import Started
@@ -27,12 +26,11 @@ from started import Started
 from aipo_graph import cli
 from aipo_graph.demo import settings
 from aipo_graph.demo.__main__ import command
-from aipo_graph.demo.web import opened as opened_app
+from aipo_graph.demo.web import Server, Threads
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout import Agent
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.open import open_task
-from aipo_graph.view.serve import bound, serving
 
 QUESTION = "%6475IEB?"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\u202etxet\u202c"
@@ -82,11 +80,12 @@ def served(folder: Path, *args: str, agents: Mapping[str, Agent] | None = None) 
     async def run() -> None:
         rollouts = Rollouts.open(demo, LocalEngine.load(demo, demo.policy.model), open_task(demo))
         rollouts = replace(rollouts, agents={**rollouts.agents, **(agents or {})})
-        with bound("127.0.0.1", 0) as listening:
-            async with opened_app(demo, rollouts) as app, serving(app, listening, cancels=True) as url:
-                found.extend([url, asyncio.get_running_loop()])
-                started.set()
-                await ended.wait()
+        server = TestServer(Server(demo, rollouts, Threads(Path(demo.threads))).app())
+        await server.start_server()
+        found.extend([str(server.make_url("/")), asyncio.get_running_loop()])
+        started.set()
+        await ended.wait()
+        await server.close()
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
@@ -396,42 +395,20 @@ def test_a_helper_that_is_down_is_told_in_its_trace(tmp_path: Path, opened: Open
         expect(page.get_by_test_id("side-alone")).to_have_attribute("data-state", "wrong")
 
 
-def test_stored_blobs_build_no_objects(tmp_path: Path) -> None:
-    """The default serializer imports whatever a blob names and calls it."""
-    with served(tmp_path) as url:
-        send(url, "/ask", json.dumps({"question": QUESTION, "mode": "alone"}))
-        (listed,) = history(url)
-    proof = tmp_path / "ran"
-    attack = ormsgpack.Ext(0, ormsgpack.packb(("os", "system", f"touch {proof}")))
-    database = sqlite3.connect(tmp_path / "demo.sqlite")
-    for key, blob in database.execute("SELECT checkpoint_id, checkpoint FROM checkpoints").fetchall():
-        held = ormsgpack.unpackb(blob, ext_hook=lambda code, data: None)
-        held["channel_values"]["question"] = {"question": attack}
-        database.execute("UPDATE checkpoints SET checkpoint = ? WHERE checkpoint_id = ?", (ormsgpack.packb(held), key))
-    database.commit()
-    database.close()
-    with served(tmp_path) as url:
-        status, text = send(url, f"/thread?id={listed['thread']}")
-    assert (status, proof.exists()) == (200, False)
-    assert "touch" in text  # its words, no more
-
-
 def test_a_damaged_file_of_threads_is_told_in_one_line(tmp_path: Path) -> None:
     with served(tmp_path) as url:
         asked = json.dumps({"question": QUESTION, "mode": "alone"})
         send(url, "/ask", asked)
         (listed,) = history(url)
         with sqlite3.connect(tmp_path / "demo.sqlite") as database:
-            database.execute("UPDATE checkpoints SET checkpoint = x'c1'")
+            database.execute("UPDATE trace SET stored = x'c1'")
         status, text = send(url, f"/thread?id={listed['thread']}")
         assert (status, "this question is damaged" in text) == (400, True)
-        assert main("operators", "--web", "--no-open", "--port", "0", "--threads", str(tmp_path / "demo.sqlite")) == 2
         assert (send(url, "/forget", json.dumps({"thread": listed["thread"]}))[0], history(url)) == (200, [])
         with sqlite3.connect(tmp_path / "demo.sqlite") as database:
-            database.execute("DROP TABLE writes")
-            database.execute("DROP TABLE checkpoints")
+            database.execute("DROP TABLE question")
         status, text = send(url, "/history")
-        assert (status, json.loads(text)["error"]) == (500, "the file of threads: no such table: checkpoints")
+        assert (status, json.loads(text)["error"]) == (500, "the file of threads: no such table: question")
         assert "these traces could not be stored: no such table" in events(send(url, "/ask", asked)[1])[-1]["error"]
 
 
@@ -441,16 +418,16 @@ def test_a_damaged_file_of_threads_is_told_in_one_line(tmp_path: Path) -> None:
         ({"question": " "}, "question", "the question is empty"),
         ({"question": "hello"}, "question", "the model's tokenizer does not know 'h e l o'"),
         ({"question": "1" * 600}, "question", "the model's context of 512 tokens"),
-        ({"question": "\ud800"}, "question", "half of a character"),
+        ({"question": "\ud800"}, "question", "Invalid JSON: unexpected end of hex escape"),
         ({"question": QUESTION, "samples": 17}, "samples", "must be less than or equal to 16"),
         ({"question": QUESTION, "samples": None}, "samples", "must be a valid integer"),
         ({"question": QUESTION, "temperature": -1}, "temperature", "must be greater than or equal to 0"),
         ({"question": QUESTION, "seed": 2**70}, "seed", "seed = "),
         ({"question": QUESTION, "mode": "neither"}, "mode", "'both', 'alone' or 'with_agents'"),
         ({"question": QUESTION, "model": "x"}, "model", "Extra inputs are not permitted"),
-        ("{", "question", "the body is no JSON"),
-        ("[" * 100_000, "question", "the body is no JSON"),
-        ([], "question", "must be a valid dictionary"),
+        ("{", "question", "Invalid JSON"),
+        ("[" * 100_000, "question", "Invalid JSON: recursion limit exceeded"),
+        ([], "question", "must be an object"),
     ],
 )
 def test_bad_questions_are_refused_in_one_line(url: str, body: Any, field: str, says: str) -> None:
@@ -485,9 +462,9 @@ def test_errors_are_shown_at_their_field(url: str, opened: Open) -> None:
         ("/ask", "x" * 2_000_000, {}, 413),
         ("/thread?id=nosuch", None, {}, 404),
         (f"/thread?id={'0' * 32}", None, {}, 404),
-        ("/forget", '{"thread": "\\ud800"}', {}, 404),
-        ("/stop", '{"thread": []}', {}, 404),
-        ("/stop", "[]", {}, 404),
+        ("/forget", '{"thread": "\\ud800"}', {}, 400),
+        ("/stop", '{"thread": []}', {}, 400),
+        ("/stop", "[]", {}, 400),
         ("/nosuch", None, {}, 404),
         ("/sample?kind=nosuch", None, {}, 400),
     ],
@@ -558,14 +535,6 @@ def test_a_port_in_use_a_damaged_model_and_a_foreign_file_are_one_line(tmp_path:
     assert "cannot load the policy" in damaged
     assert "file is not a database" in foreign
     assert (tmp_path / "mine.sqlite").read_bytes().startswith(b"not a database")
-
-
-def test_the_extra_is_named_where_it_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "langgraph.checkpoint.sqlite.aio", None)
-    assert main("operators", "--web", "--port", "0", "--no-open", "--threads", str(tmp_path / "x.sqlite")) == 2
-    assert "pip install 'langgraph-checkpoint-sqlite" in capsys.readouterr().err
 
 
 @pytest.mark.slow

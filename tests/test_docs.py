@@ -163,9 +163,9 @@ def accept(module: str, argv: list[str], words: list[str]) -> None:
         case "evaluate", _:
             importlib.import_module(module).main([*argv, "--dry-run"])
         case "demo", _:
-            assert importlib.import_module("aipo_graph.demo.options").settings(argv).model, words
+            assert importlib.import_module("aipo_graph.demo").settings(argv).model, words
         case "view", _:
-            given = importlib.import_module("aipo_graph.view.__main__")._parser().parse_args(argv)
+            given, _ = cli.parse(argv, importlib.import_module("aipo_graph.view.__main__").View, prog="view")
             assert Path(given.run).is_dir(), words
         case "draw", _:
             importlib.import_module(module).command(argv)

@@ -1,4 +1,4 @@
-"""The graph as Mermaid and as a picture, and langgraph.json as LangGraph's server reads it."""
+"""The graph as Mermaid and as the pages draw it, and langgraph.json as LangGraph's server reads it."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 from aipo_graph import cli, draw
 from aipo_graph.load import load
 from aipo_graph.rollout.collect import open_graph
+from aipo_graph.view.layout import layout
 
 
 def test_mermaid_names_every_node(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,28 +21,11 @@ def test_mermaid_names_every_node(capsys: pytest.CaptureFixture[str]) -> None:
     assert "knowledge --> policy;" in text
 
 
-def test_pictures_hold_every_node_and_repeat_bit_for_bit(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        args = ["graphs/two_threads.py:build", "--png", str(tmp_path / f"{name}.png"), "--svg", str(tmp_path / f"{name}.svg")]
-        assert cli.main(draw.command, args) == 0
-    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-    svg = (tmp_path / "one.svg").read_text()
-    assert all(f"<!-- {name} -->" in svg for name in ("start", "end", "planner", "hand_over", "policy", "verify", "knowledge", "reasoning"))
-
-
-def test_layout_gives_each_node_a_place_of_its_own_and_no_edge_skips_a_column() -> None:
-    drawing = open_graph("graphs/two_threads.py:build").get_graph()
-    boxes = draw.boxes(drawing)
-    assert len({(box.column, box.y) for box in boxes.values()}) == len(drawing.nodes)
-    assert all(boxes[edge.target].column <= boxes[edge.source].column + 1 for edge in drawing.edges)
-
-
 @pytest.mark.parametrize("spec", ["graphs/aipo.py:build", "graphs/solo.py:build", "graphs/two_threads.py:build"])
 def test_layout_holds_the_picture_as_numbers(spec: str) -> None:
     drawing = open_graph(spec).get_graph()
     agents = frozenset({"verify", "knowledge", "reasoning"})
-    found = json.loads(json.dumps(draw.layout(drawing, agents)))
+    found = json.loads(json.dumps(draw.picture(drawing, agents)))
     nodes = {node["name"]: node for node in found["nodes"]}
     assert set(nodes) == set(drawing.nodes)
     assert {name for name, node in nodes.items() if node["role"] == "agent"} == agents & set(nodes)
@@ -60,26 +44,26 @@ def test_layout_holds_the_picture_as_numbers(spec: str) -> None:
         assert all(0 <= x <= found["width"] for x, _ in edge["points"])
 
 
-def test_layout_is_the_picture_upside_down() -> None:
-    """Numbers of a page grow downwards; those of a figure upwards."""
-    drawing = open_graph("graphs/aipo.py:build").get_graph()
-    places = {node["name"]: node for node in draw.layout(drawing, frozenset())["nodes"]}
-    boxes = draw.boxes(drawing)
-    order = sorted(boxes, key=lambda name: (boxes[name].column, -boxes[name].y))
-    assert order == sorted(places, key=lambda name: (places[name]["x"], places[name]["y"]))
+def test_no_edge_to_the_right_skips_a_column_and_none_of_its_boxes_is_another() -> None:
+    drawing = open_graph("graphs/two_threads.py:build").get_graph()
+    found = draw.picture(drawing, frozenset())
+    columns = {name: place for place, name in enumerate(sorted({node["x"] for node in found["nodes"]}))}
+    places = {node["name"]: (columns[node["x"]], node["y"]) for node in found["nodes"]}
+    assert len(set(places.values())) == len(drawing.nodes)
+    assert all(places[edge.target][0] <= places[edge.source][0] + 1 for edge in drawing.edges)
 
 
-def test_a_loop_back_over_several_columns_is_drawn(tmp_path: Path) -> None:
-    (tmp_path / "loop.py").write_text(
-        "from langgraph.graph import END, START, StateGraph\n"
-        "from aipo_graph.rollout import Context, State, policy_node\n"
-        "graph = StateGraph(State, context_schema=Context)\n"
-        "for name in 'abcd':\n    graph.add_node(name, policy_node())\n"
-        "for one, two in [(START, 'a'), ('a', 'b'), ('b', 'c'), ('a', 'd'), ('d', 'b')]:\n    graph.add_edge(one, two)\n"
-        "graph.add_conditional_edges('c', lambda state: END, ['a', END])\n"
-    )
-    assert cli.main(draw.command, [f"{tmp_path / 'loop.py'}:graph", "--svg", str(tmp_path / "loop.svg")]) == 0
-    assert (tmp_path / "loop.svg").stat().st_size > 1000
+def test_a_loop_a_long_way_back_and_a_node_that_nothing_leads_to_are_drawn() -> None:
+    roles = {"__start__": "end", **dict.fromkeys("abcd", "policy"), "__end__": "end"}
+    edges = [("__start__", "a"), ("a", "b"), ("b", "b"), ("b", "c"), ("a", "d"), ("d", "b"), ("c", "a")]
+    found = layout(roles, dict.fromkeys(edges, True))
+    places = {node["name"]: node["x"] for node in found["nodes"]}
+    assert max(places, key=places.__getitem__) == "__end__"
+    curves = {(edge["source"], edge["target"]): edge["points"] for edge in found["edges"]}
+    assert curves.keys() == set(edges)
+    bottom = max(node["y"] + node["height"] / 2 for node in found["nodes"])
+    assert all(bottom < y <= found["height"] for _, y in curves["c", "a"][1:3])
+    assert all(0 <= x <= found["width"] and 0 <= y <= found["height"] for points in curves.values() for x, y in points)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +71,7 @@ def test_a_loop_back_over_several_columns_is_drawn(tmp_path: Path) -> None:
     [
         (["graphs/nosuch.py:build"], "graphs/nosuch.py"),
         (["graphs/aipo.py:AGENTS"], "not a LangGraph graph"),
-        (["--png", "picture.jpg"], "must end in .png"),
-        (["--svg", "nosuch/picture.svg"], "folder that exists"),
+        (["--png", "picture.png"], "no setting --png"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

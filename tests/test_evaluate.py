@@ -20,11 +20,10 @@ from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TaskError
 from aipo_graph.evaluate import main, plan, start
-from aipo_graph.evaluation.provenance import model_digest
-from aipo_graph.evaluation.provenance import settings as depends
-from aipo_graph.evaluation.samples import Part, Sample, Store
+from aipo_graph.evaluation.report import bootstrap, pass_at_k, summarise
+from aipo_graph.evaluation.samples import Part, Sample, Store, model_digest
+from aipo_graph.evaluation.samples import settings as depends
 from aipo_graph.evaluation.sampling import units
-from aipo_graph.evaluation.summary import bootstrap, pass_at_k, summarise
 from aipo_graph.load import data
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Problem
@@ -209,7 +208,7 @@ def test_leaving_an_evaluation_early_ends_its_workers_and_frees_its_folder(tmp_p
     with start(config(), "operators", tmp_path):
         workers = multiprocessing.active_children()
         assert len(workers) == 2
-        with pytest.raises(ConfigError, match="another process is evaluating there"):
+        with pytest.raises(ConfigError, match="evaluation .* is in use by process"):
             start(config(), "operators", tmp_path)
     assert not any(process.is_alive() for process in workers)
     start(config(), "operators", tmp_path).close()

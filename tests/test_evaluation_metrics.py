@@ -17,9 +17,8 @@ from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import TaskError
 from aipo_graph.evaluate import main
+from aipo_graph.evaluation.report import caption, helpfulness, maj_at_k, remarks, sign_flip, summarise, table
 from aipo_graph.evaluation.samples import Part, Sample, ballot, read
-from aipo_graph.evaluation.summary import helpfulness, maj_at_k, sign_flip, summarise
-from aipo_graph.evaluation.tables import caption, remarks, table
 from aipo_graph.types import Problem
 
 # --- estimators

@@ -78,7 +78,7 @@ def test_a_reader_of_the_output_knows_which_policy_is_evaluated(undisturbed: Pat
 def test_a_run_leaves_all_that_it_promises(undisturbed: Path) -> None:
     written = {path.name for path in undisturbed.iterdir()}
     assert {
-        "config.yaml", "metrics.jsonl", "traces.jsonl", "tensorboard", "checkpoints", "curves.png", "policy", "summary.json",
+        "config.yaml", "metrics.jsonl", "traces.jsonl", "tensorboard", "checkpoints", "policy", "summary.json",
     } <= written  # fmt: skip
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["wall_seconds"] > 0

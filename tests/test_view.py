@@ -33,9 +33,9 @@ from aipo_graph.log import RunLog
 from aipo_graph.types import Learned, Problem, Segment, Status, Trace, TraceGroup
 from aipo_graph.view import __main__ as view
 from aipo_graph.view import page
-from aipo_graph.view.read import PAGE_TRACES, Growing, ViewedRun, index_of, read_run
+from aipo_graph.view.read import Growing, ViewedRun, index_of
 from aipo_graph.view.record import Pieces, split
-from aipo_graph.view.serve import application
+from aipo_graph.view.serve import following
 
 TOKENIZER = RawTokenizer.from_file(str(data("operators") / "tokenizer.json"))
 HOSTILE = [
@@ -99,8 +99,18 @@ def append(run: Path, *lines: bytes) -> None:
         file.writelines(lines)
 
 
-def pages_of(viewed: ViewedRun) -> list[dict[str, Any]]:
-    return [json.loads(viewed.page(number)) for number in range(viewed.pages)]
+def read_run(run: Path, traces: int = 2000) -> ViewedRun:
+    viewed = ViewedRun(run, traces)
+    viewed.refresh()
+    return viewed
+
+
+def page_text(run: Path) -> str:
+    return view.build([ViewedRun(run)], Console(quiet=True))
+
+
+def pages_of(viewed: ViewedRun) -> dict[int, dict[str, Any]]:
+    return {number: json.loads(viewed.page(number)) for number in viewed.shown()}
 
 
 # --- reading a run
@@ -122,7 +132,9 @@ def test_a_run_of_the_trainer_is_told_as_it_was(viewed_run: Path) -> None:
     assert {node["name"] for node in index["graph"]["nodes"]} == {"__start__", "policy", "verify", "knowledge", "reasoning", "__end__"}
     columns, pages = index["traces"], pages_of(viewed)
     for place, (line, trace, learned) in enumerate(flat):
-        told = pages[columns["page"][place]]["traces"][columns["row"][place]]
+        group = columns["group"][place]
+        told = pages[group]["traces"][place - columns["group"].index(group)]
+        assert pages[group]["about"] == {key: line["group"]["problem"][key] for key in ("question", "answer", "kind")}
         assert (told["step"], told["seed"], told["path"]) == (line["step"], str(trace["seed"]), trace["path"])
         assert columns["reward"][place] == pytest.approx(trace["scores"]["reward"], rel=1e-3)
         assert columns["consults"][place] == told_consults(trace)
@@ -209,7 +221,7 @@ def test_a_damaged_line_is_left_out_counted_and_named(tmp_path: Path, line: byte
     ]
     assert index["traces"]["step"] == [1, 1, 2, 2, 3, 3]
     assert index["metrics"]["step"] == [1, 2, 3]
-    assert len(pages_of(viewed)[0]["traces"]) == 6
+    assert [len(page["traces"]) for page in pages_of(viewed).values()] == [2, 2, 2]
 
 
 def test_many_damaged_lines_are_not_all_named(tmp_path: Path) -> None:
@@ -282,7 +294,7 @@ def test_an_empty_run_says_so(tmp_path: Path) -> None:
         pass
     index = read_run(log.folder).index()
     assert index["notes"] == ["no trace is recorded yet"]
-    assert (index["recorded"], index["pages"], index["graph"], index["agents"]) == (0, 0, None, ["verify", "knowledge", "reasoning"])
+    assert (index["recorded"], index["graph"], index["agents"]) == (0, None, ["verify", "knowledge", "reasoning"])
 
 
 def test_of_many_traces_evenly_spaced_steps_are_shown_whole(tmp_path: Path) -> None:
@@ -295,19 +307,6 @@ def test_of_many_traces_evenly_spaced_steps_are_shown_whole(tmp_path: Path) -> N
     assert set(gaps) == {10, 9} or set(gaps) == {10}
     assert all(index["traces"]["step"].count(step) == 2 for step in steps)
     assert sorted(set(read_run(run, traces=1).index()["traces"]["step"])) == [1, 100]
-
-
-def test_pages_hold_a_bounded_share_of_the_traces(tmp_path: Path) -> None:
-    with running(tmp_path, run={"dir": str(tmp_path), "name": "tiny", "trackers": [], "trace_groups": 200}) as log:
-        step(log, 1, *(group(number) for number in range(60)))
-    viewed = read_run(tmp_path / "tiny")
-    sizes = [len(found["traces"]) for found in pages_of(viewed)]
-    assert sum(sizes) == 120
-    assert max(sizes) <= PAGE_TRACES
-    long = Trace("p", 0, False, (Segment("context", "policy", (1,), text="x" * 300_000),), ("policy",))
-    with running(tmp_path / "long") as log:
-        log.step(1, {}, [group(1, long, long)])
-    assert [len(found["traces"]) for found in pages_of(read_run(tmp_path / "long" / "tiny"))] == [1, 1]
 
 
 # --- following
@@ -334,7 +333,7 @@ def test_a_file_that_grows_gives_each_line_once(tmp_path: Path) -> None:
 
 def test_a_live_run_gains_pages_and_a_resumed_one_starts_over(tmp_path: Path) -> None:
     with running(tmp_path) as log:
-        viewed = ViewedRun(log.folder, live=True)
+        viewed = ViewedRun(log.folder)
         assert viewed.refresh()
         step(log, 1)
         assert viewed.refresh()
@@ -344,16 +343,15 @@ def test_a_live_run_gains_pages_and_a_resumed_one_starts_over(tmp_path: Path) ->
         step(log, 3)
         assert viewed.refresh()
         assert viewed.page(0) == first
-        assert viewed.index()["traces"]["page"] == [0, 0, 1, 1, 1, 1]
+        assert viewed.index()["traces"]["group"] == [0, 0, 1, 1, 2, 2]
         log.resume_at(1)
         step(log, 2, group(22))
         assert viewed.refresh()
         index = viewed.index()
         assert (index["traces"]["step"], index["metrics"]["step"]) == ([1, 1, 2, 2], [1, 2])
-        assert set(index["traces"]["page"]).isdisjoint({0, 1})
-        with pytest.raises(KeyError):
-            viewed.page(0)
-        assert "train-22" in json.loads(viewed.page(index["traces"]["page"][-1]))["problems"]
+        assert json.loads(viewed.page(1))["traces"][0]["problem"] == "train-22"
+        with pytest.raises(LookupError):
+            viewed.page(2)
         (log.folder / "summary.json").write_text('{"steps": 2}')
         assert viewed.refresh()
         assert viewed.index()["state"] == "running"
@@ -548,8 +546,8 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
         bad = Trace(HOSTILE[0], 0, False, tuple(segments), tuple(HOSTILE), "failed", {HOSTILE[0]: 1.0}, HOSTILE[0])
         log.step(1, {HOSTILE[0]: 1.0}, [TraceGroup(Problem(HOSTILE[0], HOSTILE[1], HOSTILE[2], HOSTILE[3]), (bad,))])
     (tmp_path / "tiny").rename(tmp_path / name)
-    text, _ = view.build([tmp_path / name], 2000, Console(quiet=True))
-    plain, _ = view.build([tiny(tmp_path / "plain")], 2000, Console(quiet=True))
+    text = page_text(tmp_path / name)
+    plain = page_text(tiny(tmp_path / "plain", steps=1))
     shape = [(tag, sorted(attrs)) for tag, attrs, _ in Elements(text).found]
     assert shape == [(tag, sorted(attrs)) for tag, attrs, _ in Elements(plain).found]
     assert not any(entry in text for entry in (*HOSTILE[:3], "\x00"))
@@ -568,7 +566,7 @@ def test_a_script_that_would_end_its_element_is_refused(tmp_path: Path) -> None:
 
 def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     """No element of it names another place, and no style loads one."""
-    text, _ = view.build([tiny(tmp_path)], 2000, Console(quiet=True))
+    text = page_text(tiny(tmp_path))
     for tag, attrs, inside in Elements(text).found:
         assert not {"src", "srcset", "action", "onload", "style"} & set(attrs)
         assert attrs.get("href", "data:,") == "data:,"
@@ -588,9 +586,9 @@ def test_the_command_writes_one_file_and_the_same_run_gives_the_same_bytes(tmp_p
     assert cli.main(view.command, [str(run), "--no-open"]) == 0
     assert (run / "view.html").read_bytes() == first
     entries = unpacked(first.decode())
-    assert set(entries) == {"index", "page-0-0"}
+    assert set(entries) == {"index", "page-0-0", "page-0-1", "page-0-2"}
     packed = re.findall(r'id="data-[^"]*">([^<]*)<', first.decode())
-    assert [base64.b64decode(entry)[4:8] for entry in packed] == [b"\0\0\0\0"] * 2  # gzip's time of packing
+    assert [base64.b64decode(entry)[4:8] for entry in packed] == [b"\0\0\0\0"] * 4  # gzip's time of packing
     assert not list(run.glob(".*"))
 
 
@@ -601,7 +599,7 @@ def test_two_runs_are_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "4 of 6 traces and 4 traces" in capsys.readouterr().out
     entries = unpacked(out.read_text())
     assert [run["shown"] for run in entries["index"]["runs"]] == [4, 4]
-    assert set(entries) == {"index", "page-0-0", "page-1-0"}
+    assert set(entries) == {"index", "page-0-0", "page-0-2", "page-1-0", "page-1-1"}
 
 
 def test_runs_of_one_name_are_told_apart_and_one_run_is_not_compared_with_itself(
@@ -659,12 +657,13 @@ def test_a_run_is_found_by_its_name_and_opened(tmp_path: Path, monkeypatch: pyte
         ([""], "is no run's folder"),
         (["tiny", "--out", "nosuch/x.html"], "cannot write nosuch/x.html: No such file or directory; choose another --out"),
         (["tiny", "--out", "runs/tiny/traces.jsonl"], "must end in .html"),
-        (["tiny", "--traces", "0"], "argument --traces: '0' is no count"),
-        (["tiny", "--traces", "9" * 5000], "is no count"),
-        (["tiny", "--serve", "--port", "70000"], "'70000' is no port"),
+        (["tiny", "--traces", "0"], "traces = '0': must be greater than 0"),
+        (["tiny", "--traces", "9" * 5000], "traces = '999"),
+        (["tiny", "--serve", "--port", "70000"], "port = '70000': must be less than or equal to 65535"),
         (["tiny", "--serve", "--host", "no.such.host.invalid", "--port", "0"], "cannot listen on no.such.host.invalid"),
         (["tiny", "--serve", "--out", "x.html"], "--serve writes no file"),
-        (["tiny", "--traced", "3"], "unrecognized arguments: --traced"),
+        (["tiny", "nosuch", "more"], "unrecognized arguments: more"),
+        (["tiny", "--traced", "3"], "no setting --traced; did you mean --traces?"),
         ([], "the following arguments are required: RUN"),
     ],
 )
@@ -687,7 +686,7 @@ def test_bad_input_is_one_clear_line(
 @contextlib.asynccontextmanager
 async def client_of(run: Path) -> Any:
     text = page.assemble("title", page.SCRIPTS, page.STYLES, live=True)
-    async with TestClient(TestServer(application([ViewedRun(run, live=True)], text, "127.0.0.1"))) as client:
+    async with TestClient(TestServer(following([ViewedRun(run)], text, "127.0.0.1"))) as client:
         yield client
 
 
@@ -708,19 +707,19 @@ async def test_the_served_page_follows_the_run(tmp_path: Path) -> None:
             assert second.status == 200
             index = (await second.json())["runs"][0]
             assert index["traces"]["step"] == [1, 1, 2, 2]
-            told = await (await client.get("/page", params={"run": 0, "page": index["traces"]["page"][-1]})).json()
+            told = await (await client.get("/page", params={"run": 0, "page": index["traces"]["group"][-1]})).json()
             assert told["traces"][0]["step"] == 2
             log.resume_at(1)
             index = (await (await client.get("/index")).json())["runs"][0]
             assert index["traces"]["step"] == [1, 1]
-            assert (await client.get("/page", params={"run": 0, "page": 0})).status == 404
+            assert (await client.get("/page", params={"run": 0, "page": 1})).status == 404
 
 
 async def test_pages_that_there_are_not_are_404(tmp_path: Path) -> None:
     async with client_of(tiny(tmp_path)) as client:
         await client.get("/index")
         assert (await client.get("/page?run=0&page=0")).status == 200
-        for query in ("run=0&page=1", "run=1&page=0", "run=0", "run=0&page=-1", "run=0&page=x", "run=0&page=" + "9" * 5000, "run=²&page=0"):
+        for query in ("run=0&page=3", "run=1&page=0", "run=0", "run=0&page=-1", "run=0&page=x", "run=0&page=" + "9" * 5000, "run=²&page=0"):
             assert (await client.get(f"/page?{query}")).status == 404, query
         assert (await client.get("/traces.jsonl")).status == 404
         assert (await client.post("/index", data=b"")).status == 405

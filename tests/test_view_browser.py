@@ -13,11 +13,11 @@ from rich.console import Console
 from started import Started
 
 from aipo_graph.config import Config
-from aipo_graph.draw import layout
+from aipo_graph.draw import picture
 from aipo_graph.log import LoggedGroup, RunLog, read_traces
 from aipo_graph.rollout.collect import open_graph
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup
-from aipo_graph.view.__main__ import write
+from aipo_graph.view.__main__ import make
 
 Open = Callable[..., Page]
 SWITCHES = ("source", "logprob", "ratio", "coefficient", "advantage")
@@ -25,7 +25,7 @@ SWITCHES = ("source", "logprob", "ratio", "coefficient", "advantage")
 
 def written(out: Path, *folders: Path) -> Path:
     """The page of runs, written as the command does."""
-    write(folders, out, 2000, Console(stderr=True))
+    make([str(folder) for folder in folders], out, 2000, opens=False)
     return out
 
 
@@ -386,7 +386,7 @@ def test_a_chat_is_shown_by_message_and_says_nothing_of_agents(look: Open, tmp_p
     metrics = {"reward": 1.0, "reward/with_agents": 1.0, "leaks": 0.0, "violations": 0.0, "entropy": 0.1, "length/with_agents": 9.0}
     sections = {"run": {"dir": str(tmp_path), "name": "chat", "trackers": []}, "agents": {"use": {}}}
     with RunLog(Config.model_validate(sections), Console(quiet=True)) as log:
-        log.graph(layout(open_graph("examples/calculator/graph.py:build").get_graph(), frozenset()))
+        log.graph(picture(open_graph("examples/calculator/graph.py:build").get_graph(), frozenset()))
         log.step(1, metrics, [TraceGroup(Problem("p", "6*7?", "42"), (trace, trace))], [(None, None)])
     page = look(written(tmp_path / "view.html", tmp_path / "chat"))
     page.get_by_test_id("tokens").wait_for()

@@ -6,48 +6,32 @@ closed tab ends its runs; what was made until then is stored all the same.
 
 import asyncio
 import json
-import operator
-import re
-import socket
 import sqlite3
-import webbrowser
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from contextvars import Context
-from dataclasses import dataclass, replace
-from ipaddress import ip_address
+from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from langchain_core.callbacks import AsyncCallbackHandler
-from langchain_core.runnables import RunnableConfig
-from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from langgraph.graph import END, START, StateGraph
-from langgraph.runtime import Runtime
-from langgraph.types import Send
-from langsmith import tracing_context
 from pydantic import Field, ValidationError
-from rich.console import Console
-from typing_extensions import TypedDict
 
 from aipo_graph import __version__
 from aipo_graph.cli import printable
 from aipo_graph.config import Section
-from aipo_graph.demo.options import MOST_SAMPLES, Demo, Questions
-from aipo_graph.draw import layout
-from aipo_graph.errors import AipoError, ConfigError, install
+from aipo_graph.demo import MOST_SAMPLES, Demo, Questions
+from aipo_graph.draw import picture
+from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.evaluation.samples import ballot
 from aipo_graph.rollout.collect import Rollouts
-from aipo_graph.rollout.graph import Graph
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, Segment, Trace, derive_seed
-from aipo_graph.view.page import assemble, csp, has_display
+from aipo_graph.view.page import assemble
 from aipo_graph.view.record import Pieces, open_pieces, segment_json, split
-from aipo_graph.view.serve import guard, secured, serving, told_to_end
+from aipo_graph.view.serve import application
 
 NEWEST = 200
 """Questions that the history lists."""
@@ -57,112 +41,54 @@ Json = dict[str, Any]
 """A JSON object."""
 
 
-# --- asked questions as LangGraph threads in SQLite, each a run of a small graph whose checkpoints hold the question and its traces
+# --- asked questions and their traces, in SQLite
 
-# The rollouts' own graphs run inside of its nodes and without a checkpointer: a graph of one's own may keep in its state what cannot be
-# stored, it knows nothing of scores and errors, and plain JSON is read back without building an object of any class.
-
-
-class Planned(TypedDict):
-    """One trace to be made."""
-
-    number: int
-    """Its place among the question's traces."""
-    sample: int
-    with_agents: bool
-    seed: str
-    """As text: JavaScript's integers end at 2^53."""
+TABLES = """
+CREATE TABLE IF NOT EXISTS question (thread TEXT PRIMARY KEY, title TEXT, asked TEXT, traces INTEGER, stored TEXT);
+CREATE TABLE IF NOT EXISTS trace (thread TEXT, stored TEXT);
+CREATE INDEX IF NOT EXISTS traces ON trace (thread);
+"""
 
 
-class Asked(TypedDict):
-    """What a thread's checkpoints hold."""
-
-    question: Json
-    planned: list[Planned]
-    traces: Annotated[list[Json], operator.add]
-
-
-@dataclass(frozen=True, slots=True)
-class Maker:
-    """The run context: how a planned trace is made. It must not raise, but say in the trace what went wrong."""
-
-    make: Callable[[Planned], Awaitable[Json]]
-
-
-async def trace(state: Planned, runtime: Runtime[Maker]) -> dict[str, list[Json]]:
-    return {"traces": [await runtime.context.make(state)]}
-
-
-def build() -> StateGraph[Any, Any, Any, Any]:
-    """All traces of a question at once; each is stored as it ends."""
-    graph = StateGraph(Asked, context_schema=Maker)
-    graph.add_node("trace", trace)
-    graph.add_conditional_edges(START, lambda asked: [Send("trace", planned) for planned in asked["planned"]], ["trace"])
-    graph.add_edge("trace", END)
-    return graph
-
-
-@dataclass(frozen=True, slots=True)
 class Threads:
-    """The stored questions."""
+    """The stored questions. Raises ConfigError for a file that cannot be used, later sqlite3.Error where it does not take or give them."""
 
-    graph: Graph
-    saver: "BaseCheckpointSaver[str]"
-
-    async def run(self, thread: str, question: Json, planned: list[Planned], maker: Maker) -> None:
-        """Makes and stores all traces of one question."""
-        listed = {"title": question["question"][:TITLE], "traces": len(planned)}
-        config: RunnableConfig = {"configurable": {"thread_id": thread}, "metadata": listed}
-        with tracing_context(enabled=False):  # it holds the gold answer, which is no tracer's
-            await self.graph.ainvoke({"question": question, "planned": planned, "traces": []}, config, context=maker)
-
-    async def history(self) -> list[Json]:
-        """The newest questions first: thread, what was asked, when (ISO 8601, UTC), and of how many traces."""
-        found = []
-        async for kept in self.saver.alist(None, filter={"source": "input"}, limit=NEWEST):
-            listed: Json = dict(kept.metadata)
-            thread = kept.config["configurable"]["thread_id"]
-            asked = {"title": listed.get("title", ""), "traces": listed.get("traces", 0), "asked": kept.checkpoint["ts"]}
-            found.append({"thread": thread, **asked})
-        return found
-
-    async def read(self, thread: str) -> Json | None:
-        """The question and its traces, as far as they have ended or had when the server died; None for a thread that there is not.
-
-        Raises ConfigError for one that is damaged.
-        """
+    def __init__(self, path: Path) -> None:
         try:
-            state = await self.graph.aget_state({"configurable": {"thread_id": thread}})
-        except ValueError as error:  # what is stored is no MessagePack
-            raise ConfigError(f"this question is damaged in the file of threads ({error}): delete it") from error
-        if not Asked.__required_keys__ <= state.values.keys():
-            return None
-        return {key: state.values[key] for key in Asked.__required_keys__}
-
-    async def forget(self, thread: str) -> None:
-        await self.saver.adelete_thread(thread)
-
-
-@asynccontextmanager
-async def open_threads(path: Path) -> AsyncIterator[Threads]:
-    """The threads of a SQLite file, made where there is none. Raises ConfigError."""
-    try:
-        import aiosqlite
-        from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
-    except ImportError as error:
-        raise ConfigError(f"--web keeps earlier questions in SQLite: {error}; {install('web')}") from error
-    async with AsyncExitStack() as stack:
-        try:
-            await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
-            connection = await stack.enter_async_context(aiosqlite.connect(path))
-            # Not the default, which builds any class that a blob names (LANGGRAPH_STRICT_MSGPACK is read at the import).
-            saver = AsyncSqliteSaver(connection, serde=JsonPlusSerializer(allowed_msgpack_modules=None))
-            await saver.setup()
-            threads = Threads(build().compile(checkpointer=saver), saver)
-            await threads.history()
-        except (OSError, sqlite3.Error, ValueError) as error:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, isolation_level=None)
+            self._database.executescript(TABLES)
+        except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"--threads {path}: {error}; name another file, or one that is new") from error
-        yield threads
+
+    def begin(self, thread: str, question: Json, planned: Sequence[Json]) -> None:
+        stored = json.dumps({"question": question, "planned": planned})
+        row = thread, question["question"][:TITLE], datetime.now(UTC).isoformat(), len(planned), stored
+        self._database.execute("INSERT INTO question VALUES (?, ?, ?, ?, ?)", row)
+
+    def keep(self, thread: str, trace: Json) -> None:
+        self._database.execute("INSERT INTO trace VALUES (?, ?)", (thread, json.dumps(trace)))
+
+    def history(self) -> list[Json]:
+        """The newest questions first: thread, what was asked, when (ISO 8601, UTC), and of how many traces."""
+        names = ("thread", "title", "asked", "traces")
+        rows = self._database.execute(f"SELECT {', '.join(names)} FROM question ORDER BY asked DESC LIMIT {NEWEST}")
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def read(self, thread: str) -> Json:
+        """The question and its traces, as far as they have ended or had when the server died. Raises HTTPNotFound, ConfigError."""
+        asked = self._database.execute("SELECT stored FROM question WHERE thread = ?", (thread,)).fetchone()
+        if asked is None:
+            raise web.HTTPNotFound(reason="this question is no longer stored")
+        traces = self._database.execute("SELECT stored FROM trace WHERE thread = ? ORDER BY rowid", (thread,))
+        try:
+            return {**json.loads(asked[0]), "traces": [json.loads(row[0]) for row in traces]}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"this question is damaged in the file of threads ({error}): delete it") from error
+
+    def forget(self, thread: str) -> None:
+        self._database.execute("DELETE FROM question WHERE thread = ?", (thread,))
+        self._database.execute("DELETE FROM trace WHERE thread = ?", (thread,))
 
 
 # --- one question being answered: its graph runs, all at once, and the events from which the page draws them
@@ -188,18 +114,21 @@ class Nodes(AsyncCallbackHandler):
 
 
 class Asking:
-    """Makes the planned traces of one question. ``events`` holds what the page is to be told, None at the end."""
+    """Makes the traces of one question. ``events`` holds what the page is to be told, None at the end."""
 
     def __init__(self, rollouts: Rollouts, problem: Problem, pieces: Pieces | None) -> None:
         self.events: asyncio.Queue[Json | None] = asyncio.Queue()
         self._rollouts = rollouts
         self._pieces = pieces
         self._problem = problem
-        self._running: set[asyncio.Task[Json]] = set()
+        self._running: list[asyncio.Task[Json]] = []
         self._stopped = False
 
-    def plan(self, modes: Sequence[bool], samples: int, seed: int) -> list[Planned]:
-        """With the seeds that the terminal takes: the same settings show the same traces there."""
+    def plan(self, modes: Sequence[bool], samples: int, seed: int) -> list[Json]:
+        """The traces to be made, with the seeds that the terminal takes: the same settings show the same traces there.
+
+        A seed is text: JavaScript's integers end at 2^53.
+        """
         seeds = [str(derive_seed(seed, "demo", self._problem.question, sample)) for sample in range(samples)]
         runs = [(with_agents, sample) for with_agents in modes for sample in range(samples)]
         return [
@@ -213,24 +142,19 @@ class Asking:
         for task in self._running:
             task.cancel()
 
-    async def make(self, planned: Planned) -> Json:
+    async def make(self, planned: Json) -> Json:
         """One trace, told as it is made. A fault of ours in it is its error; a bug in a graph's own code is raised."""
         made = [Trace(self._problem.id, int(planned["seed"]), planned["with_agents"], (), ())]
-        # In a context of its own, in which LangGraph does not know that it runs within a graph.
-        task = asyncio.create_task(self._run(planned, made), context=Context())
-        self._running.add(task)
+        task = asyncio.create_task(self._run(planned, made))
+        self._running.append(task)
         if self._stopped:
             task.cancel()
-        try:
-            await asyncio.wait([task])
-        finally:
-            task.cancel()
-            self._running.discard(task)
+        await asyncio.wait([task])
         shown = self._shown(planned, made[0], STOPPED) if task.cancelled() else task.result()
         self._tell(planned, {"event": "trace", "trace": shown})
         return shown
 
-    async def _run(self, planned: Planned, made: list[Trace]) -> Json:
+    async def _run(self, planned: Json, made: list[Trace]) -> Json:
         def visit(node: str) -> None:
             made[0] = replace(made[0], path=(*made[0].path, node))
             self._tell(planned, {"event": "node", "node": node})
@@ -251,10 +175,10 @@ class Asking:
             trace = replace(trace, path=made[0].path)  # with the node that failed
         return self._shown(planned, trace)
 
-    def _tell(self, planned: Planned, event: Json) -> None:
+    def _tell(self, planned: Json, event: Json) -> None:
         self.events.put_nowait({"run": planned["number"], **event})
 
-    def _shown(self, planned: Planned, trace: Trace, status: str = "") -> Json:
+    def _shown(self, planned: Json, trace: Trace, status: str = "") -> Json:
         """The trace as the viewer's components take it, and its vote."""
         box = last_box(trace.reply) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
         return {
@@ -279,7 +203,6 @@ class Asking:
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("vendor/htm-preact.umd.js", "start.js", "tokens.js", "graph.js", str(STATIC / "demo.js"))
 STYLES = ("style.css", str(STATIC / "demo.css"))
-LARGEST_BODY = 1 << 20
 MODES = {"both": (False, True), "alone": (False,), "with_agents": (True,)}
 """Whether with agents, of the traces of a question."""
 LARGEST_SEED = 2**53 - 1
@@ -296,13 +219,21 @@ class Ask(Section):
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
 
 
-class Refused(Exception):
-    """A request that cannot be served: one line, and the page's field that it is about."""
+class Named(Section):
+    """What the page sends to name a question."""
 
-    def __init__(self, message: str, field: str = "question", *, status: int = 400) -> None:
-        super().__init__(printable(message))
+    thread: str
+
+
+Form = TypeVar("Form", bound=Section)
+
+
+class Refused(AipoError):
+    """What was asked cannot be done: one line, and the page's field that it is about."""
+
+    def __init__(self, message: str, field: str = "question") -> None:
+        super().__init__(message)
         self.field = field
-        self.status = status
 
 
 class Server:
@@ -315,15 +246,12 @@ class Server:
         self._questions = Questions(rollouts, demo.run.seed)
         self._pieces = pieces_of(demo.policy.model)
         self._running: dict[str, tuple[Asking, asyncio.Task[None]]] = {}
-        self._html = assemble("aipo_graph demo", SCRIPTS, STYLES, live=True)
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[guard(self._demo.host), said], client_max_size=LARGEST_BODY)
-        app.on_response_prepare.append(secured(csp(self._html)))
+        app = application(assemble("aipo_graph demo", SCRIPTS, STYLES, live=True), self._demo.host, said)
         app.on_shutdown.append(self._close)
         app.add_routes(
             [
-                web.get("/", self._page),
                 web.get("/about", self._about),
                 web.get("/sample", self._sample),
                 web.get("/history", self._history),
@@ -346,9 +274,6 @@ class Server:
             asking.stop()
             await asyncio.wait([work])
 
-    async def _page(self, request: web.Request) -> web.Response:
-        return web.Response(text=self._html, content_type="text/html")
-
     async def _about(self, request: web.Request) -> web.Response:
         demo = self._demo
         agents = frozenset([*self._rollouts.agents, *demo.rollout.helpers])
@@ -357,13 +282,13 @@ class Server:
                 "version": __version__,
                 "model": demo.model,
                 "agents": sorted(agents),
-                "kinds": list(self._questions.kinds),
+                "kinds": list(self._rollouts.task.kinds),
                 "example": self._questions.example,
-                "notation": self._questions.notation,
+                "notation": str(getattr(self._rollouts.task, "notation", "")),
                 "most_samples": MOST_SAMPLES,
                 "graphs": {
-                    "alone": layout(self._rollouts.solo.get_graph(), agents),
-                    "with_agents": layout(self._rollouts.graph.get_graph(), agents),
+                    "alone": picture(self._rollouts.solo.get_graph(), agents),
+                    "with_agents": picture(self._rollouts.graph.get_graph(), agents),
                 },
                 "asks": {
                     "question": demo.question,
@@ -380,28 +305,25 @@ class Server:
         return web.json_response({"question": problem.question, "kind": problem.kind})
 
     async def _history(self, request: web.Request) -> web.Response:
-        return web.json_response(await self._threads.history())
+        return web.json_response(self._threads.history())
 
     async def _thread(self, request: web.Request) -> web.Response:
-        stored = await self._threads.read(named(request.query.get("id")))
-        if stored is None:
-            raise Refused("this question is no longer stored", status=404)
-        return web.json_response(stored)
+        return web.json_response(self._threads.read(request.query.get("id", "")))
 
     async def _forget(self, request: web.Request) -> web.Response:
-        thread = await thread_of(request)
+        thread = read(Named, await request.text()).thread
         await self._end(thread)
-        await self._threads.forget(thread)
+        self._threads.forget(thread)
         return web.json_response({})
 
     async def _stop(self, request: web.Request) -> web.Response:
-        thread = await thread_of(request)
+        thread = read(Named, await request.text()).thread
         if thread in self._running:
             self._running[thread][0].stop()
         return web.json_response({})
 
     async def _ask(self, request: web.Request) -> web.StreamResponse:
-        ask = read_ask(await body(request))
+        ask = read(Ask, await request.text())
         problem = self._read(ask.question)
         asking = Asking(replace(self._rollouts, temperature=ask.temperature), problem, self._pieces)
         thread, planned = uuid4().hex, asking.plan(MODES[ask.mode], ask.samples, ask.seed)
@@ -422,13 +344,18 @@ class Server:
             asking.stop()
         return response
 
-    async def _answer(self, thread: str, question: Json, planned: list[Planned], asking: Asking) -> None:
+    async def _answer(self, thread: str, question: Json, planned: list[Json], asking: Asking) -> None:
+        async def kept(planned: Json) -> None:
+            self._threads.keep(thread, await asking.make(planned))
+
         try:
-            await self._threads.run(thread, question, planned, Maker(asking.make))
+            self._threads.begin(thread, question, planned)
+            await asyncio.gather(*map(kept, planned))
             asking.events.put_nowait({"event": "end"})
         except sqlite3.Error as error:
             asking.events.put_nowait({"event": "end", "error": printable(f"these traces could not be stored: {error}")})
         finally:
+            asking.stop()
             del self._running[thread]
             asking.events.put_nowait(None)
 
@@ -437,10 +364,6 @@ class Server:
         question = question.strip()
         if not question:
             raise Refused(f"the question is empty: type one such as {self._questions.example}")
-        try:
-            question.encode()
-        except UnicodeEncodeError as error:
-            raise Refused("the question holds half of a character (a lone surrogate)") from error
         engine: Any = self._rollouts.engine
         context: int = engine.max_context
         if len(self._rollouts.tokenizer.plain(question, context)[0]) >= context:
@@ -452,20 +375,18 @@ class Server:
 async def said(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Takes a POST from the page itself alone, and says what is refused in one line of JSON."""
     try:
-        if request.method == "POST":
-            if request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):
-                raise Refused("only the page itself may ask", status=403)
-            if request.content_type != "application/json":
-                raise Refused("the body must be application/json", status=415)
+        if request.method == "POST" and request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):
+            raise web.HTTPForbidden(reason="only the page itself may ask")
+        if request.method == "POST" and request.content_type != "application/json":
+            raise web.HTTPUnsupportedMediaType(reason="the body must be application/json")
         return await handler(request)
-    except Refused as error:
-        return web.json_response({"error": str(error), "field": error.field}, status=error.status)
     except AipoError as error:
-        return web.json_response({"error": printable(str(error)), "field": "question"}, status=400)
+        told, status = {"error": printable(str(error)), "field": getattr(error, "field", "question")}, 400
     except sqlite3.Error as error:
-        return web.json_response({"error": printable(f"the file of threads: {error}"), "field": "question"}, status=500)
+        told, status = {"error": printable(f"the file of threads: {error}"), "field": "question"}, 500
     except web.HTTPException as error:
-        return web.json_response({"error": error.reason, "field": "question"}, status=error.status)
+        told, status = {"error": error.reason, "field": "question"}, error.status
+    return web.json_response(told, status=status)
 
 
 def pieces_of(path: str) -> Pieces | None:
@@ -476,30 +397,10 @@ def pieces_of(path: str) -> Pieces | None:
         return None
 
 
-async def body(request: web.Request) -> object:
-    """The JSON of a request. Raises Refused."""
+def read(form: type[Form], body: str) -> Form:
+    """The JSON of a request. Raises Refused, naming the field."""
     try:
-        return json.loads(await request.text())
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is no JSON: {error}") from error
-
-
-async def thread_of(request: web.Request) -> str:
-    given = await body(request)
-    return named(given.get("thread") if isinstance(given, dict) else None)
-
-
-def named(thread: object) -> str:
-    """The id of a thread. Raises Refused for what is none."""
-    if not (isinstance(thread, str) and re.fullmatch("[0-9a-f]{32}", thread)):
-        raise Refused("this names no question", status=404)
-    return thread
-
-
-def read_ask(given: object) -> Ask:
-    """Raises Refused, naming the field."""
-    try:
-        return Ask.model_validate(given)
+        return form.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = str(first["loc"][0]) if first["loc"] else "question"
@@ -510,24 +411,3 @@ def read_ask(given: object) -> Ask:
 async def send(response: web.StreamResponse, event: Json) -> None:
     # ASCII alone: whatever characters a model wrote, none can end the event.
     await response.write(f"data: {json.dumps(event)}\n\n".encode())
-
-
-@asynccontextmanager
-async def opened(demo: Demo, rollouts: Rollouts) -> AsyncIterator[web.Application]:
-    """The page's application, while its file of threads is open. Raises ConfigError for a file that cannot be used."""
-    async with open_threads(Path(demo.threads or Path(demo.run.dir) / "demo.sqlite")) as threads:
-        yield Server(demo, rollouts, threads).app()
-
-
-async def serve(demo: Demo, listening: socket.socket, rollouts: Rollouts, console: Console) -> None:
-    """Serves the page until SIGINT or SIGTERM."""
-    async with opened(demo, rollouts) as app, serving(app, listening, cancels=True) as url:
-        with told_to_end() as told:
-            address = listening.getsockname()[0]
-            if not ip_address(address).is_loopback:
-                note = f"note: whoever can reach {address} can use the model, and read and delete what was asked"
-                console.print(note, markup=False, soft_wrap=True)
-            console.print(f"{printable(demo.model)}: {url} (Ctrl-C ends it)", markup=False, soft_wrap=True)
-            if not demo.no_open and has_display():
-                await asyncio.to_thread(webbrowser.open, url)
-            await told.wait()

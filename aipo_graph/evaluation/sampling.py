@@ -16,7 +16,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from pydantic_core import to_json
 
@@ -62,8 +62,8 @@ def units(parts: Sequence[Part], done: Mapping[Key, Sample], size: int) -> list[
 class Sampling:
     """Worker processes that sample units until none is left; in the background until `finish` is called.
 
-    A context manager: leaving it ends the workers. They also end by themselves when this process does, however it does. Objects that a
-    call gave reach no other process: with them `finish` samples in this one.
+    `close` ends the workers. They also end by themselves when this process does, however it does. Objects that a call gave reach no other
+    process: with them `finish` samples in this one.
 
     Args:
         whole: refuse a model whose context cannot hold the longest prompt and all of `rollout.max_tokens`.
@@ -112,24 +112,21 @@ class Sampling:
         while self._workers:
             for connection in wait(list(self._workers)):
                 assert isinstance(connection, Connection)
-                message = self._receive(connection)
+                worker = self._workers[connection]
+                try:
+                    message = connection.recv()
+                except EOFError:
+                    worker.join()
+                    hint = "out of memory?" if worker.exitcode == -signal.SIGKILL else "what it said stands above"
+                    code = f"an evaluation worker ended with exit code {worker.exitcode} ({hint})"
+                    message = EngineError(f"{code}; run the same command to go on")
                 if isinstance(message, Exception):
                     self.close()
                     raise message
                 if message is None:
                     self._workers.pop(connection).join()
-                    continue
-                tell(*message)
-
-    def _receive(self, connection: Connection) -> tuple[int, int] | Exception | None:
-        try:
-            message: tuple[int, int] | Exception | None = connection.recv()
-            return message
-        except EOFError:
-            worker = self._workers[connection]
-            worker.join()
-            hint = "out of memory?" if worker.exitcode == -signal.SIGKILL else "what it said stands above"
-            return EngineError(f"an evaluation worker ended with exit code {worker.exitcode} ({hint}); run the same command to go on")
+                else:
+                    tell(*message)
 
     def close(self) -> None:
         workers, self._workers = self._workers, {}
@@ -141,12 +138,6 @@ class Sampling:
                 worker.kill()
                 worker.join()
             connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 _MAIN = threading.Lock()

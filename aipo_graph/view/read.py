@@ -5,28 +5,25 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from aipo_graph import __version__
 from aipo_graph.cli import read_yaml
 from aipo_graph.errors import ConfigError
-from aipo_graph.log import LOGGED_GROUP, LoggedGroup
+from aipo_graph.log import LOGGED_GROUP
 from aipo_graph.types import TRAINED
+from aipo_graph.view.layout import END, START, layout
 from aipo_graph.view.record import Pieces, Row, open_pieces, rounded, rows, trace_of
 
-# --- the picture of a graph as numbers: the trainer's graph.json, or one row made of the recorded paths
-
-START, END = "__start__", "__end__"
-WIDE, TALL, GAP, MARGIN, APART, LIFT = 110, 44, 70, 10, 7, 34
-"""A box's width and height; between boxes; the rim; from an edge to its way back; an edge that passes over boxes, per box."""
+# --- the trainer's graph.json
 
 
 class _Form(BaseModel):
@@ -50,63 +47,13 @@ class _Edge(_Form):
     points: Annotated[tuple[tuple[float, float], ...], Field(min_length=4, max_length=4)]
 
 
-class _Graph(_Form):
+class Picture(_Form):
+    """What `layout` makes, read from a file."""
+
     width: PositiveFloat
     height: PositiveFloat
     nodes: tuple[_Node, ...]
     edges: tuple[_Edge, ...]
-
-
-def read_graph(text: bytes) -> dict[str, Any]:
-    """What graph.json says. Raises ConfigError where it is damaged."""
-    try:
-        return _Graph.model_validate_json(text).model_dump()
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc'])) or 'graph'}: {first['msg']}") from error
-
-
-def graph_of_paths(names: Iterable[str], moves: Iterable[tuple[str, str]], agents: Collection[str]) -> dict[str, Any]:
-    """Nodes side by side in the given order, between start and end; an edge for each move that a trace made."""
-    order = [START, *names, END]
-    place = {name: i for i, name in enumerate(order)}
-    edges = [(one, two) for one, two in moves if one in place and two in place]
-    lift = max((LIFT * _over(place[one], place[two]) for one, two in edges), default=0)
-    middle = MARGIN + lift + TALL / 2
-    nodes = [
-        {
-            "name": name,
-            "label": name.strip("_") if name in (START, END) else name,
-            "role": "end" if name in (START, END) else "agent" if name in agents else "policy",
-            "x": MARGIN + WIDE / 2 + i * (WIDE + GAP),
-            "y": middle,
-            "width": WIDE,
-            "height": TALL,
-        }
-        for name, i in place.items()
-    ]
-    drawn = [{"source": a, "target": b, "conditional": True, "points": _points(place[a], place[b], middle)} for a, b in edges]
-    return {"width": 2 * MARGIN + len(order) * (WIDE + GAP) - GAP, "height": 2 * middle, "nodes": nodes, "edges": drawn}
-
-
-def _over(source: int, target: int) -> int:
-    """How high an edge goes, in lifts: not at all between neighbours."""
-    step = abs(target - source)
-    return 0 if step == 1 else max(step, 1)
-
-
-def _points(source: int, target: int, middle: float) -> list[list[float]]:
-    """A cubic curve: straight to the next box, over the boxes for a longer way, under them for one back."""
-    one, two = (MARGIN + WIDE / 2 + i * (WIDE + GAP) for i in (source, target))
-    step = target - source
-    if abs(step) == 1:
-        y = middle - step * APART
-        x0, x1 = one + step * WIDE / 2, two - step * WIDE / 2
-        return [[x0, y], [x0, y], [x1, y], [x1, y]]
-    side = -1 if step >= 0 else 1
-    near, far = middle + side * TALL / 2, middle + side * (TALL / 2 + LIFT * _over(source, target))
-    lean = WIDE / 4 if step == 0 else 0
-    return [[one - lean, near], [one - 2 * lean, far], [two + 2 * lean, far], [two + lean, near]]
 
 
 # --- files of lines that another process may still be writing
@@ -170,12 +117,11 @@ class Growing:
 
 # --- a run
 
-PAGE_TRACES, PAGE_BYTES = 50, 256_000
-"""A page holds no more traces, and is closed by the one with which its lines are this long."""
 TITLE = 200
 """Characters of a question in the list of traces."""
 NAMED = 5
 """Damaged lines that a note names one by one."""
+SMALL = ("config.yaml", "graph.json", "summary.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +131,6 @@ class Line:
     offset: int
     size: int
     step: int
-    group: int
-    """How many readable ones came before."""
     problem: str
     kind: str
     question: str
@@ -198,13 +142,12 @@ class ViewedRun:
 
     Args:
         traces: shown at most, but for those of the first and the last step.
-        live: pages hold every trace that was read, and none changes once it is there. Otherwise they hold the shown ones.
     """
 
-    def __init__(self, folder: Path, traces: int = 2000, *, live: bool = False) -> None:
+    def __init__(self, folder: Path, traces: int = 2000) -> None:
         self.folder, self.name = folder, _spelt(folder.resolve().name)
         self.state = "stopped"
-        self._most, self._live = traces, live
+        self._most = traces
         self._metrics, self._traces = Growing(folder / "metrics.jsonl"), Growing(folder / "traces.jsonl")
         self._marks: dict[str, object] = {}
         self._notes: dict[str, str] = {}
@@ -212,24 +155,20 @@ class ViewedRun:
         self._graph: dict[str, Any] | None = None
         self._summary: dict[str, Any] | None = None
         self._pieces: Pieces | None = None
-        self._pages: list[list[tuple[Line, int]]] = []
-        self._starts = 0
         self._forget()
 
     @property
-    def pages(self) -> int:
-        return len(self._pages)
+    def size(self) -> int:
+        """Bytes that the first ``refresh`` reads."""
+        return sum(growing.path.stat().st_size for growing in self._damaged if growing.path.is_file())
 
     def _forget(self) -> None:
-        """Start over. Pages keep their numbers, so that nobody takes an old one for a new one."""
-        self._starts += 1
-        self._pages = [[] for _ in self._pages]
-        self._places: dict[tuple[int, int], tuple[int, int]] = {}
+        """Starts over with the lines."""
         self._lines: list[Line] = []
         self._points: list[dict[str, Any]] = []
         self._nodes: dict[str, None] = {}
         self._writers = set[str]()
-        self._moves: dict[tuple[str, str], None] = {}
+        self._moves: dict[tuple[str, str], bool] = {}
         self._damaged: dict[Growing, list[int]] = {self._metrics: [], self._traces: []}
         for growing in self._damaged:
             growing.forget()
@@ -238,11 +177,17 @@ class ViewedRun:
 
     def refresh(self, progress: Callable[[int], None] = lambda size: None) -> bool:
         """Reads what was written since the last time; ``progress`` is told each line's bytes. Returns whether anything changed."""
-        before = self._version()
-        self._read_small()
+        files = (*SMALL, *(growing.path.name for growing in self._damaged))
+        before, self._marks = self._marks, {name: _mark(self.folder / name) for name in files}
+        self._marks["lock"] = running = _locked(self.folder)
+        self.state = "running" if running else "finished" if self._marks["summary.json"] else "stopped"
+        if self._marks == before:
+            return False
+        for name in SMALL:
+            if self._marks[name] != before.get(name, ()):
+                self._read_small(name)
         if any(growing.rewritten() for growing in self._damaged):
             self._forget()
-        known = len(self._lines)
         for growing, take in ((self._metrics, self._take_point), (self._traces, self._take_group)):
             for offset, line in growing.read():
                 if not take(offset, line):
@@ -250,46 +195,25 @@ class ViewedRun:
                 progress(len(line))
         if self._lines and self._pieces is None:
             self._open_pieces()
-        if not self._live:
-            self._pages, self._places = [], {}
-        self._place(self._lines[known:] if self._live else self._shown())
-        return self._version() != before
+        return True
 
-    def _version(self) -> tuple[object, ...]:
-        files = [(growing.lines, growing.rest, growing.fault) for growing in self._damaged]
-        return self.state, dict(self._marks), dict(self._notes), self._starts, files
-
-    def _read_small(self) -> None:
-        readers = {"config.yaml": self._read_settings, "graph.json": self._read_graph, "summary.json": self._read_summary}
-        for name, read in readers.items():
-            path = self.folder / name
-            mark = _mark(path)
-            if mark == self._marks.get(name, ()):
-                continue
-            self._marks[name] = mark
-            self._notes.pop(name, None)
-            try:
-                read(path if mark else None)
-            except (OSError, TypeError, ValueError, ConfigError) as error:  # TypeError: a date as a key in a list
-                self._notes[name] = f"{name} is not shown: {' '.join(str(error).split())}"
-        self.state = "running" if _locked(self.folder) else "finished" if self._marks["summary.json"] else "stopped"
-
-    def _read_settings(self, path: Path | None) -> None:
-        self._settings = {}
-        if path is None:
-            raise ConfigError("there is no such file")
-        self._settings = dict(_flat(read_yaml(path)[0]))
-
-    def _read_graph(self, path: Path | None) -> None:
-        self._graph = None
-        self._graph = read_graph(path.read_bytes()) if path else None
-
-    def _read_summary(self, path: Path | None) -> None:
-        self._summary = None
-        summary = from_json(path.read_bytes()) if path else None
-        if path and not isinstance(summary, dict):
-            raise ConfigError("not an object")
-        self._summary = rounded(summary)
+    def _read_small(self, name: str) -> None:
+        path, there = self.folder / name, self._marks[name] is not None
+        self._notes.pop(name, None)
+        try:
+            if name == "config.yaml":
+                self._settings = {}
+                if not there:
+                    raise ConfigError("there is no such file")
+                self._settings = dict(_flat(read_yaml(path)[0]))
+            elif name == "graph.json":
+                self._graph = None
+                self._graph = Picture.model_validate_json(path.read_bytes()).model_dump() if there else None
+            else:
+                self._summary = None
+                self._summary = rounded(SUMMARY.validate_json(path.read_bytes())) if there else None
+        except (OSError, TypeError, ValueError, ConfigError) as error:  # TypeError: a date as a key in a list
+            self._notes[name] = f"{name} is not shown: {' '.join(str(error).split())}"
 
     def _open_pieces(self) -> None:
         try:
@@ -316,78 +240,53 @@ class ViewedRun:
         if not _is_step(logged.step):
             return False
         problem = logged.group.problem
-        self._lines.append(
-            Line(offset, len(line), logged.step, len(self._lines), problem.id, problem.kind, problem.question[:TITLE], rows(logged))
-        )
+        self._lines.append(Line(offset, len(line), logged.step, problem.id, problem.kind, problem.question[:TITLE], rows(logged)))
         for trace in logged.group.traces:
             self._nodes |= dict.fromkeys(trace.path)
             self._writers |= {segment.author.partition("/")[0] for segment in trace.segments if segment.source == "policy"}
             stops = (START, *trace.path, END) if trace.status in TRAINED else (START, *trace.path)
-            self._moves |= dict.fromkeys(pairwise(stops))
+            self._moves |= dict.fromkeys(pairwise(stops), True)
         return True
 
-    # --- pages
-
-    def _shown(self) -> list[Line]:
-        """By step: all, or those of as many evenly spaced steps as may be shown, the first and the last among them."""
-        lines = sorted(self._lines, key=lambda line: (line.step, line.group))
+    def shown(self) -> list[int]:
+        """The numbers of the groups by step: all, or of as many evenly spaced steps as may be shown, the first and the last among them."""
         sizes = Counter[int]()
-        for line in lines:
+        for line in sorted(self._lines, key=lambda line: line.step):
             sizes[line.step] += len(line.rows)
-        if sizes.total() <= self._most:
-            return lines
-        steps, kept = list(sizes), set[int]()
-        for count in range(max(2, len(steps) * self._most // sizes.total() + 1), 1, -1):
-            kept = {steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}
-            if sum(sizes[step] for step in kept) <= self._most:
-                break
-        return [line for line in lines if line.step in kept]
-
-    def _place(self, lines: Sequence[Line]) -> None:
-        """On new pages, so that those that somebody may have read stay as they are."""
-        size = PAGE_BYTES
-        for line in lines:
-            for index in range(len(line.rows)):
-                if size >= PAGE_BYTES or len(self._pages[-1]) >= PAGE_TRACES:
-                    self._pages.append([])
-                    size = 0
-                self._places[line.group, index] = len(self._pages) - 1, len(self._pages[-1])
-                self._pages[-1].append((line, index))
-                size += line.size // len(line.rows)
+        steps = list(sizes)
+        kept = set(steps)
+        if sizes.total() > self._most:
+            for count in range(max(2, len(steps) * self._most // sizes.total() + 1), 1, -1):
+                kept = {steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}
+                if sum(sizes[step] for step in kept) <= self._most:
+                    break
+        return sorted((number for number, line in enumerate(self._lines) if line.step in kept), key=lambda n: (self._lines[n].step, n))
 
     def page(self, number: int) -> bytes:
-        """One page as JSON. Raises KeyError for one that is not there, or no longer."""
-        if not 0 <= number < len(self._pages) or not self._pages[number]:
-            raise KeyError(number)
-        problems, traces = {}, []
-        last: Line | None = None
-        for line, index in self._pages[number]:
-            if line is not last:
-                logged, last = self._load(line), line
-                problem = logged.group.problem
-                problems[problem.id] = {"question": problem.question, "answer": problem.answer, "kind": problem.kind}
-            traces.append(trace_of(logged, index, line.group, self._pieces))
-        return to_json({"problems": problems, "traces": traces}, inf_nan_mode="null")
-
-    def _load(self, line: Line) -> LoggedGroup:
+        """The traces of one group as JSON. Raises LookupError for one that is not there, or no longer."""
+        line = self._lines[number]
         try:
             with self._traces.path.open("rb") as file:
                 file.seek(line.offset)
-                return LOGGED_GROUP.validate_json(file.read(line.size))
+                logged = LOGGED_GROUP.validate_json(file.read(line.size))
         except (OSError, ValidationError) as error:
-            raise KeyError(line.group) from error  # cut off since
+            raise KeyError(number) from error  # cut off since
+        problem = logged.group.problem
+        about = {"question": problem.question, "answer": problem.answer, "kind": problem.kind}
+        traces = [trace_of(logged, index, self._pieces) for index in range(len(line.rows))]
+        return to_json({"about": about, "traces": traces}, inf_nan_mode="null")
 
     # --- the index
 
     def index(self) -> dict[str, Any]:
         """What a page shows before any trace is opened."""
-        shown = [(line, index, entry) for line in self._shown() for index, entry in enumerate(line.rows)]
-        problems = {line.problem: {"id": line.problem, "kind": line.kind, "question": line.question} for line, _, _ in shown}
+        shown = [(number, self._lines[number], entry) for number in self.shown() for entry in self._lines[number].rows]
+        problems = {line.problem: {"id": line.problem, "kind": line.kind, "question": line.question} for _, line, _ in shown}
         place = {name: i for i, name in enumerate(problems)}
         columns: dict[str, list[Any]] = {
-            "step": [line.step for line, _, _ in shown],
-            "group": [line.group for line, _, _ in shown],
-            "problem": [place[line.problem] for line, _, _ in shown],
+            "step": [line.step for _, line, _ in shown],
+            "group": [number for number, _, _ in shown],
+            "problem": [place[line.problem] for _, line, _ in shown],
             "reward": [entry.reward for _, _, entry in shown],
             "status": [entry.status for _, _, entry in shown],
             "with_agents": [int(entry.with_agents) for _, _, entry in shown],
@@ -395,8 +294,6 @@ class ViewedRun:
             "error": [entry.error for _, _, entry in shown],
             "consults": [entry.consults for _, _, entry in shown],
             "advantage": [entry.advantage for _, _, entry in shown],
-            "page": [self._places[line.group, index][0] for line, index, _ in shown],
-            "row": [self._places[line.group, index][1] for line, index, _ in shown],
         }
         agents = [key.removeprefix("agents.use.") for key in self._settings if key.startswith("agents.use.")]
         agents = list(dict.fromkeys([*agents, *(name for line in self._lines for entry in line.rows for name in entry.consults)]))
@@ -416,12 +313,14 @@ class ViewedRun:
             "agents": agents,
             "problems": list(problems.values()),
             "traces": columns,
-            "pages": self.pages,
         }
 
     def _picture(self, agents: Sequence[str]) -> dict[str, Any] | None:
         """The graph, in which a node that ran without a word of the policy's is not drawn as the policy."""
-        graph = self._graph or (graph_of_paths(self._nodes, self._moves, agents) if self._nodes else None)
+        graph = self._graph
+        if graph is None and self._nodes:
+            roles = {name: "agent" if name in agents else "policy" for name in self._nodes}
+            graph = layout({START: "end", **roles, END: "end"}, self._moves)
         silent = self._nodes.keys() - self._writers
         for node in graph["nodes"] if graph else ():
             node["role"] = "tool" if node["role"] == "policy" and node["name"] in silent else node["role"]
@@ -447,13 +346,6 @@ class ViewedRun:
             none = self._settings.get("run.trace_groups") == "0"
             notes.append("no trace is recorded (run.trace_groups = 0)" if none else "no trace is recorded yet")
         return notes
-
-
-def read_run(folder: Path, traces: int = 2000, progress: Callable[[int], None] = lambda size: None) -> ViewedRun:
-    """A run as it is now."""
-    viewed = ViewedRun(folder, traces)
-    viewed.refresh(progress)
-    return viewed
 
 
 def index_of(runs: Sequence[ViewedRun]) -> bytes:
@@ -490,6 +382,9 @@ def _mark(path: Path) -> tuple[int, int] | None:
     if not S_ISREG(stat.st_mode):
         return None
     return stat.st_mtime_ns, stat.st_size
+
+
+SUMMARY = TypeAdapter(dict[str, Any])
 
 
 def _is_step(value: object) -> bool:

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,8 @@ def rows(logged: LoggedGroup) -> tuple[Row, ...]:
     return tuple(found)
 
 
-def trace_of(logged: LoggedGroup, index: int, group: int, pieces: Pieces | None) -> dict[str, Any]:
-    """The ``index``-th trace of line number ``group``, token by token where its pieces are known."""
+def trace_of(logged: LoggedGroup, index: int, pieces: Pieces | None) -> dict[str, Any]:
+    """The ``index``-th trace of a line, token by token where its pieces are known."""
     trace, learned = logged.group.traces[index], _learned(logged, index)
     segments, start = [], 0
     for segment, tokens in zip(trace.segments, split(trace.segments, pieces), strict=True):
@@ -174,7 +174,6 @@ def trace_of(logged: LoggedGroup, index: int, group: int, pieces: Pieces | None)
     return {
         "problem": logged.group.problem.id,
         "step": logged.step,
-        "group": group,
         "seed": str(trace.seed),
         "with_agents": trace.with_agents,
         "status": trace.status,
@@ -189,18 +188,16 @@ def trace_of(logged: LoggedGroup, index: int, group: int, pieces: Pieces | None)
 def split(segments: Sequence[Segment], pieces: Pieces | None) -> list[list[str] | None]:
     """The pieces of each segment's text, None where its tokens do not make it. What the policy wrote in a row is split as one text."""
     found: list[list[str] | None] = [pieces.split(s.token_ids, s.text) if pieces else None for s in segments]
-    runs: dict[str, list[int]] = {}
-    for place, segment in enumerate(
-        (*segments, *(Segment("context", "", (), "", thread=thread) for thread in {s.thread for s in segments}))
-    ):
-        if segment.source == "policy":
-            runs.setdefault(segment.thread, []).append(place)
-        elif pieces and len(run := runs.pop(segment.thread, [])) > 1:
-            ids, text = [token for i in run for token in segments[i].token_ids], "".join(segments[i].text for i in run)
+    order = sorted(range(len(segments)), key=lambda i: segments[i].thread)
+    for (_, source), group in groupby(order, key=lambda i: (segments[i].thread, segments[i].source)):
+        places = list(group)
+        run = [segments[i] for i in places]
+        if pieces and source == "policy" and len(run) > 1:
+            ids, text = [token for s in run for token in s.token_ids], "".join(s.text for s in run)
             rest = iter(pieces.split(ids, text) or ())
-            parts = [list(islice(rest, len(segments[i].token_ids))) for i in run]
-            if ["".join(part) for part in parts] == [segments[i].text for i in run]:
-                for i, part in zip(run, parts, strict=True):
+            parts = [list(islice(rest, len(s.token_ids))) for s in run]
+            if ["".join(part) for part in parts] == [s.text for s in run]:
+                for i, part in zip(places, parts, strict=True):
                     found[i] = part
     return found
 

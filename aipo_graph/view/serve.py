@@ -6,50 +6,50 @@ import hashlib
 import ipaddress
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+import webbrowser
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from rich.console import Console
 
+from aipo_graph.cli import printable
 from aipo_graph.errors import ConfigError
-from aipo_graph.view.page import csp
+from aipo_graph.view.page import csp, has_display
 from aipo_graph.view.read import ViewedRun, index_of
 
 
-def guard(host: str) -> Middleware:
-    """Refuses requests for any name but this server's: a web page cannot make its own name lead here (DNS rebinding)."""
+def application(page: str, host: str, *middlewares: Middleware) -> web.Application:
+    """``GET /`` the page. Requests for any name but this server's are refused: a web page cannot make its own lead here (DNS rebinding)."""
 
     @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not _ours(request.headers.get("Host", ""), host):
             raise web.HTTPForbidden(text="this server answers to its address and to localhost only")
         return await handler(request)
 
-    return check
-
-
-def secured(policy: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """The headers of every response, for ``Application.on_response_prepare``; ``policy``: its Content-Security-Policy."""
-
-    async def add(request: web.Request, response: web.StreamResponse) -> None:
+    async def secured(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Content-Security-Policy"] = policy
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
         response.headers["Cache-Control"] = "no-store"
 
-    return add
+    async def show(request: web.Request) -> web.Response:
+        return _packed(page.encode(), "text/html")
+
+    policy = csp(page)
+    app = web.Application(middlewares=[guard, *middlewares], client_max_size=1 << 20)
+    app.on_response_prepare.append(secured)
+    app.router.add_get("/", show)
+    return app
 
 
-def application(runs: Sequence[ViewedRun], page: str, host: str) -> web.Application:
-    """``GET /`` the page, ``/index`` its index with an ETag, ``/page?run=0&page=3`` traces. The runs must be live ones."""
+def following(runs: Sequence[ViewedRun], page: str, host: str) -> web.Application:
+    """The page of runs that go on: ``/index`` its index with an ETag, ``/page?run=0&page=3`` the traces of a group."""
     reading = asyncio.Lock()
     written = b""
-
-    async def show(request: web.Request) -> web.StreamResponse:
-        return _packed(page.encode(), "text/html")
 
     async def index(request: web.Request) -> web.StreamResponse:
         nonlocal written
@@ -70,9 +70,8 @@ def application(runs: Sequence[ViewedRun], page: str, host: str) -> web.Applicat
         except LookupError as error:
             raise web.HTTPNotFound(text="no such page of traces, or no longer: read the index again") from error
 
-    app = web.Application(middlewares=[guard(host)])
-    app.on_response_prepare.append(secured(csp(page)))
-    app.add_routes([web.get("/", show), web.get("/index", index), web.get("/page", traces)])
+    app = application(page, host)
+    app.add_routes([web.get("/index", index), web.get("/page", traces)])
     return app
 
 
@@ -84,52 +83,40 @@ def bound(host: str, port: int) -> socket.socket:
     except UnicodeError as error:
         raise ConfigError(f"--host {host}: no name of a machine; choose another, 127.0.0.1 for this machine alone") from error
     except OSError as error:
-        raise ConfigError(_refused(host, port, error)) from error
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} of {host} is in use; choose another --port, or 0 for any that is free") from error
+        why = str(error.strerror or error).partition(" (while")[0]  # Python repeats the address
+        raise ConfigError(
+            f"cannot listen on {host}, port {port} ({why}); choose another --port, or another --host, 127.0.0.1 for this machine alone"
+        ) from error
 
 
-@asynccontextmanager
-async def serving(app: web.Application, listening: socket.socket, *, cancels: bool = False) -> AsyncIterator[str]:
-    """The page is served, at the URL. ``cancels``: whether who goes away cancels the handler of their request."""
-    runner = web.AppRunner(app, handler_cancellation=cancels, access_log=None, shutdown_timeout=1)
+async def serve(app: web.Application, listening: socket.socket, what: str, danger: str, console: Console, opens: bool) -> None:
+    """Serves until SIGINT or SIGTERM, a second of which ends the process at once. Who goes away cancels the handler of their request.
+
+    Args:
+        what: said beside the URL. ``danger``: what anybody can do who reaches another address than this machine's own.
+        opens: in a browser, where there is a display.
+    """
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ended.set)
         host, port = listening.getsockname()[:2]
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        if not ipaddress.ip_address(host).is_loopback:
+            console.print(f"note: whoever can reach {host} can {danger}", markup=False)
+        console.print(f"{url}: {printable(what)}; Ctrl-C ends it", markup=False)
+        if opens and has_display():
+            await asyncio.to_thread(webbrowser.open, url)
+        await ended.wait()
     finally:
-        await runner.cleanup()
-
-
-@contextmanager
-def told_to_end() -> Iterator[asyncio.Event]:
-    """Set by SIGINT and by SIGTERM. After this block they end the process at once, whatever is still being closed."""
-    told, loop = asyncio.Event(), asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
-        loop.add_signal_handler(number, told.set)
-    try:
-        yield told
-    finally:
-        for number in numbers:
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-async def serve(app: web.Application, host: str, port: int, started: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM; ``started`` is told the URL. Raises ConfigError where the port cannot be had."""
-    with bound(host, port) as listening:
-        async with serving(app, listening) as url:
-            with told_to_end() as told:
-                started(url)
-                await told.wait()
-
-
-def _refused(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} of {host} is in use; choose another --port, or 0 for any that is free"
-    if error.errno == errno.EACCES:
-        return f"port {port} may not be opened by you; choose a --port above 1023"
-    why = str(error.strerror or error).partition(" (while")[0]  # Python repeats the address
-    return f"cannot listen on {host}, port {port} ({why}); choose another --host, 127.0.0.1 for this machine alone"
+        await runner.cleanup()
 
 
 def _ours(given: str, host: str) -> bool:

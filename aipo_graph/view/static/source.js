@@ -93,7 +93,7 @@ function entriesOf(run, place) {
       reward: columns.reward[index], status: columns.status[index], withAgents: Boolean(columns.with_agents[index]),
       sort: sorts[columns.with_agents[index] ? "with_agents" : "alone"],
       tokens: columns.tokens[index], error: columns.error[index], consults: columns.consults[index],
-      advantage: columns.advantage[index], page: columns.page[index], row: columns.row[index],
+      advantage: columns.advantage[index],
     };
   });
 }
@@ -108,9 +108,9 @@ function outcomeOf(entry) {
   return entry.reward > 0 ? "partly" : "unsolved";
 }
 
-/** The traces of entries, in their order; `said(done)` is told of each page. */
+/** The traces of entries, in their order, a page for each group; `said(done)` is told of each page. */
 async function tracesOf(source, entries, said = null) {
-  const wanted = [...new Set(entries.map((entry) => `${entry.run}.${entry.page}`))];
+  const wanted = [...new Set(entries.map((entry) => `${entry.run}.${entry.group}`))];
   const pages = new Map();
   for (const name of wanted) {
     const [run, page] = name.split(".").map(Number);
@@ -118,12 +118,12 @@ async function tracesOf(source, entries, said = null) {
     said?.(pages.size / wanted.length);
   }
   return entries.map((entry) => {
-    const page = pages.get(`${entry.run}.${entry.page}`);
-    const trace = page.traces[entry.row];
-    if (trace?.step !== entry.step || trace.group !== entry.group) {
-      throw new Error(`page ${entry.page} has another trace at ${entry.row}: the run has changed, reload this page`);
+    const page = pages.get(`${entry.run}.${entry.group}`);
+    const trace = page.traces[entry.member];
+    if (trace?.step !== entry.step || trace.problem !== entry.problem) {
+      throw new Error(`group ${entry.group} is another one now: the run has changed, reload this page`);
     }
-    return { ...trace, about: page.problems[trace.problem] };
+    return { ...trace, about: page.about };
   });
 }
 
