@@ -30,9 +30,11 @@ FORMS = {
 """Parts of the loss, and the names that each has; a file's function is one, too."""
 RETIRED = {"clip": "aipo", "shortfall": "aipo"}
 """Coefficients of agent tokens that are gone, and what did better in their place in the study."""
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 GONE = {"run.keep_checkpoints": 2, "loss.gamma": 0.1, "optimizer.weight_decay": 0.0}
 """Settings of earlier versions, and the value that is now the only one."""
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.=+,-]*$", max_length=100)]
+BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://")]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -178,8 +180,8 @@ class Rollout(Section):
     """Problems per step."""
     redraws: NonNegativeInt = 0
     """Dynamic sampling (DAPO, arXiv 2503.14476): times that a step's groups without signal (equal rewards) are replaced by new problems."""
-    traces: PositiveInt = 8
-    """Traces per problem (G, the group size)."""
+    traces: Annotated[int, Field(ge=2)] = 8
+    """Traces per problem (G, the group size): each is rewarded against the others."""
     with_agents: Fraction = 0.5
     """Share of each group that runs with agents, rounded to whole traces."""
     max_tokens: PositiveInt = 160
@@ -206,8 +208,6 @@ class Rollout(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.traces < 2:
-            raise ValueError("rollout.traces = 1: a trace is rewarded against the others of its group; give at least 2")
         if 0 < self.with_agents < 1 and self.traces_with_agents in (0, self.traces):
             raise ValueError(
                 f"rollout.with_agents = {self.with_agents}: that is {self.traces_with_agents} of rollout.traces = {self.traces}; "
@@ -245,7 +245,7 @@ class Agents(Section):
 class Engine(Section):
     kind: Literal["local", "server", "vllm"] = "local"
     """local: sampling in this process with torch. server: vLLM servers. vllm: vLLM beside the learner, asleep while it learns."""
-    urls: tuple[str, ...] = ()
+    urls: tuple[BaseUrl, ...] = ()
     """server: base URLs of running vLLM servers, such as http://localhost:8000. A dry run prints the command that starts one."""
     launch: bool = False
     """server: start one on this machine for the time of the run, and print its command."""
@@ -270,9 +270,6 @@ class Engine(Section):
             raise ValueError(
                 f"engine.{field}: used by engine.kind = server alone, not {self.kind}; say engine.kind: server, or leave it out"
             )
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"engine.urls: {url!r} is no base URL; write http://HOST:PORT")
         return self
 
 
@@ -342,7 +339,7 @@ class Loss(Section):
 class Optimizer(Section):
     lr: PositiveFloat = 5e-4
     """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW betas."""
     warmup_steps: NonNegativeInt = 5
     """Optimizer steps of linear warm-up."""
@@ -350,12 +347,6 @@ class Optimizer(Section):
     """What follows the warm-up."""
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if max(self.betas) >= 1:
-            raise ValueError(f"optimizer.betas = {self.betas}: both must be below 1")
-        return self
 
 
 class Train(Section):
