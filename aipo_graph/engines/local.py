@@ -64,14 +64,10 @@ class Stops:
         return StopRule(frozenset(watch), strings, sequences, max((4 * len(text) + 8 for text in strings), default=0))
 
     def met(self, rule: StopRule, sampled: list[int]) -> bool:
-        """Whether the last sampled token completes a stop. A string may end inside it: the ids stay as they are."""
-        if sampled[-1] not in rule.watch:
-            return False
+        """Whether the last sampled token, one of the rule's, completes a stop. A string may end inside it: the ids stay as they are."""
         if sampled[-1] in self._eos_ids or any(sampled[-len(ids) :] == ids for ids in rule.sequences):
             return True
-        if not rule.strings:
-            return False
-        text = self._decode(sampled[-rule.tail :])
+        text = self._decode(sampled[-rule.tail :]) if rule.strings else ""
         return any(string in text for string in rule.strings)
 
 
@@ -106,8 +102,7 @@ class Barrier:
     @property
     def current(self) -> Party | None:
         """The innermost run or consult of this barrier that the calling task is in."""
-        party = _current.get()
-        return party if party in self._parties else None
+        return party if (party := _current.get()) in self._parties else None
 
     @contextlib.contextmanager
     def enter(self, party: Party) -> Iterator[None]:

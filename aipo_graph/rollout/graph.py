@@ -133,9 +133,7 @@ def policy_node(thread: str = "main", *, prompt: str = "policy", consults: bool 
         if left <= 0:
             return append()
         written = [s for s in state["segments"] if s.thread == thread]
-        opening: tuple[Segment, ...] = ()
-        if not written:
-            opening = (context.opening(prompt, thread=thread, question=state["problem"].question),)
+        opening = () if written else (context.opening(prompt, thread=thread, question=state["problem"].question),)
         stop = tuple(tags(name)[1] for name in context.agents) if consults else ()
         completion = await context.generate(
             [token for s in (*opening, *written) for token in s.token_ids],
@@ -144,14 +142,15 @@ def policy_node(thread: str = "main", *, prompt: str = "policy", consults: bool 
             stop=stop,
             temperature=context.temperature,
         )
-        run = [*takewhile(lambda s: s.source == "policy", reversed(written))][::-1]
         count = len(completion.token_ids)
         more = segment_tokens is not None and segment_tokens <= count < left and completion.token_ids[-1] not in context.tokenizer.eos_ids
         sampled = Segment(
             "policy",
             author="policy" if thread == "main" else thread,
             token_ids=completion.token_ids,
-            text=context.tokenizer.continued(run, completion.token_ids, more=more),
+            text=context.tokenizer.continued(
+                [*takewhile(lambda s: s.source == "policy", reversed(written))][::-1], completion.token_ids, more=more
+            ),
             logprobs=completion.logprobs,
             version=completion.version,
             updates=completion.updates,
