@@ -121,7 +121,7 @@ def measure(config: Config, folder: str, device: str, batch: Batch) -> dict[str,
 
 def cells(shape: dict[str, int], device: str, count: int, length: int) -> list[dict[str, Any]]:
     found = []
-    chunk = CHUNK if device == "cpu" else model_module.CHUNK
+    chunk = CHUNK if device == "cpu" else model_module.CHUNK[device]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         with torch.device(device):
@@ -132,12 +132,12 @@ def cells(shape: dict[str, int], device: str, count: int, length: int) -> list[d
             config = Config.model_validate({"policy": policy, "train": train, "rollout": {"max_tokens": length}, "run": {"device": device}})
             parts = estimate(config).parts
             for name, size in (("chunked", chunk), ("unchunked", WHOLE)):
-                model_module.CHUNK = size
+                model_module.CHUNK[device] = size
                 cell = measure(config, folder, device, rows(count, length, shape["vocab_size"]))
                 estimated = sum(part.bytes for part in parts if "learning" in part.phases and not part.name.startswith("sampler"))
                 cell |= {"estimated_bytes": estimated} if name == "chunked" else {}
                 found.append({"training": f"LoRA {rank}" if rank else "full", "logprobs": name, **cell})
-        model_module.CHUNK = chunk
+        model_module.CHUNK[device] = chunk
     return found
 
 

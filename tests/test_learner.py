@@ -58,7 +58,7 @@ def test_token_logprobs_equal_the_plain_forward(name: str, chunk: int, packed: b
     """Also of rows that lie end to end in one."""
     torch.manual_seed(0)
     model = MODELS[name]().eval()
-    monkeypatch.setattr(model_module, "CHUNK", chunk)
+    monkeypatch.setitem(model_module.CHUNK, "cpu", chunk)
     logprobs, entropy = token_logprobs(model, batch.token_ids, batch.mask, 0.7, packed=packed)
     expected = torch.zeros(logprobs.shape)
     for row, length in enumerate(batch.lengths):
@@ -78,7 +78,7 @@ def test_token_logprobs_equal_the_plain_forward(name: str, chunk: int, packed: b
 
 def test_logits_never_exist_as_a_whole(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    monkeypatch.setattr(model_module, "CHUNK", VOCAB * 7)
+    monkeypatch.setitem(model_module.CHUNK, "cpu", VOCAB * 7)
     assert applies_head_only(model)
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))

@@ -91,7 +91,7 @@ def whole(learner: Learner) -> dict[str, torch.Tensor]:
 def row(folder: Path, name: str) -> dict[str, Any]:
     """Two steps: metrics, what the first would make of each token, the last gradients, weights."""
     model, sections = ROWS[name]
-    model_module.CHUNK = VOCAB * 7 if name == "chunked head" else 2**26
+    model_module.CHUNK["cpu"] = VOCAB * 7 if name == "chunked head" else 2**26
     made = learner(folder, model, sections)
     gradients: dict[str, torch.Tensor] = {}
 

@@ -96,7 +96,7 @@ def _learner(config: Config, model: PreTrainedModel, whole: int) -> list[Part]:
         kept, how = BYTES[_weight_type(config)] * text.hidden_size * layers + layer, "the input of each layer, and one layer's inside"
     logits = tokens * text.vocab_size
     if not any(SCALED_HEAD.search(name) and value not in (None, False, 1) for name, value in text.to_dict().items()):
-        logits = min(CHUNK, logits)
+        logits = min(CHUNK["cpu" if config.run.device == "cpu" else "cuda"], logits)
     parts = [
         Part(
             "weights",

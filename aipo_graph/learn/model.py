@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -23,8 +22,8 @@ from aipo_graph.forward import EXACT, MISFITS, affordable, borders, first_line, 
 from aipo_graph.learn import lora, shards
 from aipo_graph.learn.checkpoint import atomic_directory
 
-CHUNK = 2**26
-"""Most logits in memory at once (256 MiB of float32)."""
+CHUNK = {"cpu": 2**23, "cuda": 2**26}
+"""Most logits in memory at once: what a CPU's caches hold, and 256 MiB of float32 elsewhere."""
 _alone: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 """What :func:`applies_head_only` found."""
 
@@ -193,9 +192,11 @@ def check_rows(model: PreTrainedModel, dtype: str, *, packed: bool = False) -> N
 
 
 def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float() / temperature
-    entropy = torch.special.entr(logits.detach().softmax(-1)).sum(-1)
-    return -cross_entropy(logits, targets, reduction="none"), entropy
+    logits = head(hidden).float()
+    every = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    own = every.gather(-1, targets[:, None])[:, 0]
+    known = every.detach()  # after all that the backward pass needs, where its recomputation stops
+    return own, -known.exp().mul_(known).nansum(-1)
 
 
 def token_logprobs(
@@ -266,7 +267,7 @@ def _row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, tempe
     else:
         states = model(**inputs, use_cache=False).logits
     states = states.flatten(0, 1).index_select(0, places.flatten().nonzero().squeeze(1))
-    size = max(1, CHUNK // model.config.get_text_config().vocab_size)
+    size = max(1, CHUNK["cpu" if states.device.type == "cpu" else "cuda"] // model.config.get_text_config().vocab_size)
     if len(targets) <= size:
         parts = [_score(head, states, targets, temperature)]
     else:
