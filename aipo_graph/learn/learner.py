@@ -154,16 +154,18 @@ class Learner:
         sums: Sums = {}
         before = self.updates
         train = self.config.train
-        if train.epochs * train.minibatches > 1:
-            batch = self._with_old_logprobs(batch)
+        if train.minibatches > 1:
+            batch = self._with_old_logprobs(batch, None)
         for epoch in range(train.epochs):
             seed = derive_seed(self.config.run.seed, "minibatches", self.version, epoch)
             for part in batch.minibatches(train.minibatches, seed):
-                sums, extra, reason = self._update(part, sums)
+                sums, extra, reason, found = self._update(part, sums)
                 self._clear_cache()
                 metrics |= extra
                 if reason:
                     return metrics | self._skip(reason)
+            if batch.old_logprobs is None and epoch + 1 < train.epochs:
+                batch = self._with_old_logprobs(batch, found)
         self.bad_steps = 0
         sums = {name: shards.reduced(value, largest=name.endswith("_max")) for name, value in sums.items()}
         return metrics | summarise(sums, batch.authors, self.updates - before)
@@ -182,19 +184,24 @@ class Learner:
         self._clear_cache()  # here too: the step itself may have nothing to do
         return by_trace(groups, list(columns(logprobs, chosen, self.config.loss, self.config.rollout.max_tokens)))
 
-    def _update(self, batch: Batch, sums: Sums) -> tuple[Sums, dict[str, float], str | None]:
-        """One optimizer step. Returns the sums so far, gradient norm and learning rate, and why it was skipped, if it was."""
+    def _update(self, batch: Batch, sums: Sums) -> tuple[Sums, dict[str, float], str | None, Tensor]:
+        """One optimizer step. Returns the sums so far, gradient norm and learning rate, why it was skipped, if it was, and this rank's
+        log-probabilities before it, f32 [rows with a gradient, T].
+        """
         loss, parts = self.config.loss, sums
         total = torch.zeros((), device=self.device)
         active = batch.select(batch.trainable(loss).any(1))
+        found = torch.zeros(active.token_ids.shape, device=self.device)
         if not len(active):
-            return sums, {}, None
+            return sums, {}, None, found
         for rows, counts in self._share(active):
             micro = active.select(rows).to(self.device)
             logprobs, entropy = self._score(self.model, micro)
             reference = None if self.reference is None else self._reference_logprobs(self.reference, micro)
             value, part = aipo_loss(logprobs, entropy, micro, loss, budget=self.config.rollout.max_tokens, reference=reference)
-            if not counts:
+            if counts:
+                found[rows, : logprobs.shape[1]] = logprobs.detach()
+            else:
                 value, part = 0.0 * value, {name: torch.zeros_like(sums) for name, sums in part.items()}
             value.backward()
             parts, total = merge(parts, part), total + value.detach()
@@ -204,7 +211,7 @@ class Learner:
         reason = reason or (None if norm.isfinite() else "gradient")
         if reason:
             self.optimizer.zero_grad()
-            return sums, {}, reason
+            return sums, {}, reason, found
         clip_grads_with_norm_(self.trained.values(), self.config.optimizer.grad_clip, norm)
         rate = learning_rate(self.config, self.updates)
         for group in self.optimizer.param_groups:
@@ -212,14 +219,14 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        return parts, {"gradient_norm": float(norm), "lr": rate}, None
+        return parts, {"gradient_norm": float(norm), "lr": rate}, None, found
 
     @torch.no_grad()
-    def _with_old_logprobs(self, batch: Batch) -> Batch:
-        """Before the first of several updates. With one update, old is the current value, and this pass is spared."""
+    def _with_old_logprobs(self, batch: Batch, found: Tensor | None) -> Batch:
+        """Those before the first of several updates. One that takes the whole batch has ``found`` them, which spares this pass."""
         active = batch.trainable(self.config.loss).any(1)
         old = torch.zeros_like(batch.behaviour_logprobs)
-        found = self._logprobs(batch.select(active))
+        found = self._logprobs(batch.select(active)) if found is None else shards.reduced(found).cpu()
         old[active, : found.shape[1]] = found
         return replace(batch, old_logprobs=old)
 
