@@ -6,6 +6,7 @@ Equal texts and integers are compared here; all else by `tools.symbolic` in a wo
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from aipo_graph.errors import TaskError, ToolError
@@ -92,17 +93,21 @@ def leaks(reply: str, gold: str, known: str) -> bool:
     counts only where it is presented as a result: alone in the reply, boxed, or after ``=``, ``:``, ``is`` or an arrow. That lets a
     short gold slip through in other wordings; the other error would mask most replies of a task with small answers.
     """
+    texts = (_DRESSING.sub("", text[-LONGEST_READ:]) for text in (reply, known))
+    found = (pattern.search(text) is not None for pattern, text in zip(_stated(gold), texts, strict=True))
+    return next(found) and not next(found)
+
+
+@lru_cache(maxsize=4096)
+def _stated(gold: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Patterns of a text that states a gold answer, which none does that is empty, and of one that it stands in; each reply asks."""
     gold = (last_box(gold) or only(gold))[:LONGEST]
     target = form if re.fullmatch(r"[\w .,/-]+", form := plain(gold), re.ASCII) else _DRESSING.sub("", gold).strip()
-    short = len(target.lstrip("-")) <= 2
     spelled = _spelled(target, number(form))
-    result = rf"{_STATED}{spelled}(?!\s?[-+*/^=])|\A[\s([{{]*{spelled}[\s)\]}}.]*\Z"
-
-    def states(text: str, pattern: str) -> bool:
-        text = _DRESSING.sub("", text[-LONGEST_READ:])
-        return re.search(pattern, text, re.ASCII if short else re.ASCII | re.IGNORECASE) is not None
-
-    return target != "" and states(reply, result if short else spelled) and not states(known, spelled)
+    if len(target.lstrip("-")) > 2:
+        return (found := re.compile(spelled, re.ASCII | re.IGNORECASE)), found
+    result = rf"{_STATED}{spelled}(?!\s?[-+*/^=])|\A[\s([{{]*{spelled}[\s)\]}}.]*\Z" if target else r"(?!)"
+    return re.compile(result, re.ASCII), re.compile(spelled, re.ASCII)
 
 
 def _spelled(target: str, written: Number | None) -> str:

@@ -1,5 +1,6 @@
 """What a trace is worth: plain functions that are given what they name, and the scores that they return."""
 
+import _thread
 import asyncio
 import contextvars
 import functools
@@ -7,7 +8,6 @@ import inspect
 import json
 import math as maths
 import reprlib
-import threading
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -172,7 +172,7 @@ class Rewards:
             except BaseException as error:  # noqa: BLE001  # raised where the call is awaited
                 ended.set_exception(error)
 
-        threading.Thread(target=work, name="reward", daemon=True).start()
+        _thread.start_new_thread(work, ())  # a Thread's start waits for it, and the whole event loop with it
         try:
             return await asyncio.wrap_future(ended)
         except asyncio.CancelledError:
