@@ -122,6 +122,8 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
         "note: loss.gamma, a setting of another version, is passed over",
         "note: optimizer.weight_decay, a setting of another version, is passed over",
         "note: run.trackers = [] from here on, ['tensorboard'] before",
+        "note: evaluate.problems = 128 from here on, 256 before",
+        "note: evaluate.samples = 16 from here on, 64 before",
     ]
     assert go_on(settings) == []
     assert parse([str(FIXTURE)], Config, prog="evaluate")[0].loss.floor == 0.3  # it is a settings file, too

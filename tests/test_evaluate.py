@@ -237,7 +237,7 @@ def test_a_worker_that_is_killed_is_one_clear_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["operators", "--k", "1", "128"], "--k 128: larger than evaluate.samples = 64"),
+        (["operators", "--k", "1", "128"], "--k 128: larger than evaluate.samples = 16"),
         (["operators", "--kind", "odd"], "problem kind 'odd'"),
         (["no/such/model"], "no model 'no/such/model'"),
         (["operators", "--task.name", "operator"], "no such task; did you mean 'operators'?"),
