@@ -40,7 +40,7 @@ CASES = {
     "shipped": Case(0, 0, 0, 64),
     "1m": Case(4, 128, 45, 64),
     "32k": Case(4, 128, 32_000, 64),
-    "lengths": Case(4, 128, 100, 512, uniform=True),
+    "lengths": Case(2, 64, 100, 512, uniform=True),
 }
 
 
