@@ -460,7 +460,7 @@ class Trackers:
                 self._opened[name] = _open(name, config, folder)
             except Exception as error:
                 self.finish()
-                why = f"cannot be opened ({type(error).__name__}: {str(error)[:300]}); log in, let it work offline, or leave it out"
+                why = f"cannot be opened ({type(error).__name__}: {printable(str(error))[:300]}); log in, work offline, or leave it out"
                 if isinstance(error, ImportError):
                     why = f"is not installed; {install('trackers')}"
                 raise ConfigError(f"run.trackers: {name} {why}") from error
@@ -480,7 +480,9 @@ class Trackers:
         except Exception as error:  # noqa: BLE001  the tracker boundary
             if name not in self._broken:
                 self._broken.add(name)
-                self._note(f"{name} failed ({type(error).__name__}: {str(error)[:300]}); the run goes on, metrics.jsonl has all of it")
+                self._note(
+                    f"{name} failed ({type(error).__name__}: {printable(str(error))[:300]}); the run goes on, metrics.jsonl has all of it"
+                )
 
 
 def _open(name: str, config: Config, folder: Path) -> Any:

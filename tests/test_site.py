@@ -58,7 +58,7 @@ def test_every_setting_is_on_the_settings_page(site: Path) -> None:
         for key, one in field.annotation.model_fields.items():  # type: ignore[union-attr]
             assert f"id='{name}.{key}'" in page or f'id="{name}.{key}"' in page, f"{name}.{key}"
             assert html.escape(" ".join(one.description.split())[:12], quote=False) in page, f"{name}.{key}"
-    assert "One of <code>aipo</code>, <code>mask</code>" in page
+    assert "One of <code>constant</code>, <code>cosine</code>" in page
 
 
 def test_formulas_are_typeset(site: Path) -> None:
