@@ -8,8 +8,9 @@ import torch
 from tiny_learner import group, segment, trace
 from torch import Tensor
 
-from aipo_graph.config import FORMS, Loss
+from aipo_graph.config import FORMS, Config, Loss
 from aipo_graph.errors import ConfigError
+from aipo_graph.evaluation.samples import contents
 from aipo_graph.learn.advantage import ESTIMATORS
 from aipo_graph.learn.batch import AGENT, POLICY, Batch, pack
 from aipo_graph.learn.loss import BELOW, COEFFICIENTS, SURROGATES, aipo_loss, merge, summarise
@@ -179,6 +180,7 @@ def test_functions_of_ones_own_are_parts_of_the_loss(tmp_path: Path, monkeypatch
     traces = [trace(segment("context", 1), segment("policy", 2), reward=reward) for reward in (3.0, 1.0)]
     batch = pack([group(*traces)], Loss(advantage="mine.py:squared", baseline="group"))
     assert batch.advantages[:, -1].tolist() == [9.0, 1.0]
+    assert "loss.agent (mine.py)" in contents(Config(loss=Loss(agent="mine.py:gated"))), "a begun run notices an edit"
     for spec, said in (
         ("mine.py:summed", r"loss.agent = 'mine.py:summed': returns \[\]; a loss per token is wanted, a tensor of \[2, "),
         ("mine.py:odd", r"loss.agent = 'mine.py:odd': RuntimeError in .*mine.py:9: "),

@@ -389,12 +389,13 @@ class ServerEngine:
 
         Raises EngineError where one does not take them.
         """
-        label, tensors = self._labels.of(version), list(weights)
-        if self._nccl and self.takes == "weights" and tensors and tensors[0][1].is_cuda and not self._files.renames:
-            await self._transfer(tensors, version)
+        # Files take the weights one by one from where they are; a transfer needs them all.
+        if self._nccl and self.takes == "weights" and not self._files.renames and (weights := list(weights)) and weights[0][1].is_cuda:
+            await self._transfer(weights, version)
             self.version = version
             return
-        path = await asyncio.to_thread(self._files.write, label, tensors)
+        label = self._labels.of(version)
+        path = await asyncio.to_thread(self._files.write, label, weights)
         if self.takes == "adapter":
             await self._switch(label, path)
         else:

@@ -18,7 +18,7 @@ from pydantic_core import to_json
 
 from aipo_graph import __version__, cli
 from aipo_graph import load as files
-from aipo_graph.config import Config
+from aipo_graph.config import FORMS, Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.log import hold, records
 from aipo_graph.tasks.datasets import BENCHMARKS, MAPPINGS, Layout
@@ -237,7 +237,7 @@ def contents(config: Config) -> dict[str, str]:
     code = {"rollout.graph": config.rollout.graph, "rollout.solo": config.rollout.solo, "task.name": config.task.name}
     reward = config.task.reward if isinstance(config.task.reward, dict) else {"": config.task.reward}
     code |= {f"task.reward.{name}".rstrip("."): spec for name, spec in reward.items()}
-    code |= {f"agents.use.{name}": spec for name, spec in config.agents.use.items()}
+    code |= {f"agents.use.{name}": spec for name, spec in config.agents.use.items()} | {f"loss.{p}": getattr(config.loss, p) for p in FORMS}
     paths = {key: path for key, spec in code.items() if (path := files.source(spec))}
     paths |= {f"rollout.prompts/{path.name}": path for path in sorted(files.find(config.rollout.prompts, "dir").glob("*.md"))}
     schemas = {key: files.find(spec.removeprefix("json:")) for key, spec in code.items() if spec.startswith("json:")}
