@@ -118,7 +118,8 @@ def test_a_run_that_cannot_be_saved_says_so_at_its_start(
 
 def test_an_asynchronous_callback_is_awaited_and_what_tracers_had_set_is_as_before(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANGSMITH_TRACING", "true")
-    monkeypatch.delenv("LANGCHAIN_TRACING_V2", raising=False)
+    for name in ("LANGSMITH_TRACING_V2", "LANGCHAIN_TRACING", "LANGCHAIN_TRACING_V2"):  # other tests' runs in this process have set them
+        monkeypatch.delenv(name, raising=False)
     get_env_var.cache_clear()  # type: ignore[attr-defined]
     assert tracing_is_enabled()
     seen: list[tuple[int, str | None]] = []
