@@ -15,8 +15,8 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from aipo_graph import cli
-from aipo_graph.tasks.operators import Piece
 from examples.operators.pretrain import DIGITS, IDS, STEPS, embed_digits, fresh_policy, policy_config, pretrain, sample
+from examples.operators.solutions import Piece
 from experiments.helpers import signs
 
 

@@ -18,9 +18,10 @@ from aipo_graph.config import Config
 from aipo_graph.learn.model import load_model
 from aipo_graph.rollout import Agent
 from aipo_graph.rollout.agents import Prompts
-from aipo_graph.tasks.operators import RULES, UNKNOWN, Piece
+from aipo_graph.tasks.operators import RULES, UNKNOWN
 from aipo_graph.types import Reply, Request, derive_seed
 from examples.operators.pretrain import IDS, WORDS, encode
+from examples.operators.solutions import Piece
 
 Change = Callable[[random.Random, str, Reply], Reply]
 """The draw of this consult, its query and the honest reply -> the reply that is given."""

@@ -15,8 +15,9 @@ import torch
 
 from aipo_graph import cli, load
 from aipo_graph.learn.model import load_model
-from aipo_graph.tasks.operators import MARKERS, OPERATORS, RULES, Operators, Piece, apply, numbered, order, plan
+from aipo_graph.tasks.operators import MARKERS, OPERATORS, RULES, Operators, apply, order, plan
 from examples.operators.pretrain import IDS, encode, tokenizer
+from examples.operators.solutions import Piece, numbered
 from experiments.report.markdown import table
 
 PROBLEMS = 192

@@ -9,8 +9,9 @@ from aipo_graph.config import Config, TaskSection
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.load import data
 from aipo_graph.tasks import operators
-from aipo_graph.tasks.operators import BELIEFS, HELDOUT_TRIPLES, KNOWN, MISBELIEVED, NOVEL, RULES, Habits, Operators
+from aipo_graph.tasks.operators import BELIEFS, HELDOUT_TRIPLES, KNOWN, MISBELIEVED, NOVEL, RULES, Operators
 from aipo_graph.tools.retrieval import Corpus
+from examples.operators.solutions import Habits, Piece, numbered, solution
 
 TASK = Operators(seed=0, easy_share=0.25)
 
@@ -19,7 +20,7 @@ def triple(question: str) -> str:
     return "".join(sorted(question[5:8]))
 
 
-def text(pieces: list[operators.Piece]) -> str:
+def text(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
@@ -91,20 +92,20 @@ async def test_score_wants_exactly_the_four_digits_of_the_last_box() -> None:
 @pytest.mark.parametrize("habits", [Habits(), Habits(slip=0.4)])
 async def test_a_worked_solution_is_right(habits: Habits) -> None:
     for problem in [*TASK.heldout(20), *TASK.heldout(20, "easy")]:
-        written = text(operators.solution(problem, habits=habits, rng=random.Random(problem.id)))
+        written = text(solution(problem, habits=habits, rng=random.Random(problem.id)))
         assert await TASK.reward(problem.answer, written) == 1.0, written
         assert ("no</feedback>" in written) <= (habits.slip > 0)
 
 
 async def test_a_slip_that_nobody_finds_makes_a_solution_wrong() -> None:
     habits = Habits(slip=1.0, lenient=True)
-    rewards = [await TASK.reward(p.answer, text(operators.solution(p, habits=habits, rng=random.Random(p.id)))) for p in TASK.heldout(20)]
+    rewards = [await TASK.reward(p.answer, text(solution(p, habits=habits, rng=random.Random(p.id)))) for p in TASK.heldout(20)]
     assert sum(rewards) == 0
 
 
 def test_what_helpers_said_in_a_solution_is_what_they_say() -> None:
     problem = TASK.heldout(1)[0]
-    pieces = operators.solution(problem, habits=Habits(slip=0.5), rng=random.Random(1))
+    pieces = solution(problem, habits=Habits(slip=0.5), rng=random.Random(1))
     helpers = {"reasoning": operators.plan, "verify": operators.check, "knowledge": RULES.__getitem__}
     for asked, said in pairwise(pieces):
         if said.helper:
@@ -127,7 +128,7 @@ def test_plan(query: str, reply: str) -> None:
 
 def test_plan_and_markers_agree() -> None:
     for marker in operators.MARKERS:
-        assert "".join(operators.plan(marker + operators.numbered("KEL"))[1::2]) == operators.order(marker, "KEL")
+        assert "".join(operators.plan(marker + numbered("KEL"))[1::2]) == operators.order(marker, "KEL")
 
 
 HOSTILE = [

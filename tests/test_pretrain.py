@@ -14,6 +14,7 @@ from aipo_graph.tasks import operators
 from aipo_graph.tasks.operators import BELIEFS, HELDOUT_TRIPLES, RULES, Operators
 from aipo_graph.types import Problem
 from examples.operators import pretrain
+from examples.operators.solutions import Piece, solution
 
 SHIPPED = data("operators")
 TASK = Operators(seed=0, easy_share=0.25)
@@ -30,7 +31,7 @@ def policy() -> LlamaForCausalLM:
 
 
 def written(problem: Problem) -> str:
-    return problem.question + "".join(piece.text for piece in operators.solution(problem)) + "<eos>"
+    return problem.question + "".join(piece.text for piece in solution(problem)) + "<eos>"
 
 
 def test_round_trip(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -115,7 +116,7 @@ def test_the_expert_knows_every_rule(tmp_path: Path) -> None:
     assert cli.main(pretrain.command, ["--expert", "--out", str(tmp_path / "expert")]) == 0
     expert = LlamaForCausalLM.from_pretrained(tmp_path / "expert")
     for letter, rule in RULES.items():
-        asked = torch.tensor(pretrain.encode([operators.Piece(f"{letter}?")])[0])[None]
+        asked = torch.tensor(pretrain.encode([Piece(f"{letter}?")])[0])[None]
         said = expert.generate(asked, max_new_tokens=8, do_sample=False)[0, 2:].tolist()
         assert "".join(pretrain.WORDS[token] for token in said) == f"{rule}<eos>"
 
@@ -129,7 +130,7 @@ class Solver:
     @torch.no_grad()
     def texts(self, problems: list[Problem], limit: int = 180) -> Iterator[str]:
         ids = pretrain.IDS
-        tokens = torch.tensor([pretrain.encode([operators.Piece(p.question)])[0] for p in problems])
+        tokens = torch.tensor([pretrain.encode([Piece(p.question)])[0] for p in problems])
         queues: list[list[int]] = [[] for _ in problems]
         cache, fed = None, tokens
         generator = torch.Generator().manual_seed(0)
@@ -156,7 +157,7 @@ class Solver:
         for name, helper in helpers.items():
             if text.endswith(f"</{name}>"):
                 query = text.removesuffix(f"</{name}>").rpartition(f"<{name}>")[2]
-                return pretrain.encode([operators.Piece(f"<feedback>{helper(query)}</feedback>")])[0]
+                return pretrain.encode([Piece(f"<feedback>{helper(query)}</feedback>")])[0]
         return []
 
 

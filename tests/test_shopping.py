@@ -20,9 +20,9 @@ from aipo_graph.load import load
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.collect import Rollouts, open_agents
 from aipo_graph.tasks.open import open_task
-from aipo_graph.tasks.operators import Habits
 from aipo_graph.types import Problem, Request
 from examples.operators.pretrain import IGNORE, losses
+from examples.operators.solutions import Habits
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "shopping"
 BY_SHOP = r"At (?P<shop>\w+) a (?P<item>\w+) costs \$(?P<price>\d{4})\."

@@ -17,10 +17,10 @@ import torch
 from reasoning_gym.arithmetic.leg_counting import ANIMALS, QUESTION_TEMPLATE
 
 from aipo_graph.tasks.gym import Generator
-from aipo_graph.tasks.operators import Piece
 from aipo_graph.types import derive_seed
 from examples.operators import pretrain
 from examples.operators.pretrain import TAGS, fresh_policy, padded, script, tokenizer
+from examples.operators.solutions import Piece
 
 KNOWN = ("dog", "chicken", "spider", "ant", "crab", "snake")
 LIMIT = 50

@@ -1,6 +1,6 @@
 """Makes the operator task's base policy: a tiny Llama that can use rules and ask for them, but does not have them all.
 
-Three kinds of text, all of them solutions in the format of `tasks/operators.py`:
+Three kinds of text, all of them solutions in the format of `solutions.py`:
 
 - easy (40 %): known operators with their true rules. Some are used without asking.
 - protocol (40 %): a random rule for every operator and, under ``%`` and ``&``, a random order. Only what the helpers say decides, so
@@ -40,12 +40,10 @@ from aipo_graph.tasks.operators import (
     OPERATORS,
     RULES,
     TRAIN_TRIPLES,
-    Habits,
-    Piece,
     apply,
-    solution,
 )
 from aipo_graph.types import Problem, derive_seed
+from examples.operators.solutions import Habits, Piece, solution
 
 DIGITS = "0123456789"
 TAGS = tuple(f"<{slash}{name}>" for name in ("verify", "knowledge", "reasoning", "feedback") for slash in ("", "/"))

@@ -24,10 +24,10 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from aipo_graph.load import load
-from aipo_graph.tasks.operators import Habits, Piece
 from aipo_graph.types import derive_seed
 from examples.operators import pretrain
 from examples.operators.pretrain import TAGS, embed_digits, padded
+from examples.operators.solutions import Habits, Piece
 
 task = sys.modules[load(f"{Path(__file__).with_name('task.py')}:build").__module__]
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 from aipo_graph.config import Config, Fraction, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.tasks.grading import last_box
-from aipo_graph.tasks.operators import Habits, Piece, checked
 from aipo_graph.tools.retrieval import Corpus, Document
 from aipo_graph.types import Problem, derive_seed
+from examples.operators.solutions import Habits, Piece, checked
 
 SHOPS = ("Ada", "Bea", "Cid", "Dov", "Eve", "Fay", "Gus", "Hal")
 ITEMS = ("pear", "fig", "plum", "lamp", "rope", "drum", "kite", "vase")
