@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
 
-from aipo_graph.literals import Literals, check, coerce, decode
+from aipo_graph.load import STRICT, number
 
 Call = tuple[str, dict[str, Any]]
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -387,3 +387,203 @@ def _loose(text: str, after: str = r"\s*") -> str:
 def _tight(text: str) -> str:
     """A pattern of the text whose line breaks at either end may be missing, but are no part of a value."""
     return "".join((r"\n?" if text.startswith("\n") else "", _loose(text, ""), r"\n?" if text.endswith("\n") and text.strip() else ""))
+
+
+# --- arguments: JSON, Python's literals, and text whose type a tool's schema knows. Nothing is evaluated.
+
+MAX_DEPTH = 32
+"""Nesting of a tool call's arguments."""
+CLOSING = {"[": "]", "(": ")", "{": "}"}
+CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n": ""}
+NUMERAL = re.compile(r"[+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
+KEYS = r"[\w.$-]+(?: [\w.$-]+)*"
+"""A key without quotes."""
+TYPES: Mapping[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+    "object": (dict,),
+    "array": (list,),
+}
+
+
+TOKEN = (
+    r"(?P<quote>\"\"\"|'''|\"|')(?P<body>(?:\\[\s\S]|(?!(?P=quote))[^\\])*+)(?P=quote)"
+    rf"|(?P<key>{KEYS})(?=\s*:)|(?P<opening>[\[({{])|(?:,\s*)?(?P<closing>[\])}}])|(?P<sign>[,:])|(?P<bare>[^\s,\[\](){{}}:=\"'<>]+)"
+)
+"""Of a literal; a comma before a closing bracket is none."""
+
+
+def decode(text: str, at: int = 0) -> tuple[Any, int]:
+    """The JSON value at a place, and where it ends. Raises ValueError, of a key twice and of a number that is not finite, too."""
+    return STRICT.raw_decode(text, re.compile(r"\s*").match(text, at).end())  # type: ignore[union-attr] # blanks may be none
+
+
+def check(value: Any, depth: int = MAX_DEPTH) -> None:
+    """Raises ValueError for arguments nested too deeply, or with half a surrogate pair, which no encoder takes."""
+    if depth == 0:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        value.encode()
+    for entry in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        check(entry, depth - 1)
+
+
+def coerce(text: str, schema: Mapping[str, Any], key: str, *, quoted: bool = False) -> Any:
+    """The value of a text of which only the tool's schema may know the type; the text itself where it is of none of the types.
+
+    >>> coerce("[1, 'a']", {"properties": {"x": {"type": "array"}}}, "x"), coerce("7", {"properties": {"x": {"type": "string"}}}, "x")
+    ([1, 'a'], '7')
+
+    Args:
+        schema: of the tool's arguments, of which ``key`` is one.
+        quoted: strings are quoted, so that a text that is no value is one by mistake.
+    """
+    types = types_of(schema, key)
+    if types == {"string"} and not quoted:
+        return text
+    stripped = text.strip()
+    try:
+        try:
+            value, end = decode(stripped)
+        except (ValueError, RecursionError):
+            value, end = Literals(stripped).value()
+    except ValueError:
+        value, end = text, len(stripped)
+    value = value if end == len(stripped) else text
+    if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:
+        value = int(value)
+    if not types or quoted or _fits(value, types):
+        return value if quoted or not isinstance(value, str) else text
+    return text
+
+
+def types_of(schema: Mapping[str, Any], key: str) -> frozenset[str]:
+    """The JSON types that a schema allows for one argument; none where it does not say."""
+    properties = schema.get("properties")
+    return frozenset(_types(properties.get(key), schema, 8) if isinstance(properties, Mapping) else ())
+
+
+def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
+    if not isinstance(schema, Mapping) or depth == 0:
+        return set()
+    if isinstance(ref := schema.get("$ref"), str):
+        found: Any = root
+        for part in ref.removeprefix("#/").split("/"):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return _types(found, root, depth - 1)
+    declared = schema.get("type")
+    types = {declared} if isinstance(declared, str) else set(declared) if isinstance(declared, list) else set()
+    values = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else [])]
+    if not types:
+        types = {name for value in values for name, kinds in TYPES.items() if type(value) in kinds}
+    for choice in (*schema.get("anyOf", ()), *schema.get("oneOf", ()), *schema.get("allOf", ())):
+        types |= _types(choice, root, depth - 1)
+    return types | ({"null"} if schema.get("nullable") else set())
+
+
+def _fits(value: Any, types: frozenset[str]) -> bool:
+    return any(type(value) in TYPES.get(name, ()) for name in types)
+
+
+class Literals:
+    """Reads values as JSON and Python write them, and strings between marks of a template's own.
+
+    Args:
+        quote: such a mark.
+        assign: what stands between an argument's name and its value.
+    """
+
+    def __init__(self, text: str, quote: str = "", assign: str = "=") -> None:
+        self._text = text
+        self._key = re.compile(rf"\s*([\"']?)({KEYS})\1\s*{re.escape(assign)}(?!=)")
+        mark = re.escape(quote)
+        own = rf"{mark}(?P<plain>[\s\S]*?){mark}|" if quote and quote not in "\"'" else ""
+        self._token = re.compile(rf"\s*(?:{own}{TOKEN})")
+
+    def arguments(self, at: int, closing: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        """Arguments up to the closing bracket, those without a name as the schema orders them, and where that ends. Raises ValueError."""
+        found: dict[str, Any] = {}
+        order = list(schema.get("properties") or ())
+        end = re.compile(rf"\s*{re.escape(closing)}")
+        while not (ended := end.match(self._text, at)):
+            named = self._key.match(self._text, at)
+            if named is None and len(found) >= len(order):
+                raise ValueError("an argument without a name")
+            key, start = (named[2], named.end()) if named else (order[len(found)], at)
+            if key in found:
+                raise ValueError("a key stands twice")
+            found[key], at = self._argument(start, closing, schema, key)
+            if comma := re.compile(r"\s*,").match(self._text, at):
+                at = comma.end()
+            elif not end.match(self._text, at):
+                raise ValueError(f"{self._text[at : at + 20]!r} after a value")
+        return found, ended.end()
+
+    def _argument(self, at: int, closing: str, schema: Mapping[str, Any], key: str) -> tuple[Any, int]:
+        """A value; where none is, the text up to the next comma, for templates that write strings without quotes."""
+        types = types_of(schema, key)
+        try:
+            value, end = self.value(at)
+            if re.compile(rf"\s*(?:,|{re.escape(closing)})").match(self._text, end):
+                bare = not isinstance(value, str) and bool(types) and not _fits(value, types)
+                return (coerce(self._text[at:end].strip(), schema, key) if bare else value), end
+        except ValueError:
+            pass
+        depth = 0
+        for bracket in re.compile(r"[\[\](){},]").finditer(self._text, at):
+            if depth == 0 and bracket.group() in (",", closing):
+                text = self._text[at : bracket.start()].strip()
+                if (not text and "string" not in types) or text[:1] in ('"', "'", "[", "{"):
+                    break
+                return coerce(text, schema, key), bracket.start()
+            depth += (bracket.group() in "[({") - (bracket.group() in "])}")
+        raise ValueError(f"the value of {key!r} cannot be read")
+
+    def value(self, at: int = 0) -> tuple[Any, int]:
+        """The value at a place, and where it ends. Raises ValueError."""
+        written: list[str] = []  # as JSON
+        closings: list[str] = []
+        while closings or not written:
+            token = self._token.match(self._text, at)
+            kind = str(token.lastgroup) if token else ""
+            closed = closings.pop() if kind == "closing" and closings else ""
+            if (
+                token is None
+                or len(closings) >= MAX_DEPTH
+                or (kind == "closing" and token[kind] != closed)
+                or (kind == "key" and not closings)
+            ):
+                raise ValueError(f"{self._text[at : at + 20]!r} is no value")
+            if kind == "opening":
+                closings.append(CLOSING[token[kind]])
+            written.append(_as_json(kind, token[kind]))
+            at = token.end()
+        return STRICT.decode("".join(written)), at
+
+
+def _as_json(kind: str, text: str) -> str:
+    """A token of a literal as JSON writes it. Raises ValueError for a string with half a surrogate pair, and for a bare word."""
+    match kind:
+        case "opening" | "closing":
+            return text.replace("(", "[").replace(")", "]")
+        case "sign":
+            return text
+        case "key" | "plain":
+            return json.dumps(text)
+        case "body":
+            text = re.sub(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|[\s\S])", _unescaped, text)
+            return json.dumps(text.encode("utf-16", "surrogatepass").decode("utf-16"))
+    if text.lower() in CONSTANTS:
+        return json.dumps(CONSTANTS[text.lower()])
+    if not NUMERAL.fullmatch(text):
+        raise ValueError(f"{text[:20]!r} is no value")
+    return json.dumps(int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else number(text))
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    code = match[1]
+    return chr(int(code[1:], 16)) if len(code) > 1 else ESCAPES.get(code, code if code in "\\\"'/" else match.group())

@@ -1,4 +1,5 @@
-"""``load("graphs/aipo.py:build")`` or ``load("pkg.mod:name")``: the only dynamic import of the project; and what a call gave instead."""
+"""``load("graphs/aipo.py:build")`` or ``load("pkg.mod:name")``: the only dynamic import of the project; what a call gave instead; and
+files that users name, with records of JSON among them."""
 
 import codecs
 import difflib
@@ -6,6 +7,8 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import json
+import math
 import sys
 import sysconfig
 import traceback
@@ -16,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import ConfigError, TaskError
 
 # What running a user's file can raise. An AipoError of its own passes through; anything rarer keeps its traceback.
 IMPORT_FAULTS = (
@@ -261,3 +264,65 @@ def _listing(folder: Path, kind: str) -> list[Path]:
         return [p for p in folder.iterdir() if (p.is_file() if kind == "file" else p.is_dir())]
     except OSError:
         return []
+
+
+# --- JSON that others wrote, and files of records, every fault of which is named by file and line
+
+LONGEST_LINE = 1_000_000
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def number(text: str) -> float:
+    """Raises ValueError for what is no JSON number: inf, nan, and what is too large for any."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no JSON number")
+    return number
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=number, parse_float=number)
+"""Reads JSON in which no key stands twice and every number is finite. Raises ValueError, or RecursionError."""
+
+
+def records(path: str | Path, *fields: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(``file:line``, record) for each line that is not blank; ``fields`` must be there, as text that is not blank.
+
+    Raises TaskError on a missing or empty file, and on a line that is not such a record.
+    """
+    found = False
+    try:
+        with open(path, "rb") as file:
+            for count, line in enumerate(file, 1):
+                if line.strip():
+                    found = True
+                    yield f"{path}:{count}", record(line, f"{path}:{count}", fields)
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read ({error.strerror}); name a JSONL file with the fields {', '.join(fields)}") from error
+    if not found:
+        raise TaskError(f"{path}: no records; each line is to be a JSON object with the fields {', '.join(fields)}")
+
+
+def record(line: bytes, where: str, fields: tuple[str, ...] = (), longest: int = LONGEST_LINE) -> dict[str, Any]:
+    """The JSON object of one line of at most ``longest`` bytes. Raises TaskError, which names ``where``, for anything else."""
+    if len(line) > longest:
+        raise TaskError(f"{where}: a line of more than {longest} bytes; no more are read")
+    try:
+        found = STRICT.decode(decoded(line, where))
+    except ConfigError as error:
+        raise TaskError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{where}: not a JSON record ({str(error) or type(error).__name__})") from error
+    if not isinstance(found, dict):
+        raise TaskError(f"{where}: a JSON object is expected, not {type(found).__name__}")
+    for name in fields:
+        value = found.get(name)
+        if not isinstance(value, str) or not value.strip():
+            problem = "is missing" if name not in found else f"is {value!r:.40}, not text"
+            raise TaskError(f"{where}: field {name!r} {problem}; the fields there: {', '.join(found)[:200] or 'none'}")
+    return found

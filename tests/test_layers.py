@@ -20,10 +20,9 @@ OURS = {
     "loops": set(),
     "cli": {"errors", "config", "load"},
     "log": {"types", "errors", "config", "cli"},
-    "tools": {"types", "errors", "config", "load", "literals"},
+    "tools": {"types", "errors", "config", "load"},
     "tasks": {"types", "errors", "config", "load", "tools"},
-    "literals": set(),
-    "calls": {"literals"},
+    "calls": {"load"},
     "messages": {"types", "errors", "calls"},
     "forward": set(),
     "rollout": {"types", "errors", "config", "load", "messages", "tools", "tasks.grading", "tasks.rewards"},
@@ -42,7 +41,6 @@ THEIRS = {
     "load": {"torch", "transformers", "langgraph"},
     "tools": {"torch", "transformers", "langgraph"},
     "tasks": {"torch", "transformers", "langgraph"},
-    "literals": {"*"},
     "calls": {"*"},
     "messages": {"torch", "langgraph"},
     "forward": {"langgraph", "langchain_core"},
@@ -147,7 +145,7 @@ def test_broad_handlers_stand_at_the_boundaries_only() -> None:
     assert found <= {f"aipo_graph/{name}" for name in theirs}
 
 
-STATEMENTS, FILES = 11_282, 78
+STATEMENTS, FILES = 11_211, 76
 """Of `aipo_graph/`, docstrings not counted: what stood when last something went. Lower them with each thing that goes."""
 
 

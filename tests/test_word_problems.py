@@ -8,11 +8,11 @@ import pytest
 from aipo_graph.cli import parse
 from aipo_graph.config import Config, Run, TaskSection
 from aipo_graph.errors import TaskError
+from aipo_graph.load import records
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.collect import open_agents
 from aipo_graph.tasks.datasets import CORPUS, MAPPINGS, DatasetTask, build
 from aipo_graph.tools import symbolic
-from aipo_graph.tools.jsonl import records
 from aipo_graph.tools.retrieval import Corpus
 from aipo_graph.types import Request
 

@@ -21,9 +21,8 @@ from pydantic import NonNegativeInt
 
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError, install
-from aipo_graph.load import OBJECT, data, find, load
+from aipo_graph.load import OBJECT, data, find, load, records
 from aipo_graph.tasks import grading, rewards
-from aipo_graph.tools.jsonl import records
 from aipo_graph.tools.notation import LONGEST, number, plain
 from aipo_graph.types import FIELDS, Problem, derive_seed
 

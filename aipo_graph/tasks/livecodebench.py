@@ -22,10 +22,9 @@ from pydantic import NonNegativeInt, PositiveFloat, StringConstraints
 
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError, ToolError
-from aipo_graph.load import find
+from aipo_graph.load import find, record
 from aipo_graph.tasks.datasets import Split, kept_for_training, nothing_to_train, open_dataset
 from aipo_graph.tools import jail
-from aipo_graph.tools.jsonl import record
 from aipo_graph.types import Problem, derive_seed
 
 log = logging.getLogger(__name__)

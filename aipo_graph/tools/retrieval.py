@@ -13,7 +13,7 @@ from typing import Any
 import bm25s
 
 from aipo_graph.errors import TaskError
-from aipo_graph.tools.jsonl import records
+from aipo_graph.load import records
 
 LONGEST_QUERY = 1000
 _WORD = re.compile(r"[^\W_]+(?:\.\d+)?")
