@@ -11,7 +11,7 @@ from pydantic_settings import CliPositionalArg
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.rollout.collect import open_graph
-from aipo_graph.view.layout import layout
+from aipo_graph.view.read import layout
 
 
 class Draw(Config):

@@ -237,23 +237,13 @@ def _guarded(spec: str, path: Path | None, run: Callable[[], Any]) -> Any:
         text = " ".join(str(fault).split()) or "no message"
         if path is None and isinstance(fault, ModuleNotFoundError) and fault.name and spec.startswith(fault.name):
             raise ConfigError(f"{spec!r}: no module {fault.name!r}; install it, or give the file as path/to/file.py:name") from fault
-        raise ConfigError(f"{spec!r} does not load: {type(fault).__name__} in {_place(fault, path)}: {text}") from fault
-
-
-def _place(fault: BaseException, path: Path | None) -> str:
-    """The deepest line of the user's own file; for a module, the deepest line there is."""
-    if isinstance(fault, SyntaxError) and fault.filename:
-        return f"{fault.filename}:{fault.lineno}"
-    frames = traceback.extract_tb(fault.__traceback__)
-    own = [frame for frame in frames if path is not None and frame.filename == str(path)]
-    if path and not own:
-        return str(path)
-    frame = (own or frames)[-1]
-    return f"{frame.filename}:{frame.lineno}"
+        raise ConfigError(f"{spec!r} does not load: {type(fault).__name__} in {own_place(fault) or path or spec}: {text}") from fault
 
 
 def own_place(fault: BaseException) -> str:
     """The deepest line of a user's own file that a fault came through; "" where all are ours or a library's."""
+    if isinstance(fault, SyntaxError) and fault.filename:
+        return f"{fault.filename}:{fault.lineno}"
     theirs = (str(Path(__file__).parent), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
     own = [frame for frame in traceback.extract_tb(fault.__traceback__) if not frame.filename.startswith((*theirs, "<frozen"))]
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""

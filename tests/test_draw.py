@@ -10,7 +10,7 @@ import pytest
 from aipo_graph import cli, draw
 from aipo_graph.load import load
 from aipo_graph.rollout.collect import open_graph
-from aipo_graph.view.layout import layout
+from aipo_graph.view.read import layout
 
 
 def test_mermaid_names_every_node(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ import inspect
 import json
 import math as maths
 import reprlib
-import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -155,7 +154,8 @@ class Rewards:
                 raise
             except Exception as error:  # the boundary of a user's reward
                 if not (isinstance(error, TimeoutError) and limit.expired()):
-                    raise TaskError(f"{label}: raised {type(error).__name__} in {_place(error, found)}: {_line(error)}") from error
+                    said, place = " ".join(str(error).split())[:300] or "no message", files.own_place(error)
+                    raise TaskError(f"{label}: raised {type(error).__name__}{place and f' in {place}'}: {said}") from error
                 if (still := len(self._late)) >= PLACES:
                     raise ConfigError(f"{label}: {late}, and {still} such calls still run: look for a loop without an end") from None
                 raise TaskError(f"{label}: {late}") from None
@@ -237,15 +237,3 @@ def _number(value: Any, gave: str, remedy: str) -> float:
 
 def _short(value: Any) -> str:
     return " ".join(reprlib.repr(value).split())
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or "no message"
-
-
-def _place(error: BaseException, found: Function) -> str:
-    """The deepest line of the function's own file, else the deepest there is."""
-    frames = traceback.extract_tb(error.__traceback__)
-    code = getattr(inspect.unwrap(_inner(found)), "__code__", None)
-    frame = ([f for f in frames if code and f.filename == code.co_filename] or frames)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
