@@ -283,28 +283,13 @@ def no_updating(path: str, answer: Any) -> None:
     ({"edit": splits_prompts}, {}, "--no-enable-chunked-prefill --max-num-batched-tokens 4096"),
     ({"edit": no_lora}, {"policy": {"lora_rank": 4}}, "--enable-lora --max-lora-rank 8"),
     ({"edit": no_updating}, {"policy": {"lora_rank": 4}}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
-    ({"hide": ("/inference/v1/generate",)}, {"rollout": {"max_tokens": 64, "max_lag": 1}}, "--enable-scale-out"),
+    ({"hide": ("/inference/v1/generate",)}, {}, "--enable-scale-out"),
 ])  # fmt: skip
 async def test_a_server_with_other_settings_is_refused(
     vllm_server: str, options: dict[str, Any], sections: dict[str, Any], message: str
 ) -> None:
     async with proxy(vllm_server, **options) as (url, _):
         assert message in await refused(settings(url, **{"rollout": {"max_tokens": 64}, **sections}))
-
-
-async def test_without_scale_out_completions_give_the_same(vllm_server: str) -> None:
-    model = perturbed(5)
-    async with opened(vllm_server) as engine:
-        expected = await engine.generate(PROMPT, seed=7, max_tokens=40)
-    async with proxy(vllm_server, hide=("/inference/v1/generate",)) as (url, _), opened(url) as engine:
-        assert not engine.in_flight
-        found = await engine.generate(PROMPT, seed=7, max_tokens=40)
-        assert (found.token_ids, found.stop) == (expected.token_ids, expected.stop)
-        assert gap(found.logprobs, expected.logprobs) < CLOSE
-        await engine.load_weights(model.named_parameters(), 4)
-        ids = [*PROMPT, *found.token_ids]
-        assert gap(await engine.logprobs(ids), exact(model, ids)) < CLOSE
-        assert (await engine.generate(PROMPT, seed=7, max_tokens=40)).version == 4
 
 
 async def test_a_lost_request_is_sampled_again(vllm_server: str) -> None:

@@ -124,7 +124,9 @@ SHAPE = (
 )  # fmt: skip
 """What two directories of one model's weights agree on."""
 PROBE = "a1 B%=12?\n<knowledge>é✓ x²</knowledge> \\boxed{3}"
+TOKENS, TEXT = "/inference/v1/generate", "/v1/completions"
 NO_SERVER = "is no vLLM server: engine.urls must name vLLM servers, without /v1; start one with `vllm serve`"
+NO_TOKENS = "does not say which weights sampled a token; start it with --enable-scale-out"
 CLOSED = "takes no new weights; start it with VLLM_SERVER_DEV_MODE=1 in its environment, reachable by this machine alone"
 
 
@@ -181,6 +183,7 @@ async def check_server(client: Client, config: Config, facts: Facts) -> tuple[st
     ]
     if fault := next((text for found, text in faults if found), None):
         raise ConfigError(f"{client.url} {fault}")
+    await client.call("POST", TOKENS, {"model": name, "token_ids": [0], "sampling_params": {"max_tokens": 1}}, missing=NO_TOKENS)
     return name, fresh, settings
 
 
@@ -203,20 +206,8 @@ def _field(config: PretrainedConfig, name: str) -> Any:
     return getattr(config if name == "architectures" else config.get_text_config(), name, None)
 
 
-async def tokens_route(client: Client, name: str) -> bool:
-    """Whether it takes and gives token ids with their weight versions (``--enable-scale-out``)."""
-    try:
-        await client.call("POST", "/inference/v1/generate", {"model": name, "token_ids": [0], "sampling_params": {"max_tokens": 1}})
-    except Refused as error:
-        if error.status == 404:
-            return False
-        raise EngineError(f"{error}; it answers no requests, see its log") from error
-    return True
-
-
 # --- the engine
 
-TOKENS, TEXT = "/inference/v1/generate", "/v1/completions"
 APART = {"float32": 1e-3, "bfloat16": 0.05}
 """Mean gap of logprobs between two servers past which they hold different weights; equal machines stay below."""
 
@@ -232,6 +223,8 @@ class ServerEngine:
     go on, and each completion says from which token on. With LoRA a request keeps the adapter that it was sent with.
     """
 
+    in_flight = True
+
     def __init__(
         self,
         config: Config,
@@ -239,7 +232,6 @@ class ServerEngine:
         clients: Sequence[Client],
         names: dict[str, str],
         *,
-        tokens: bool,
         nccl: bool,
         lora: bool,
         context: int,
@@ -247,12 +239,10 @@ class ServerEngine:
         self.eos_ids = facts.eos_ids
         self.version = 0
         self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank else "weights"
-        self.in_flight = tokens or self.takes == "adapter"
         self.max_context = context
         self._facts = facts
         self._clients = clients
         self._names = names
-        self._tokens = tokens
         self._nccl = nccl
         self._lora = lora
         self._apart = APART[config.policy.dtype]
@@ -275,17 +265,11 @@ class ServerEngine:
             clients = [await stack.enter_async_context(Client(url, config.rollout.timeout)) for url in different]
             found = [await check_server(client, config, facts) for client in clients]
             names = {client.url: name for client, (name, _, _) in zip(clients, found, strict=True)}
-            tokens = all([await tokens_route(client, names[client.url]) for client in clients])
-            if not tokens and config.rollout.max_lag:
-                raise ConfigError(
-                    f"{clients[0].url} does not say which weights sampled a token, rollout.max_lag is {config.rollout.max_lag}; "
-                    "start every server with --enable-scale-out, or use 0"
-                )
             lengths = [int(settings["model_config"]["max_model_len"]) for _, _, settings in found]
             transfers = [(settings.get("weight_transfer_config") or {}).get("backend") for _, _, settings in found]
             nccl = all(backend == "nccl" for backend in transfers) and importlib.util.find_spec("vllm") is not None
             lora = any(settings.get("lora_config") for _, _, settings in found)
-            engine = cls(config, facts, clients, names, tokens=tokens, nccl=nccl, lora=lora, context=min(facts.context, *lengths))
+            engine = cls(config, facts, clients, names, nccl=nccl, lora=lora, context=min(facts.context, *lengths))
             stack.callback(engine._files.close)
             foreign = [client for client, (_, fresh, _) in zip(clients, found, strict=True) if not fresh]
             await engine._reload(foreign, model_path, 0)
@@ -310,22 +294,17 @@ class ServerEngine:
             choice = (await self._ask(client, adapter, prompt_ids, parameters))["choices"][0]
         finally:
             self._in_use[adapter] -= 1
-        ids = choice["token_ids"] or ()
-        if not self._tokens:
-            return vllm_api.completion(self._facts, ids, choice["logprobs"]["token_logprobs"], choice["finish_reason"], [(0, version)])
         versions = [(0, version)]
         if adapter is None and self.takes == "weights":
             spans = choice["weight_versions"] or ()
             versions = [(span["start"], self._labels.version(span["version"])) for span in spans] or versions
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        return vllm_api.completion(self._facts, ids, logprobs, choice["finish_reason"], versions)
+        return vllm_api.completion(self._facts, choice["token_ids"] or (), logprobs, choice["finish_reason"], versions)
 
     async def _ask(self, client: Client, adapter: str | None, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
-        name = adapter or self._names[client.url]
-        if self._tokens:
-            parameters = parameters | {"detokenize": bool(parameters.get("stop"))}
-            return await client.sample(TOKENS, {"model": name, "token_ids": list(prompt_ids), "sampling_params": parameters})
-        return await client.sample(TEXT, {"model": name, "prompt": list(prompt_ids), "return_token_ids": True, **parameters})
+        parameters = parameters | {"detokenize": bool(parameters.get("stop"))}
+        body = {"model": adapter or self._names[client.url], "token_ids": list(prompt_ids), "sampling_params": parameters}
+        return await client.sample(TOKENS, body)
 
     async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Asks every server. Raises EngineError where they do not agree."""
@@ -345,8 +324,7 @@ class ServerEngine:
         check_request(token_ids, 1, 0.0, vocab_size=self._facts.vocab_size, context=self.max_context)
         if self._lora:
             return tuple(await asyncio.gather(*(self._score_next(client, token_ids[:t], token_ids[t]) for t in range(1, len(token_ids)))))
-        answer = await self._ask(client, None, token_ids, parameters)
-        entries = answer["prompt_logprobs"] if self._tokens else answer["choices"][0]["prompt_logprobs"]
+        entries = (await self._ask(client, None, token_ids, parameters))["prompt_logprobs"]
         return tuple(entry["logprob"] for entry in vllm_api.prompt_scores(token_ids, entries))
 
     async def _score_next(self, client: Client, prompt: Sequence[int], token: int) -> float:
