@@ -101,9 +101,9 @@ def demo(browser: Browser, url: str, question: str) -> None:
 
 
 @contextmanager
-def served(model: str, folder: Path) -> Iterator[str]:
+def served(model: str) -> Iterator[str]:
     """The address of the demo page."""
-    words = [sys.executable, "-m", "aipo_graph.demo", model, "--web", "--no-open", "--port", "0", "--threads", str(folder / "demo.sqlite")]
+    words = [sys.executable, "-m", "aipo_graph.demo", model, "--web", "--no-open", "--port", "0"]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:
         assert server.stdout
@@ -139,7 +139,7 @@ def main() -> None:
                 page.get_by_test_id("tokens").wait_for()
                 shoot(page, "viewer-chat")
         question = viewer(browser, (folder / "one.html").as_uri(), (folder / "two.html").as_uri())
-        with served(given.model, folder) as url:
+        with served(given.model) as url:
             demo(browser, url, question)
         browser.close()
 

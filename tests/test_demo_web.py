@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import socket
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,7 @@ from started import Started
 from aipo_graph import cli
 from aipo_graph.demo import settings
 from aipo_graph.demo.__main__ import command
-from aipo_graph.demo.web import Server, Threads
+from aipo_graph.demo.web import Server
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout import Agent
 from aipo_graph.rollout.collect import Rollouts
@@ -71,16 +70,16 @@ def main(*args: str) -> int:
 
 
 @contextmanager
-def served(folder: Path, *args: str, agents: Mapping[str, Agent] | None = None) -> Iterator[str]:
-    """The page's URL, from a server in a thread of its own; its threads are in the folder."""
+def served(*args: str, agents: Mapping[str, Agent] | None = None) -> Iterator[str]:
+    """The page's URL, from a server in a thread of its own."""
     model = args if args and not args[0].startswith("-") else ("operators", *args)
-    demo = settings([*model, "--web", "--threads", str(folder / "demo.sqlite")])
+    demo = settings([*model, "--web"])
     ended, started, found = asyncio.Event(), threading.Event(), []
 
     async def run() -> None:
         rollouts = Rollouts.open(demo, LocalEngine.load(demo, demo.policy.model), open_task(demo))
         rollouts = replace(rollouts, agents={**rollouts.agents, **(agents or {})})
-        server = TestServer(Server(demo, rollouts, Threads(Path(demo.threads))).app())
+        server = TestServer(Server(demo, rollouts).app())
         await server.start_server()
         found.extend([str(server.make_url("/")), asyncio.get_running_loop()])
         started.set()
@@ -99,21 +98,16 @@ def served(folder: Path, *args: str, agents: Mapping[str, Agent] | None = None) 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
-    with served(folder) as found:
+def url() -> Iterator[str]:
+    with served() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, threading.Event]]:
+def hanging() -> Iterator[tuple[str, threading.Event]]:
     """The URL of a page whose agent `verify` does not come back, and the event that it was asked."""
     asked = threading.Event()
-    with served(tmp_path_factory.mktemp("hanging"), agents={"verify": hang(asked)}) as found:
+    with served(agents={"verify": hang(asked)}) as found:
         yield found, asked
 
 
@@ -275,7 +269,7 @@ def test_a_first_visitor_has_an_example_and_the_keyboard(url: str, opened: Open)
 def test_stop_ends_the_runs_and_keeps_what_was_made(hanging: tuple[str, threading.Event], opened: Open) -> None:
     url, page = hanging[0], opened(hanging[0])
     ask_and_hang(page, hanging[1])
-    # What has ended is stored while the rest still runs: a server that is killed now leaves that much.
+    # What has ended is kept while the rest still runs.
     assert [trace["status"] for trace in traces_of(url, 1)] == ["done"]
     page.keyboard.press("Escape")
     finished(page)
@@ -301,15 +295,15 @@ def test_a_question_is_deleted_while_it_runs(hanging: tuple[str, threading.Event
     url, page = hanging[0], opened(hanging[0])
     ask_and_hang(page, hanging[1])
     thread = history(url)[0]["thread"]
-    assert send(url, "/forget", json.dumps({"thread": thread}))[0] == 200
+    assert send(url, f"/forget?id={thread}", "{}")[0] == 200
     finished(page)
     assert thread not in [asked["thread"] for asked in history(url)]
     assert send(url, f"/thread?id={thread}")[0] == 404
 
 
-def test_a_second_question_and_the_end_of_the_server_stop_what_runs(tmp_path: Path, opened: Open) -> None:
+def test_a_second_question_stops_the_first(opened: Open) -> None:
     started = threading.Event()
-    with served(tmp_path, agents={"verify": hang(started)}) as url:
+    with served(agents={"verify": hang(started)}) as url:
         page = opened(url, allow="Failed to load resource")
         ask_and_hang(page, started)
         ask(page, "hello")
@@ -319,15 +313,12 @@ def test_a_second_question_and_the_end_of_the_server_stop_what_runs(tmp_path: Pa
         ask(page, QUESTION, temperature="0", seed="1")
         assert started.wait(30)
         assert [trace["status"] for trace in traces_of(url, 2, place=1)] == ["done", "stopped"]
-    with served(tmp_path) as url:
-        assert [trace["status"] for trace in traces_of(url, 2)] == ["done", "stopped"]
 
 
-def test_earlier_questions_are_there_after_a_restart(tmp_path: Path, opened: Open) -> None:
-    with served(tmp_path) as url:
+def test_earlier_questions_come_back(opened: Open) -> None:
+    with served() as url:
         send(url, "/ask", json.dumps({"question": QUESTION, "samples": 2}))
         send(url, "/ask", json.dumps({"question": "@1234AB?", "mode": "alone", "temperature": 0}))
-    with served(tmp_path) as url:
         page = opened(url)
         listed = page.get_by_test_id("history").locator(".open")
         expect(listed).to_have_count(2)
@@ -359,18 +350,16 @@ def build():
 
 
 def test_hostile_questions_and_replies_are_text(tmp_path: Path, opened: Open) -> None:
-    """Nothing of it runs, and all of it is there to be read: while it streams, in the list of questions, after a restart."""
+    """Nothing of it runs, and all of it is there to be read: while it streams, in the list of questions, after a reload."""
     (tmp_path / "unasked.py").write_text(UNASKED)
     model = save_tiny(tmp_path / "model", bpe())
     args = [model, "--graph", f"{tmp_path / 'unasked.py'}:build", "--rollout.max_tokens", "8", "--config", "configs/quickstart.yaml"]
-    with served(tmp_path, *args, agents={"knowledge": says(HOSTILE)}) as url:
+    with served(*args, agents={"knowledge": says(HOSTILE)}) as url:
         page = opened(url)
         ask(page, HOSTILE)
         finished(page)
         check_hostile(page)
-    with served(tmp_path, *args) as url:
-        page = opened(url)
-        page.get_by_test_id("history").locator(".open").click()
+        page.reload()
         check_hostile(page)
 
 
@@ -382,8 +371,8 @@ def check_hostile(page: Page) -> None:
     assert page.locator("main script, main img, main a").count() == 0
 
 
-def test_a_helper_that_is_down_is_told_in_its_trace(tmp_path: Path, opened: Open) -> None:
-    with served(tmp_path, agents={"knowledge": broken("knowledge", "the rule book is closed")}) as url:
+def test_a_helper_that_is_down_is_told_in_its_trace(opened: Open) -> None:
+    with served(agents={"knowledge": broken("knowledge", "the rule book is closed")}) as url:
         page = opened(url)
         ask(page, QUESTION, temperature="0")
         finished(page)
@@ -393,23 +382,6 @@ def test_a_helper_that_is_down_is_told_in_its_trace(tmp_path: Path, opened: Open
         expect(helped.locator(".node.taken[data-node=knowledge]")).to_be_visible()
         expect(helped.locator(".segment.agent", has_text="3B2E1I")).to_have_count(1)
         expect(page.get_by_test_id("side-alone")).to_have_attribute("data-state", "wrong")
-
-
-def test_a_damaged_file_of_threads_is_told_in_one_line(tmp_path: Path) -> None:
-    with served(tmp_path) as url:
-        asked = json.dumps({"question": QUESTION, "mode": "alone"})
-        send(url, "/ask", asked)
-        (listed,) = history(url)
-        with sqlite3.connect(tmp_path / "demo.sqlite") as database:
-            database.execute("UPDATE trace SET stored = x'c1'")
-        status, text = send(url, f"/thread?id={listed['thread']}")
-        assert (status, "this question is damaged" in text) == (400, True)
-        assert (send(url, "/forget", json.dumps({"thread": listed["thread"]}))[0], history(url)) == (200, [])
-        with sqlite3.connect(tmp_path / "demo.sqlite") as database:
-            database.execute("DROP TABLE question")
-        status, text = send(url, "/history")
-        assert (status, json.loads(text)["error"]) == (500, "the file of threads: no such table: question")
-        assert "these traces could not be stored: no such table" in events(send(url, "/ask", asked)[1])[-1]["error"]
 
 
 @pytest.mark.parametrize(
@@ -458,13 +430,10 @@ def test_errors_are_shown_at_their_field(url: str, opened: Open) -> None:
         ("/ask", "{}", {"Origin": "http://evil.example"}, 403),
         ("/ask", "{}", {"Origin": ""}, 403),
         ("/stop", "{}", {"Origin": "null"}, 403),
-        ("/forget", "{}", {"Content_Type": "text/plain"}, 415),
+        ("/forget", "{}", {"Origin": "null"}, 403),
         ("/ask", "x" * 2_000_000, {}, 413),
         ("/thread?id=nosuch", None, {}, 404),
         (f"/thread?id={'0' * 32}", None, {}, 404),
-        ("/forget", '{"thread": "\\ud800"}', {}, 400),
-        ("/stop", '{"thread": []}', {}, 400),
-        ("/stop", "[]", {}, 400),
         ("/nosuch", None, {}, 404),
         ("/sample?kind=nosuch", None, {}, 400),
     ],
@@ -512,7 +481,6 @@ def test_the_policy_is_in_force(url: str, opened: Open) -> None:
         (["operators", "--web", "--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
         (["operators", "--web", "--host", "ü" * 64], "no name of a machine"),
         (["operators", "--web", "--port", "99999"], "port = '99999'"),
-        (["operators", "--web", "--port", "0", "--no-open", "--threads", "/dev/null/x.sqlite"], "--threads /dev/null/x.sqlite"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -522,19 +490,15 @@ def test_what_cannot_be_served_is_one_line(args: list[str], says: str, capsys: p
     assert "\n" not in error
 
 
-def test_a_port_in_use_a_damaged_model_and_a_foreign_file_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_and_a_damaged_model_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main("operators", "--web", "--port", str(port)) == 2
     (tmp_path / "config.json").write_text("{}")
     assert main(str(tmp_path), "--web", "--port", "0") == 2
-    (tmp_path / "mine.sqlite").write_bytes(b"not a database" * 100)
-    assert main("operators", "--web", "--port", "0", "--no-open", "--threads", str(tmp_path / "mine.sqlite")) == 2
-    used, damaged, foreign = capsys.readouterr().err.strip().splitlines()
+    used, damaged = capsys.readouterr().err.strip().splitlines()
     assert f"port {port} of 127.0.0.1 is in use" in used
     assert "cannot load the policy" in damaged
-    assert "file is not a database" in foreign
-    assert (tmp_path / "mine.sqlite").read_bytes().startswith(b"not a database")
 
 
 @pytest.mark.slow
@@ -546,4 +510,3 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
         told = events(send(url, "/ask", json.dumps({"question": QUESTION, "temperature": 0}))[1])
         assert [event["event"] for event in told][-1] == "end"
         assert (process.end(signal.SIGINT), process.out.read_text().count("\n"), process.err.read_text()) == (0, 1, "")
-    assert (tmp_path / "runs" / "demo.sqlite").exists()

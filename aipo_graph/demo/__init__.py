@@ -50,8 +50,6 @@ class Demo(Config):
     """web: the address that it listens on. Whoever reaches it may use the model: another one than this machine's own at your own risk."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8060
     """web: the port that it listens on; 0 is any free one."""
-    threads: str = ""
-    """web: the SQLite file of earlier questions and their traces; default: demo.sqlite in run.dir."""
     no_open: CliToggleFlag[bool] = False
     """web: leave the browser closed; also written --no-open."""
 

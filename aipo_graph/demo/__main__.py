@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from aipo_graph import cli
 from aipo_graph.demo import Demo, Questions, settings
-from aipo_graph.demo.web import Server, Threads
+from aipo_graph.demo.web import Server
 from aipo_graph.engines import open_engine
 from aipo_graph.engines.chat import open_chats
 from aipo_graph.engines.launch import launched
@@ -217,9 +217,8 @@ def command(argv: list[str]) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(demo.run.threads)
     with ExitStack() as stack:
-        if demo.web:  # first: who finds port or file in use need not wait for the model
+        if demo.web:  # first: who finds the port in use need not wait for the model
             listening = stack.enter_context(bound(demo.host, demo.port))
-            threads = Threads(Path(demo.threads or Path(demo.run.dir) / "demo.sqlite"))
         served = stack.enter_context(launched(demo, demo.policy.model, Path(demo.run.dir), console))
         runner = stack.enter_context(asyncio.Runner())
         engine = runner.run(open_engine(served, demo.policy.model))
@@ -228,7 +227,7 @@ def command(argv: list[str]) -> None:
         if demo.temperature is not None:
             rollouts = replace(rollouts, temperature=demo.temperature)
         if demo.web:
-            app = Server(demo, rollouts, threads).app()
+            app = Server(demo, rollouts).app()
             runner.run(serve(app, listening, demo.model, "use the model, and read and delete what was asked", console, not demo.no_open))
         else:
             converse(runner, rollouts, demo, console)

@@ -1,17 +1,16 @@
 """The demo's page: a small aiohttp server, for streams and two dozen lines of routes need no web framework beside the HTTP library we have.
 
 One engine serves all tabs. A trace is told as it is made, as server-sent events in the answer to the POST that asked for it, so that a
-closed tab ends its runs; what was made until then is stored all the same.
+closed tab ends its runs; what was made until then is kept all the same.
 """
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from aiohttp import web
@@ -34,61 +33,11 @@ from aipo_graph.view.record import Pieces, open_pieces, segment_json, split
 from aipo_graph.view.serve import application
 
 NEWEST = 200
-"""Questions that the history lists."""
+"""Questions that are kept, as long as the server runs."""
 TITLE = 200
 """Characters of a question in the history."""
 Json = dict[str, Any]
 """A JSON object."""
-
-
-# --- asked questions and their traces, in SQLite
-
-TABLES = """
-CREATE TABLE IF NOT EXISTS question (thread TEXT PRIMARY KEY, title TEXT, asked TEXT, traces INTEGER, stored TEXT);
-CREATE TABLE IF NOT EXISTS trace (thread TEXT, stored TEXT);
-CREATE INDEX IF NOT EXISTS traces ON trace (thread);
-"""
-
-
-class Threads:
-    """The stored questions. Raises ConfigError for a file that cannot be used, later sqlite3.Error where it does not take or give them."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, isolation_level=None)
-            self._database.executescript(TABLES)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"--threads {path}: {error}; name another file, or one that is new") from error
-
-    def begin(self, thread: str, question: Json, planned: Sequence[Json]) -> None:
-        stored = json.dumps({"question": question, "planned": planned})
-        row = thread, question["question"][:TITLE], datetime.now(UTC).isoformat(), len(planned), stored
-        self._database.execute("INSERT INTO question VALUES (?, ?, ?, ?, ?)", row)
-
-    def keep(self, thread: str, trace: Json) -> None:
-        self._database.execute("INSERT INTO trace VALUES (?, ?)", (thread, json.dumps(trace)))
-
-    def history(self) -> list[Json]:
-        """The newest questions first: thread, what was asked, when (ISO 8601, UTC), and of how many traces."""
-        names = ("thread", "title", "asked", "traces")
-        rows = self._database.execute(f"SELECT {', '.join(names)} FROM question ORDER BY asked DESC LIMIT {NEWEST}")
-        return [dict(zip(names, row, strict=True)) for row in rows]
-
-    def read(self, thread: str) -> Json:
-        """The question and its traces, as far as they have ended or had when the server died. Raises HTTPNotFound, ConfigError."""
-        asked = self._database.execute("SELECT stored FROM question WHERE thread = ?", (thread,)).fetchone()
-        if asked is None:
-            raise web.HTTPNotFound(reason="this question is no longer stored")
-        traces = self._database.execute("SELECT stored FROM trace WHERE thread = ? ORDER BY rowid", (thread,))
-        try:
-            return {**json.loads(asked[0]), "traces": [json.loads(row[0]) for row in traces]}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"this question is damaged in the file of threads ({error}): delete it") from error
-
-    def forget(self, thread: str) -> None:
-        self._database.execute("DELETE FROM question WHERE thread = ?", (thread,))
-        self._database.execute("DELETE FROM trace WHERE thread = ?", (thread,))
 
 
 # --- one question being answered: its graph runs, all at once, and the events from which the page draws them
@@ -219,15 +168,6 @@ class Ask(Section):
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
 
 
-class Named(Section):
-    """What the page sends to name a question."""
-
-    thread: str
-
-
-Form = TypeVar("Form", bound=Section)
-
-
 class Refused(AipoError):
     """What was asked cannot be done: one line, and the page's field that it is about."""
 
@@ -239,10 +179,11 @@ class Refused(AipoError):
 class Server:
     """The routes of the page."""
 
-    def __init__(self, demo: Demo, rollouts: Rollouts, threads: Threads) -> None:
+    def __init__(self, demo: Demo, rollouts: Rollouts) -> None:
         self._demo = demo
         self._rollouts = rollouts
-        self._threads = threads
+        self._asked: dict[str, Json] = {}
+        """Thread -> the question and its traces, as far as they have ended; the newest last."""
         self._questions = Questions(rollouts, demo.run.seed)
         self._pieces = pieces_of(demo.policy.model)
         self._running: dict[str, tuple[Asking, asyncio.Task[None]]] = {}
@@ -264,11 +205,11 @@ class Server:
         return app
 
     async def _close(self, app: web.Application) -> None:
-        """Ends all runs, and waits until what they made is stored."""
+        """Ends all runs, and waits until what they made is kept."""
         await asyncio.gather(*map(self._end, list(self._running)))
 
     async def _end(self, thread: str) -> None:
-        """Stops the runs of a question, and waits until what they made is stored; nothing where none runs."""
+        """Stops the runs of a question, and waits until what they made is kept; nothing where none runs."""
         if thread in self._running:
             asking, work = self._running[thread]
             asking.stop()
@@ -305,30 +246,34 @@ class Server:
         return web.json_response({"question": problem.question, "kind": problem.kind})
 
     async def _history(self, request: web.Request) -> web.Response:
-        return web.json_response(self._threads.history())
+        listed = [
+            {"thread": thread, "title": asked["question"]["question"][:TITLE], "asked": asked["asked"], "traces": len(asked["planned"])}
+            for thread, asked in reversed(self._asked.items())
+        ]
+        return web.json_response(listed)
 
     async def _thread(self, request: web.Request) -> web.Response:
-        return web.json_response(self._threads.read(request.query.get("id", "")))
+        if (asked := self._asked.get(request.query.get("id", ""))) is None:
+            raise web.HTTPNotFound(reason="this question is no longer kept")
+        return web.json_response(asked)
 
     async def _forget(self, request: web.Request) -> web.Response:
-        thread = read(Named, await request.text()).thread
+        thread = request.query.get("id", "")
         await self._end(thread)
-        self._threads.forget(thread)
+        self._asked.pop(thread, None)
         return web.json_response({})
 
     async def _stop(self, request: web.Request) -> web.Response:
-        thread = read(Named, await request.text()).thread
-        if thread in self._running:
-            self._running[thread][0].stop()
+        await self._end(request.query.get("id", ""))
         return web.json_response({})
 
     async def _ask(self, request: web.Request) -> web.StreamResponse:
-        ask = read(Ask, await request.text())
+        ask = read(await request.text())
         problem = self._read(ask.question)
         asking = Asking(replace(self._rollouts, temperature=ask.temperature), problem, self._pieces)
         thread, planned = uuid4().hex, asking.plan(MODES[ask.mode], ask.samples, ask.seed)
         question = {**ask.model_dump(), "question": problem.question, "answer": problem.answer, "kind": problem.kind}
-        # A task of its own: a closed tab cancels this handler, and what was made until then is still to be stored.
+        # A task of its own: a closed tab cancels this handler, and what was made until then is still to be kept.
         work = asyncio.create_task(self._answer(thread, question, planned, asking))
         self._running[thread] = asking, work
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -345,15 +290,15 @@ class Server:
         return response
 
     async def _answer(self, thread: str, question: Json, planned: list[Json], asking: Asking) -> None:
-        async def kept(planned: Json) -> None:
-            self._threads.keep(thread, await asking.make(planned))
+        kept: Json = {"question": question, "planned": planned, "asked": datetime.now(UTC).isoformat(), "traces": []}
+        self._asked = dict([*self._asked.items(), (thread, kept)][-NEWEST:])
+
+        async def keep(planned: Json) -> None:
+            kept["traces"].append(await asking.make(planned))
 
         try:
-            self._threads.begin(thread, question, planned)
-            await asyncio.gather(*map(kept, planned))
+            await asyncio.gather(*map(keep, planned))
             asking.events.put_nowait({"event": "end"})
-        except sqlite3.Error as error:
-            asking.events.put_nowait({"event": "end", "error": printable(f"these traces could not be stored: {error}")})
         finally:
             asking.stop()
             del self._running[thread]
@@ -377,13 +322,9 @@ async def said(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         if request.method == "POST" and request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):
             raise web.HTTPForbidden(reason="only the page itself may ask")
-        if request.method == "POST" and request.content_type != "application/json":
-            raise web.HTTPUnsupportedMediaType(reason="the body must be application/json")
         return await handler(request)
     except AipoError as error:
         told, status = {"error": printable(str(error)), "field": getattr(error, "field", "question")}, 400
-    except sqlite3.Error as error:
-        told, status = {"error": printable(f"the file of threads: {error}"), "field": "question"}, 500
     except web.HTTPException as error:
         told, status = {"error": error.reason, "field": "question"}, error.status
     return web.json_response(told, status=status)
@@ -397,10 +338,10 @@ def pieces_of(path: str) -> Pieces | None:
         return None
 
 
-def read(form: type[Form], body: str) -> Form:
+def read(body: str) -> Ask:
     """The JSON of a request. Raises Refused, naming the field."""
     try:
-        return form.model_validate_json(body)
+        return Ask.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = str(first["loc"][0]) if first["loc"] else "question"

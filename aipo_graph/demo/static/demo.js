@@ -32,7 +32,7 @@ async function getJson(path) {
   return (await request(path)).json();
 }
 
-function post(path, body, signal) {
+function post(path, body = {}, signal = null) {
   const headers = { "Content-Type": "application/json" };
   return request(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
@@ -252,7 +252,7 @@ function AskForm({ about, form, setForm, error, running, onAsk, onStop, onSample
 }
 
 function Earlier({ earlier, current, onOpen, onForget }) {
-  if (!earlier.length) return html`<p class="muted empty">Questions that you ask are kept here.</p>`;
+  if (!earlier.length) return html`<p class="muted empty">Questions that you ask are kept here as long as the server runs.</p>`;
   return html`<ul data-testid="history">${earlier.map(({ thread, title, traces, asked }) => html`<li key=${thread}
       class=${classes(thread === current && "current")}>
     <button class="open" type="button" aria-current=${thread === current ? "true" : null}
@@ -406,7 +406,6 @@ function useConversation(form, setForm) {
     const onEvent = (event) => {
       if (event.event === "asked") { asking.thread = event.thread; begin(asking); }
       if (current.current !== asking) return;
-      if (event.error) setError(new Refusal(event.error));
       pace.push(event);
     };
     try {
@@ -417,7 +416,7 @@ function useConversation(form, setForm) {
       if (current.current === asking) { pace.end(); await remember(); }
     }
   });
-  const stop = () => guarded(async () => { pace.hurry(); await post("/stop", { thread: current.current.thread }); });
+  const stop = () => guarded(async () => { pace.hurry(); await post(`/stop?id=${current.current.thread}`); });
   const open = (thread) => guarded(async () => {
     const stored = await getJson(`/thread?id=${encodeURIComponent(thread)}`);
     leave();
@@ -428,7 +427,7 @@ function useConversation(form, setForm) {
   });
   const forget = (thread) => guarded(async () => {
     if (asked?.thread === thread) { leave(); setAsked(null); showAddress(""); }
-    await post("/forget", { thread });
+    await post(`/forget?id=${thread}`);
     await remember();
   });
   const sample = (kind) => guarded(async () => {
