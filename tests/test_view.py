@@ -32,7 +32,7 @@ from aipo_graph.load import data
 from aipo_graph.log import RunLog
 from aipo_graph.types import Learned, Problem, Segment, Status, Trace, TraceGroup
 from aipo_graph.view import __main__ as view
-from aipo_graph.view import page
+from aipo_graph.view import record as page
 from aipo_graph.view.read import Growing, ViewedRun, index_of
 from aipo_graph.view.record import Pieces, split
 from aipo_graph.view.serve import following

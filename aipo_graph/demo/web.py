@@ -28,8 +28,7 @@ from aipo_graph.evaluation.samples import ballot
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, Segment, Trace, derive_seed
-from aipo_graph.view.page import assemble
-from aipo_graph.view.record import Pieces, open_pieces, segment_json, split
+from aipo_graph.view.record import Pieces, assemble, open_pieces, segment_json, split
 from aipo_graph.view.serve import application
 
 NEWEST = 200

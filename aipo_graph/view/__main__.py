@@ -16,8 +16,8 @@ from aipo_graph import cli
 from aipo_graph.config import Section
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import nearest
-from aipo_graph.view.page import SCRIPTS, STYLES, assemble, has_display
 from aipo_graph.view.read import ViewedRun, index_of
+from aipo_graph.view.record import SCRIPTS, STYLES, assemble, has_display
 
 RUNS = Path("runs")
 

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from aipo_graph.cli import printable
 from aipo_graph.errors import ConfigError
-from aipo_graph.view.page import csp, has_display
 from aipo_graph.view.read import ViewedRun, index_of
+from aipo_graph.view.record import csp, has_display
 
 
 def application(page: str, host: str, *middlewares: Middleware) -> web.Application:
