@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +34,7 @@ from aipo_graph.engines import open_engine
 from aipo_graph.engines.chat import open_chats
 from aipo_graph.engines.decoder import device_here
 from aipo_graph.engines.facts import Facts
-from aipo_graph.engines.server import APART
+from aipo_graph.engines.server import Seats, agreed
 from aipo_graph.errors import AipoError, ConfigError, EngineError, LostError, TrainError, install
 from aipo_graph.forward import first_line
 from aipo_graph.learn.batch import Batch
@@ -251,7 +250,7 @@ class Rank:
         return references
 
 
-class Remote:
+class Remote(Seats):
     """A worker's ``types.Engine`` over samplers. A graph run stays on one, whose cache has its prefix, as long as that lives."""
 
     takes: Literal["weights", "adapter"] = "weights"
@@ -259,11 +258,10 @@ class Remote:
     version = 0
 
     def __init__(self, eos_ids: frozenset[int], samplers: Sequence[Any]) -> None:
+        super().__init__()
         self.eos_ids = eos_ids
         self._samplers = list(samplers)
-        self._load: Counter[Any] = Counter()
         self._lost: dict[Any, float] = {}
-        self._seat: ContextVar[list[Any] | None] = ContextVar("seat", default=None)
 
     async def generate(
         self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
@@ -271,8 +269,9 @@ class Remote:
         """Raises EngineError where no sampler is left; how long to wait for one is `rollout.timeout`'s."""
         settings = {"seed": seed, "max_tokens": max_tokens, "stop": stop, "temperature": temperature}
         while self._samplers:
-            sampler = self._choose()
-            self._load[sampler] += 1
+            waiting = time.monotonic() - 2 * AGAIN
+            sampler = self.choose([one for one in self._samplers if self._lost.get(one, 0.0) < waiting] or self._samplers)
+            self.load[sampler] += 1
             try:
                 return await answer(sampler.generate.remote(list(prompt_ids), settings))
             except ActorDiedError:
@@ -281,29 +280,8 @@ class Remote:
                 self._lost[sampler] = time.monotonic()
                 await asyncio.sleep(AGAIN)
             finally:
-                self._load[sampler] -= 1
+                self.load[sampler] -= 1
         raise EngineError(f"every sampler was lost more than {RESTARTS} times; see the run's log")
-
-    def _choose(self) -> Any:
-        there = [one for one in self._samplers if self._lost.get(one, 0.0) < time.monotonic() - 2 * AGAIN] or self._samplers
-        seat = self._seat.get()
-        if seat and seat[0] in there:
-            return seat[0]
-        sampler = min(there, key=lambda one: self._load[one])
-        if seat is not None:
-            seat[:] = [sampler]
-        return sampler
-
-    @contextlib.contextmanager
-    def run(self, key: str) -> Iterator[None]:
-        token = self._seat.set([])
-        try:
-            yield
-        finally:
-            self._seat.reset(token)
-
-    def busy(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
 
     async def close(self) -> None: ...
 
@@ -710,14 +688,8 @@ class Samplers:
                     return await sampler.call("logprobs", token_ids)
 
         answers = await gather([ask(sampler) for sampler in self._cluster.samplers])
-        for sampler, found in zip(self._cluster.samplers, answers, strict=True):
-            gap = sum(abs(a - b) for a, b in zip(answers[0], found, strict=True)) / len(found)
-            if not gap <= APART[self._cluster.config.policy.dtype]:
-                raise EngineError(
-                    f"weights {self.version} are not on every sampler: {sampler.name} on {sampler.found['node']} differs from the first by "
-                    f"{gap:.2g} in its logprobs; run the same command again"
-                )
-        return answers[0]
+        names = [f"{sampler.name} on {sampler.found['node']}" for sampler in self._cluster.samplers]
+        return agreed(dict(zip(names, answers, strict=True)), self._cluster.config.policy.dtype, self.version)
 
     async def sleep(self) -> None:
         """Does nothing: samplers have their memory to themselves."""

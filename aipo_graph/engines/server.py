@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -47,12 +47,11 @@ class Unanswered(EngineError):
 
 
 class Client:
-    """``load`` counts the requests under way, ``runs`` the graph runs that stay with this server; ``longest`` bounds an answer's bytes."""
+    """One server; ``longest`` bounds an answer's bytes."""
 
     def __init__(self, url: str, seconds: float, longest: int = 2**28) -> None:
         key = os.environ.get("VLLM_API_KEY")
         self.url = url.rstrip("/")
-        self.load = self.runs = 0
         self._seconds, self._longest = seconds, longest
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
@@ -70,18 +69,14 @@ class Client:
 
     async def sample(self, path: str, body: dict[str, Any]) -> Any:
         """A request that is tried again, with the same seed, where it or its answer was lost."""
-        self.load += 1
-        try:
-            async for attempt in AsyncRetrying(
-                stop=stop_after_attempt(ATTEMPTS),
-                wait=wait_random_exponential(multiplier=0.5, max=8),
-                retry=retry_if_exception(lambda error: isinstance(error, Unanswered) or getattr(error, "status", 0) in TRANSIENT),
-                reraise=True,
-            ):
-                with attempt:
-                    return await self.call("POST", path, body, seconds=self._seconds)
-        finally:
-            self.load -= 1
+        async for attempt in AsyncRetrying(
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_random_exponential(multiplier=0.5, max=8),
+            retry=retry_if_exception(lambda error: isinstance(error, Unanswered) or getattr(error, "status", 0) in TRANSIENT),
+            reraise=True,
+        ):
+            with attempt:
+                return await self.call("POST", path, body, seconds=self._seconds)
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float = PATIENCE, missing: str = ""
@@ -212,11 +207,55 @@ APART = {"float32": 1e-3, "bfloat16": 0.05}
 """Mean gap of logprobs between two servers past which they hold different weights; equal machines stay below."""
 
 
-_SEAT: ContextVar[dict["ServerEngine", Client] | None] = ContextVar("seat", default=None)
-"""Within a graph run: the server of each engine that it stays on, chosen at its first request."""
+class Seats:
+    """Of several servers or samplers each graph run stays on one, where its prefix is cached."""
+
+    def __init__(self) -> None:
+        self.load: Counter[Any] = Counter()
+        """Requests under way at each."""
+        self._runs: Counter[Any] = Counter()
+        self._own: ContextVar[list[Any] | None] = ContextVar("seats", default=None)
+
+    def choose(self, there: Sequence[Any]) -> Any:
+        """The run's, as long as it is there; else the one with the fewest requests under way."""
+        own = self._own.get()
+        if own and own[-1] in there:
+            return own[-1]
+        least = min(there, key=lambda one: (self.load[one], self._runs[one]))
+        if own is not None:
+            own.append(least)
+            self._runs[least] += 1
+        return least
+
+    @contextlib.contextmanager
+    def run(self, key: str) -> Iterator[None]:
+        """Entered around one graph run."""
+        own: list[Any] = []
+        token = self._own.set(own)
+        try:
+            yield
+        finally:
+            self._own.reset(token)
+            self._runs.subtract(own)
+
+    def busy(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
-class ServerEngine:
+def agreed(answers: Mapping[str, Sequence[float]], dtype: str, version: int) -> tuple[float, ...]:
+    """The logprobs of the first that was asked. Raises EngineError where another's differ by more than two machines' do."""
+    first, found = next(iter(answers.items()))
+    for name, theirs in answers.items():  # the first, too: its own may be nan
+        gap = sum(abs(a - b) for a, b in zip(found, theirs, strict=True)) / len(theirs)
+        if not gap <= APART[dtype]:
+            raise EngineError(
+                f"weights {version} are not everywhere: logprobs of {first} and {name} differ by {gap:.2g}; "
+                "restart both, then run the same command"
+            )
+    return tuple(found)
+
+
+class ServerEngine(Seats):
     """Implements ``types.Engine``. Open it with ``open``.
 
     New weights reach a server while it samples: its requests pause, the weights change, the cache of the old ones is dropped, the requests
@@ -236,6 +275,7 @@ class ServerEngine:
         lora: bool,
         context: int,
     ) -> None:
+        super().__init__()
         self.eos_ids = facts.eos_ids
         self.version = 0
         self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank else "weights"
@@ -245,7 +285,7 @@ class ServerEngine:
         self._names = names
         self._nccl = nccl
         self._lora = lora
-        self._apart = APART[config.policy.dtype]
+        self._dtype = config.policy.dtype
         self._labels = vllm_api.Labels(secrets.token_hex(4))
         self._files = vllm_api.WeightFiles(config, facts)
         self._adapter: str | None = None
@@ -287,13 +327,15 @@ class ServerEngine:
         """
         limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=self._facts.vocab_size, context=self.max_context)
         parameters = vllm_api.sampling(self._facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
-        client = self._choose()
+        client = self.choose(self._clients)
         adapter, version = self._adapter, self.version
         self._in_use[adapter] += 1
+        self.load[client] += 1
         try:
             choice = (await self._ask(client, adapter, prompt_ids, parameters))["choices"][0]
         finally:
             self._in_use[adapter] -= 1
+            self.load[client] -= 1
         versions = [(0, version)]
         if adapter is None and self.takes == "weights":
             spans = choice["weight_versions"] or ()
@@ -309,15 +351,7 @@ class ServerEngine:
     async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Asks every server. Raises EngineError where they do not agree."""
         answers = await asyncio.gather(*(self._score(client, token_ids) for client in self._clients))
-        for client, answer in zip(self._clients, answers, strict=True):
-            gap = sum(abs(a - b) for a, b in zip(answers[0], answer, strict=True)) / len(answer)
-            if not gap <= self._apart:
-                pair = f"{self._clients[0].url} and {client.url}"
-                raise EngineError(
-                    f"weights {self.version} are not on every server: logprobs of {pair} differ by {gap:.2g}; "
-                    "restart both, then run the same command"
-                )
-        return answers[0]
+        return agreed({client.url: answer for client, answer in zip(self._clients, answers, strict=True)}, self._dtype, self.version)
 
     async def _score(self, client: Client, token_ids: Sequence[int]) -> tuple[float, ...]:
         parameters = vllm_api.scoring(len(token_ids))
@@ -335,32 +369,6 @@ class ServerEngine:
         body |= {"logprob_token_ids": [token], "return_tokens_as_token_ids": True}
         answer = await client.sample(TEXT, body)
         return float(answer["choices"][0]["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
-
-    @contextlib.contextmanager
-    def run(self, key: str) -> Iterator[None]:
-        """Entered around one graph run, which stays on one server: its prefix is cached there."""
-        seat: dict[ServerEngine, Client] = {}
-        token = _SEAT.set(seat)
-        try:
-            yield
-        finally:
-            _SEAT.reset(token)
-            for client in seat.values():
-                client.runs -= 1
-
-    @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        yield
-
-    def _choose(self) -> Client:
-        """The run's server; a new run's is the one with the fewest requests under way."""
-        seat, least = _SEAT.get(), min(self._clients, key=lambda c: (c.load, c.runs))
-        if seat is None:
-            return least
-        if self not in seat:
-            seat[self] = least
-            least.runs += 1
-        return seat[self]
 
     async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """To every server: a new adapter, tensors over NCCL where learner and servers can, else a directory that servers read.
