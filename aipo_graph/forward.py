@@ -1,14 +1,21 @@
-"""What a Hugging Face causal LM's forward depends on beside the tokens: the kind of attention, and the lengths at which it changes."""
+"""Opens a Hugging Face causal LM's files, and knows what its forward depends on beside the tokens: how it attends, and at which lengths
+that changes."""
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from aipo_graph.errors import ConfigError, EngineError
 
 CAP = re.compile(r"att\w*(soft_?cap|logit_?cap)")
 """Config keys of a bound on attention scores (Gemma 2), which sdpa leaves out."""
@@ -24,6 +31,40 @@ WORK = {"cpu": 2**36, "cuda": 2**45}
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """Raises ConfigError where there is no model."""
+    disable_progress_bar()
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise ConfigError(f"policy.model: {str(path)!r} has no config.json; give a Hugging Face model directory")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"policy.model: no model at {str(path)!r} ({first_line(error)}); give a model directory or a hub name") from error
+
+
+def read_weights(path: str | Path, dtype: str, config: PretrainedConfig | None = None) -> Any:
+    """A causal LM on the CPU. Raises ConfigError where there is no model, EngineError where weights do not load or are lacking."""
+    config = config or read_config(path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype), output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise EngineError(f"policy.model: the weights of {str(path)!r} cannot be loaded ({first_line(error)})") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # would be left at random values
+        raise EngineError(f"policy.model: the weights of {str(path)!r} lack {len(missing)} tensors, {missing[0]} among them")
+    return model
+
+
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Raises ConfigError where the directory or hub name has no tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"policy.model: {str(path)!r} has no tokenizer that loads ({first_line(error)}); save one beside the model"
+        ) from error
 
 
 def scaled_from(config: PretrainedConfig) -> int | None:

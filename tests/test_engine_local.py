@@ -27,7 +27,7 @@ from transformers import (
 from aipo_graph.config import Config, Engine, Policy
 from aipo_graph.engines.decoder import draw
 from aipo_graph.engines.local import LocalEngine
-from aipo_graph.errors import EngineError
+from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.types import Completion
 
 VOCAB = 48
@@ -474,7 +474,7 @@ def test_load_reads_a_model_directory(tmp_path: Any) -> None:
     tokenizer = tag_tokenizer()
     config = LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer)}, eos_token_id=[2, 3])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(EngineError, match="tokenizer"):
+    with pytest.raises(ConfigError, match="no tokenizer that loads"):
         LocalEngine.load(Config(), str(tmp_path))
     tokenizer.save_pretrained(tmp_path)
     engine = LocalEngine.load(Config(policy=Policy(model=str(tmp_path)), engine=Engine(max_batch=4)), str(tmp_path))

@@ -22,10 +22,11 @@ from transformers import (
 
 from aipo_graph.config import Config, Loss
 from aipo_graph.errors import ConfigError, EngineError, TrainError
+from aipo_graph.forward import read_tokenizer
 from aipo_graph.learn import model as model_module
 from aipo_graph.learn.batch import POLICY, Batch, pack
 from aipo_graph.learn.learner import Learner, learning_rate
-from aipo_graph.learn.model import applies_head_only, load_model, load_tokenizer, token_logprobs
+from aipo_graph.learn.model import applies_head_only, load_model, token_logprobs
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "initializer_range": 0.3}
 MODELS = {
@@ -386,7 +387,7 @@ def test_export_is_a_hugging_face_directory_and_replaces_only_one(batch: Batch, 
         learner.export(tmp_path / "out" / "final")
         again = load_model(tmp_path / "out" / "final")
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), learner.model.parameters(), strict=True))
-    assert load_tokenizer(tmp_path / "out" / "final").convert_tokens_to_ids("7") == 7
+    assert read_tokenizer(tmp_path / "out" / "final").convert_tokens_to_ids("7") == 7
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["final"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("x")
@@ -418,7 +419,7 @@ def test_bad_model_directories_are_one_clear_line(tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_model().save_pretrained(base)
     with pytest.raises(ConfigError, match="has no tokenizer that loads"):
-        load_tokenizer(base)
+        read_tokenizer(base)
     weights = base / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from aipo_graph.config import Config
 from aipo_graph.errors import ContextError, EngineError
-from aipo_graph.forward import first_line, scaled_from
+from aipo_graph.forward import read_config, read_tokenizer, scaled_from
 from aipo_graph.messages import turn_end
 
 
@@ -25,11 +25,8 @@ class Facts:
 
     @classmethod
     def read(cls, config: Config, model_path: str) -> Self:
-        """Raises EngineError where the directory or hub name has no config or tokenizer, or names no context."""
-        try:
-            model, tokenizer = AutoConfig.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
-        except (OSError, ValueError, KeyError) as error:
-            raise EngineError(f"cannot read the policy {model_path!r}: {first_line(error)}; it needs a config and a tokenizer") from error
+        """Raises ConfigError where the directory or hub name has no config or tokenizer, EngineError where it names no context."""
+        model, tokenizer = read_config(model_path), read_tokenizer(model_path)
         try:
             generation = GenerationConfig.from_pretrained(model_path).eos_token_id
         except OSError:  # a model directory need not have one

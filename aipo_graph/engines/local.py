@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aipo_graph.config import Config
 from aipo_graph.engines.decoder import Decoder, device_here, draw
 from aipo_graph.engines.facts import check_request, context_of, ends
 from aipo_graph.errors import EngineError
-from aipo_graph.forward import first_line
+from aipo_graph.forward import first_line, read_tokenizer, read_weights
 from aipo_graph.messages import decode
 from aipo_graph.types import Completion, Stop
 
@@ -244,17 +243,9 @@ class LocalEngine:
 
     @classmethod
     def load(cls, config: Config, model_path: str) -> "LocalEngine":
-        """The policy at ``model_path`` (directory or hub name) on ``run.device``. Raises EngineError if it does not load."""
-        device = device_here(config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_path)
-            dtype = getattr(torch, config.policy.dtype)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, output_loading_info=True)
-            model, report = loaded[0].to(device), loaded[1]
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise EngineError(f"cannot load the policy {model_path!r}: {first_line(error)}; it needs weights and a tokenizer") from error
-        if missing := sorted(report["missing_keys"]):  # would be sampled from at random values
-            raise EngineError(f"the weights of {model_path!r} lack {len(missing)} tensors, {missing[0]} among them")
+        """The policy at ``model_path`` (directory or hub name) on ``run.device``. Raises ConfigError, EngineError if it does not load."""
+        tokenizer = read_tokenizer(model_path)
+        model = read_weights(model_path, config.policy.dtype).to(device_here(config))
         engine, context = config.engine, context_of(config, model.config, model_path)
         eos = ends(tokenizer, model.config, model.generation_config.eos_token_id)
         return cls(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from aipo_graph.config import Config, Loss
 from aipo_graph.errors import ConfigError, TrainError
+from aipo_graph.forward import read_tokenizer
 from aipo_graph.learn import checkpoint, lora, shards
 from aipo_graph.learn.batch import AGENT, POLICY, ROUNDING, Batch, fault
 from aipo_graph.learn.loss import Sums, aipo_loss, forms, merge, summarise
@@ -24,7 +25,6 @@ from aipo_graph.learn.model import (
     choose_attention,
     far_rows,
     load_model,
-    load_tokenizer,
     packs,
     save_model,
     shard,
@@ -389,7 +389,7 @@ class Learner:
         save_model(
             self.model,
             self.weights(),
-            shards.on_first(lambda: load_tokenizer(self.model_path)),
+            shards.on_first(lambda: read_tokenizer(self.model_path)),
             directory,
             dtype=self.config.policy.dtype,
             adapter=self.adapted,

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from aipo_graph.config import Config
+from aipo_graph.forward import first_line
 from aipo_graph.learn import lora
 from aipo_graph.learn.model import CHUNK
 
@@ -63,8 +64,7 @@ def estimate(config: Config, model_path: str | Path | None = None) -> Estimate:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, _weight_type(config)))
     except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Estimate(problem=f"no memory estimate: the config of policy.model = {str(path)!r} cannot be read ({line})")
+        return Estimate(problem=f"no memory estimate: the config of policy.model = {str(path)!r} cannot be read ({first_line(error)})")
     count = sum(p.numel() for p in model.parameters())
     if config.policy.lora_rank:
         with torch.device("meta"):

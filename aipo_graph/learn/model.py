@@ -1,7 +1,6 @@
 """A Hugging Face causal LM: load, log-probabilities of given tokens, save."""
 
 import copy
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -13,12 +12,23 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
-from transformers.utils.logging import disable_progress_bar
 
-from aipo_graph.errors import ConfigError, EngineError, TrainError
-from aipo_graph.forward import EXACT, MISFITS, affordable, borders, first_line, own_logprobs, probe_rows, scaled_from, use_exact_attention
+from aipo_graph.errors import ConfigError, TrainError
+from aipo_graph.forward import (
+    EXACT,
+    MISFITS,
+    affordable,
+    borders,
+    first_line,
+    own_logprobs,
+    probe_rows,
+    read_config,
+    read_weights,
+    scaled_from,
+    use_exact_attention,
+)
 from aipo_graph.learn import lora, shards
 from aipo_graph.learn.checkpoint import atomic_directory
 
@@ -34,43 +44,12 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: torch.device
     Of several ranks the first has it on the CPU, the others on the meta device, for ``shard``. Raises ConfigError where there is no model,
     EngineError where its weights cannot be loaded.
     """
-    config = shards.from_first(lambda: _read_config(path))
-    whole = shards.on_first(lambda: _read_weights(path, config, dtype))
+    config = shards.from_first(lambda: read_config(path))
+    whole = shards.on_first(lambda: read_weights(path, dtype, config))
     if whole is None:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     return (whole if shards.world()[1] > 1 else whole.to(device)).eval()
-
-
-def _read_config(path: str | Path) -> PretrainedConfig:
-    disable_progress_bar()
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise ConfigError(f"policy.model: {str(path)!r} has no config.json; give a Hugging Face model directory")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"policy.model: no model at {str(path)!r} ({first_line(error)}); give a model directory or a hub name") from error
-
-
-def _read_weights(path: str | Path, config: PretrainedConfig, dtype: str) -> Any:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype), output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise EngineError(f"policy.model: the weights of {str(path)!r} cannot be loaded ({first_line(error)})") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):  # would be left at random values
-        raise EngineError(f"policy.model: the weights of {str(path)!r} lack {len(missing)} tensors, {missing[0]} among them")
-    return model
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Raises ConfigError where the directory or hub name has no tokenizer."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"policy.model: {str(path)!r} has no tokenizer that loads ({first_line(error)}); save one beside the model"
-        ) from error
 
 
 def fast_attention(device: torch.device, dtype: str) -> str | None:
