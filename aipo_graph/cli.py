@@ -82,8 +82,8 @@ def _leave_out_gone(above: Mapping[str, Any]) -> None:
     """Settings that a run of an earlier version wrote, where they say what is done now."""
     for key, now in GONE.items():
         section, _, name = key.partition(".")
-        if isinstance(held := above.get(section), dict) and held.get(name) == now:
-            del held[name]
+        if isinstance(held := above.get(section), dict) and now in (None, held.get(name)):
+            held.pop(name, None)
 
 
 def validated(cls: type[C], values: Mapping[str, Any], places: Mapping[str, str] = {}) -> C:

@@ -31,8 +31,8 @@ FORMS = {
 RETIRED = {"clip": "aipo", "shortfall": "aipo"}
 """Coefficients of agent tokens that are gone, and what did better in their place in the study."""
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-GONE = {"run.keep_checkpoints": 2, "loss.gamma": 0.1, "optimizer.weight_decay": 0.0}
-"""Settings of earlier versions, and the value that is now the only one."""
+GONE = {"run.keep_checkpoints": 2, "loss.gamma": 0.1, "optimizer.weight_decay": 0.0, "evaluate.workers": None}
+"""Settings of earlier versions, and the value that is now the only one; None: any, for it changed nothing of what a run learns."""
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.=+,-]*$", max_length=100)]
 BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://")]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
@@ -255,6 +255,8 @@ class Engine(Section):
     """Longest prompt plus completion, in tokens; 0 is the model's own."""
     max_batch: PositiveInt = 256
     """Sequences decoded at once."""
+    workers: PositiveInt = 1
+    """local: processes that sample side by side, in training and in evaluation. In training the learner has all their threads."""
     gpus: PositiveInt = 1
     """vllm in a cluster: GPUs over which an engine spreads one copy of the policy (tensor parallel). There is one engine per so many of
     the GPUs that the learner leaves."""
@@ -373,8 +375,6 @@ class Evaluate(Section):
     """Held-out problems in the evaluation with agents (the first ones of the same list, all of them at most)."""
     samples: PositiveInt = 64
     """Samples per problem; the largest k of pass@k."""
-    workers: PositiveInt = 2
-    """Processes that sample, with engine.kind = local; vLLM is asked by one."""
 
 
 class Config(Section):

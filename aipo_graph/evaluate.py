@@ -20,9 +20,9 @@ from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.evaluation.report import MODES, UNNAMED, caption, compare, comparison, remarks, summarise, table
 from aipo_graph.evaluation.samples import Mode, Part, Store, Values, digest, protocol, settings
-from aipo_graph.evaluation.sampling import Report, Sampling, units
 from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Task
+from aipo_graph.workers import Report, Sampling, units
 
 C = TypeVar("C", bound=Config)
 K = (1, 4, 16, 64)
@@ -211,7 +211,7 @@ SHORT = {
     "rollout.temperature": "temperature",
     "evaluate.problems": "problems",
     "evaluate.samples": "samples",
-    "evaluate.workers": "workers",
+    "engine.workers": "workers",
 }
 """Settings that the command line knows by a short name."""
 

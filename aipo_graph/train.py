@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, aclosing, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from aipo_graph.engines.decoder import device_here
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.vllm_api import sweep
 from aipo_graph.errors import AipoError, ConfigError, LostError, TrainError
-from aipo_graph.evaluate import Evaluation, follow, start
+from aipo_graph.evaluate import follow, start
 from aipo_graph.evaluation.report import compare, trained_table, verdict
 from aipo_graph.evaluation.samples import Values, contents, model_contents, problems_digest
 from aipo_graph.learn import memory
@@ -41,6 +41,7 @@ from aipo_graph.rollout.metrics import exclusions, rollout_metrics
 from aipo_graph.rollout.stream import Stream
 from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Engine, Task, TraceGroup
+from aipo_graph.workers import Workers, processes
 
 Cursor = Mapping[str, Any]
 """What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn, whether it is finished."""
@@ -86,9 +87,9 @@ async def loop(
                     raise TrainError(_too_many_failed(config, step.groups, unhelped))
                 batch = pack(step.groups, config.loss, learner.version - config.rollout.max_lag)
                 shown = step.groups[: config.run.trace_groups]
-                learned = await asyncio.to_thread(learner.learned, batch, shown)
+                learned = await asyncio.to_thread(_learn, config, learner.learned, batch, shown)
                 try:
-                    metrics |= await asyncio.to_thread(learner.step, batch)
+                    metrics |= await asyncio.to_thread(_learn, config, learner.step, batch)
                 except TrainError as error:
                     raise TrainError(f"{error}{_violations(metrics)}") from error
                 stepped = time.monotonic()
@@ -111,6 +112,12 @@ async def loop(
                 if finished or stopped:
                     break
     return finished
+
+
+def _learn(config: Config, method: Callable[..., Any], *arguments: Any) -> Any:
+    """In a thread whose parallel operations have the cores of all that sample, which wait meanwhile."""
+    torch.set_num_threads(config.run.threads * processes(config))
+    return method(*arguments)
 
 
 def _finished(config: Config, version: int, tokens: float) -> bool:
@@ -214,8 +221,8 @@ def train(
 def run(config: Config, console: Console, *, force: bool = False, on_step: OnStep | None = None) -> None:
     """One run, from its last checkpoint if it has one, to its exported policy, its evaluation and summary.json.
 
-    The base policy is evaluated in a process of its own: beside the training with the local engine, before it where both need vLLM, and
-    before it in this process where objects were given, which reach no other.
+    Policies are evaluated in processes of their own, before and after the training, or in this one where objects were given, which reach no
+    other.
     """
     started = time.monotonic()
     torch.set_num_threads(config.run.threads)
@@ -233,17 +240,14 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
         before, made = read_metrics(log.folder / "metrics.jsonl"), Run(log.folder)
         known = made.summary if made.finished else {}
         evaluation, values = log.folder / "evaluation", dict[str, Values]()
-        beside = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"workers": 1})})
 
-        def begin(config: Config, model: str | Path, name: str) -> Evaluation:
-            return start(config, model, evaluation / name, task=task, kinds=task.kinds, aside=True)
+        def evaluate(model: str | Path, name: str) -> Values:
+            with start(config, model, evaluation / name, task=task, kinds=task.kinds, aside=True) as under_way:
+                return follow(under_way, console, name)
 
-        with ExitStack() as stack:
-            waiting = stack.enter_context(begin(beside, path, "base")) if evaluated else None
-            first = waiting is not None and (waiting.sampling.here or config.engine.kind != "local")
-            if waiting and first:
-                values["base"] = follow(waiting, console, "base")
-            cluster = stack.enter_context(_cluster(config, log)) if config.cluster.address else None
+        if evaluated:
+            values["base"] = evaluate(path, "base")
+        with _cluster(config, log) if config.cluster.address else nullcontext() as cluster:
             learner: Any = cluster.learners(path) if cluster else Learner(config, path, device_here(config))
             cursor = learner.restore(log.folder / "checkpoints")
             needed, free = learner.checkpoint_bytes / 1e9, shutil.disk_usage(log.folder).free / 1e9
@@ -256,11 +260,8 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             del learner  # its memory is the evaluation's, which is another process
             gc.collect()
             torch.cuda.empty_cache()
-            if waiting and not first:
-                values["base"] = follow(waiting, console, "base")
         if evaluated:
-            with begin(config, log.folder / "policy", "trained") as trained:
-                values["trained"] = follow(trained, console, "trained")
+            values["trained"] = evaluate(log.folder / "policy", "trained")
         if not known or len(read_metrics(log.folder / "metrics.jsonl")) > len(before):
             seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
             known = {"wall_seconds": round(seconds, 1)}
@@ -339,7 +340,8 @@ async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: An
             log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
         stack.callback(gc.unfreeze)
-        yield Stream(cluster.sampling(rollouts) if cluster else rollouts, config)
+        beside = stack.enter_context(Workers(rollouts, path)) if processes(config) > 1 else rollouts
+        yield Stream(cluster.sampling(rollouts) if cluster else beside, config)
 
 
 def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:

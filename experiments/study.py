@@ -34,11 +34,11 @@ from aipo_graph import cli, load
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TrainError
 from aipo_graph.evaluate import start
-from aipo_graph.evaluation.sampling import end_with_parent
 from aipo_graph.learn.learner import Learner
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.tasks.open import open_task
 from aipo_graph.train import learn
+from aipo_graph.workers import end_with_parent
 from experiments.grid import EVALUATION, EXPERIMENTS, Run, runs
 
 RUNS, RESULTS = Path("runs/study"), Path("docs/results/study")
@@ -72,7 +72,7 @@ def config_of(run: Run, extra: Mapping[str, str]) -> Config:
 def arguments(run: Run, extra: Mapping[str, str]) -> list[str]:
     """Those of `python -m aipo_graph.train` that make the run by itself."""
     base = {"policy.model": str(RUNS / "bases" / run.base)} if run.base else {}
-    own = {"run.dir": str(RUNS), "run.name": run.name, "run.seed": str(run.seed), "train.patience": "1000", "evaluate.workers": "1"}
+    own = {"run.dir": str(RUNS), "run.name": run.name, "run.seed": str(run.seed), "train.patience": "1000", "engine.workers": "1"}
     settings = {**EVALUATION, **own, **base, **run.settings, **extra}
     return [run.of.config, *(word for name, value in settings.items() for word in (f"--{name}", value))]
 

@@ -93,7 +93,7 @@ def chromium() -> Iterator[Browser]:
 def _trained(folder: Path, name: str, **settings: object) -> Path:
     small = {
         "train.steps": 4, "rollout.problems": 4, "rollout.traces": 4, "run.trace_groups": 4,
-        "evaluate.problems": 2, "evaluate.problems_with_agents": 2, "evaluate.samples": 1, "evaluate.workers": 1,
+        "evaluate.problems": 2, "evaluate.problems_with_agents": 2, "evaluate.samples": 1, "engine.workers": 1,
     }  # fmt: skip
     words = [word for key, value in {**small, "run.name": name, **settings}.items() for word in (f"--{key}", str(value))]
     done = run_module("aipo_graph.train", words, folder)

@@ -266,7 +266,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny"), bpe(chat=True), context=4096)
 
 
-SMALL = ["--evaluate.samples", "2", "--evaluate.workers", "1", "--rollout.max_tokens", "12"]
+SMALL = ["--evaluate.samples", "2", "--engine.workers", "1", "--rollout.max_tokens", "12"]
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ async def test_worked_example_runs_its_own_graph_and_agent(example: Path) -> Non
 @pytest.mark.slow
 def test_worked_example_trains_from_the_command_line(example: Path) -> None:
     small = ["--train.steps", "1", "--rollout.problems", "2", "--rollout.traces", "4", "--evaluate.problems", "2",
-             "--evaluate.problems_with_agents", "2", "--evaluate.samples", "1", "--evaluate.workers", "1"]  # fmt: skip
+             "--evaluate.problems_with_agents", "2", "--evaluate.samples", "1", "--engine.workers", "1"]  # fmt: skip
     done = run_module("aipo_graph.train", ["mine/config.yaml", *small], Path.cwd())
     assert done.returncode == 0, done.stderr
     assert Path("runs/limited_checks/summary.json").is_file()

@@ -23,10 +23,10 @@ from aipo_graph.evaluate import main, plan, start
 from aipo_graph.evaluation.report import bootstrap, pass_at_k, summarise
 from aipo_graph.evaluation.samples import Part, Sample, Store, model_digest
 from aipo_graph.evaluation.samples import settings as depends
-from aipo_graph.evaluation.sampling import units
 from aipo_graph.load import data
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Problem
+from aipo_graph.workers import units
 
 PROBLEMS, SAMPLES = 6, 6
 SETTINGS: dict[str, Any] = {
@@ -226,7 +226,7 @@ def test_a_worker_that_is_killed_is_one_clear_error(tmp_path: Path) -> None:
         victim = multiprocessing.active_children()[0]
         assert victim.pid is not None
         os.kill(victim.pid, signal.SIGKILL)
-        with pytest.raises(AipoError, match=r"an evaluation worker ended with exit code -9 .* run the same command to go on"):
+        with pytest.raises(AipoError, match=r"a worker ended with exit code -9 .* run the same command to go on"):
             evaluation.result()
     assert not multiprocessing.active_children()
 

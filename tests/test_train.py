@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from typing import Any
 import pytest
 from started import Started, run_module
 
+import aipo_graph
+from aipo_graph import cli
 from aipo_graph.config import Config
+from aipo_graph.errors import EngineError
 from aipo_graph.load import data
 from aipo_graph.log import read_metrics
 
@@ -29,8 +34,9 @@ TINY: dict[str, int] = {
     "train.steps": 6,
     "train.patience": 100,
     "evaluate.problems": 0,
+    "engine.workers": 1,
 }
-EVALUATED = {"evaluate__problems": 2, "evaluate__problems_with_agents": 2, "evaluate__samples": 1, "evaluate__workers": 1}
+EVALUATED = {"evaluate__problems": 2, "evaluate__problems_with_agents": 2, "evaluate__samples": 1}
 
 
 def words_of(**settings: Any) -> list[str]:
@@ -130,7 +136,11 @@ def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"rollout__max_lag": 1}, {"rollout__redraws": 2}], ids=["plain", "lag", "redraws"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rollout__max_lag": 1}, {"rollout__redraws": 2}, {"rollout__max_lag": 1, "engine__workers": 2}],
+    ids=["plain", "lag", "redraws", "workers"],
+)
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path, tmp_path: Path, settings: dict[str, int]) -> None:
     expected = undisturbed
     if settings:
@@ -151,6 +161,38 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path,
     assert run(tmp_path, **settings).returncode == 0
     assert bits(folder) == bits(expected)
     assert timeless(folder) == timeless(expected)
+
+
+def sampled(folder: Path) -> list[Any]:
+    """The tokens of each trace that was kept, by step."""
+    rows = map(json.loads, (folder / "traces.jsonl").read_text().splitlines())
+    return [(row["step"], [[segment["token_ids"] for segment in trace["segments"]] for trace in row["group"]["traces"]]) for row in rows]
+
+
+def test_workers_beside_sample_what_one_process_does(undisturbed: Path, tmp_path: Path) -> None:
+    """Weights that come to them late, or not, would show in the second step's tokens."""
+    done = run(tmp_path, engine__workers=3)
+    assert done.returncode == 0, done.stderr
+    assert sampled(tmp_path / "runs" / "quickstart") == sampled(undisturbed)
+    mismatches = [row["mismatch_max"] for row in timeless(tmp_path / "runs" / "quickstart") if row["trainable_tokens"]]
+    assert max(mismatches) <= 1e-4
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_line_and_it_goes_on(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, _ = cli.parse(["configs/quickstart.yaml", *words_of(engine__workers=2)], Config, prog="train", doc="")
+
+    def kill(step: int, metrics: Mapping[str, float]) -> None:
+        if step == 3:
+            multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(EngineError, match=r"^a worker ended with exit code -9 \(out of memory\?\); run the same command to go on$"):
+        aipo_graph.train(config=config, on_step=kill)
+    assert not multiprocessing.active_children()
+    aipo_graph.train(config=config)
+    assert sampled(tmp_path / "runs" / "quickstart") == sampled(undisturbed)
 
 
 def test_a_stopped_run_saves_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:

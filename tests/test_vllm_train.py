@@ -25,7 +25,7 @@ TINY = {
     "evaluate.problems": 8,
     "evaluate.problems_with_agents": 4,
     "evaluate.samples": 2,
-    "evaluate.workers": 1,
+    "engine.workers": 1,
 }
 
 

@@ -1,0 +1,407 @@
+"""Processes that sample with engines of their own: held-out problems for `evaluate.py`, into a file that survives a kill, and groups of
+training traces beside those of `train.py`."""
+
+import asyncio
+import functools
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic_core import to_json
+
+from aipo_graph import loops
+from aipo_graph.config import Config
+from aipo_graph.errors import AipoError, ConfigError, ContextError, EngineError
+from aipo_graph.evaluation.samples import Key, Part, Sample, append, ballot
+from aipo_graph.load import objects
+from aipo_graph.tasks.open import open_task
+from aipo_graph.types import Problem, Task, Trace, TraceGroup, derive_seed
+
+if TYPE_CHECKING:  # only workers wait for torch: the parent of an evaluation starts (and refuses) without
+    from aipo_graph.rollout.collect import Draw, Rollouts
+
+GRACE = 15
+"""Seconds in which a worker that was asked to end must have ended."""
+RETRIED = frozenset({"failed", "timeout"})
+"""Statuses without a verdict on the policy, which another try may change."""
+MEASURED = 8
+"""Problems per part, those with the longest questions, whose prompts are measured."""
+Report = Callable[[int, int, int], None]
+"""Called as samples come, with how many are done, of how many, and how many of them failed."""
+Unit = tuple[int, list[tuple[int, int]]]
+"""A part's index, and (problem index, sample number) of the traces that run together."""
+
+
+def processes(config: Config) -> int:
+    """How many sample: `engine.workers` of the local engine. vLLM batches what one sends, and a cluster's workers are `cluster.workers`;
+    objects that a call gave reach no other process."""
+    return config.engine.workers if config.engine.kind == "local" and not config.cluster.address and not objects() else 1
+
+
+# On Linux one process imports torch and the rest, and all workers are forked from it; elsewhere forking is not safe.
+FORKS: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+FORKS.set_forkserver_preload(["aipo_graph.engines", "aipo_graph.rollout.collect", "transformers.models.llama.modeling_llama"])
+
+
+class Worker:
+    """A process that does ``target(*arguments, parent)``, where ``parent`` is its end of a pipe. It ends by itself when this one does,
+    however that does; Ctrl-C is this one's to deal with."""
+
+    def __init__(self, target: Callable[..., None], *arguments: Any, daemon: bool = True) -> None:
+        self.pipe, theirs = FORKS.Pipe()
+        self._process = FORKS.Process(target=_live, args=(dict(os.environ), target, *arguments, theirs), daemon=daemon)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with _main_unseen():
+                self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
+
+    def receive(self) -> Any:
+        """What it sends next. Raises what it raised, EngineError if it died."""
+        try:
+            found = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            code = self._process.exitcode
+            hint = "out of memory?" if code == -signal.SIGKILL else "what it said stands above"
+            raise EngineError(f"a worker ended with exit code {code} ({hint}); run the same command to go on") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.terminate()
+        self._process.join(GRACE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self.pipe.close()
+
+
+def _live(environment: Mapping[str, str], target: Callable[..., None], *arguments: Any) -> None:
+    """A worker's life: the target's, in the environment that its parent has now."""
+    gc.disable()  # until all is imported
+    os.environ.clear()
+    os.environ.update(environment)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    logging.getLogger("aipo_graph").setLevel(logging.ERROR)  # the parent has read the same data, and said what it warns of
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is terminated would leave behind
+    try:
+        target(*arguments)
+    except (AipoError, OSError) as error:
+        arguments[-1].send(error)
+
+
+def end_with_parent() -> None:
+    """For a thread of a worker: ends the worker when its parent has ended, however it did."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(1)
+
+
+_MAIN = threading.Lock()
+
+
+@contextmanager
+def _main_unseen() -> Iterator[None]:
+    """A child that starts within does not run the caller's script again, which need not guard itself with `if __name__ == "__main__"`."""
+    with _MAIN:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+# --- groups of training traces
+
+
+class Workers(ExitStack):
+    """Makes groups here and in processes beside this one, which end with the context. Draw i of a call goes to process i mod n, in one call
+    to each, so that their batches repeat; each samples with the weights that the engine here has."""
+
+    def __init__(self, rollouts: "Rollouts", path: str) -> None:
+        super().__init__()
+        self.engine: Any = rollouts.engine
+        self.draw, self.probe_ids = rollouts.draw, rollouts.probe_ids
+        self._rollouts, self._version = rollouts, 0
+        self._others: list[Worker] = []
+        for _ in range(processes(rollouts.config) - 1):
+            self._others.append(Worker(_make_groups, rollouts.config, path))
+            self.callback(self._others[-1].close)
+
+    async def run_groups(self, draws: Sequence["Draw"]) -> list[TraceGroup]:
+        from aipo_graph.rollout.collect import gather
+
+        weights = None
+        if self._version != self.engine.version:
+            self._version = self.engine.version
+            weights = ({name: tensor.cpu() for name, tensor in self.engine.model.state_dict().items()}, self._version)
+        count = 1 + len(self._others)
+        shares = [draws[i::count] for i in range(count)]
+        asked = [asyncio.to_thread(_ask, other, share, weights) for other, share in zip(self._others, shares[1:], strict=True)]
+        *theirs, ours = await gather([*asked, self._rollouts.run_groups(shares[0])])
+        found = [ours, *theirs]
+        return [found[i % count][i // count] for i in range(len(draws))]
+
+
+def _ask(worker: Worker, draws: Sequence["Draw"], weights: tuple[Mapping[str, Any], int] | None) -> list[TraceGroup]:
+    with suppress(ConnectionError):  # of one that died; receiving says so
+        worker.pipe.send_bytes(pickle.dumps((draws, weights)))  # by itself a pipe would share the tensors' memory
+    found: list[TraceGroup] = worker.receive()
+    return found
+
+
+def _make_groups(config: Config, path: str, parent: Connection) -> None:
+    """A worker's life: groups of the draws that it is sent, with the weights that come with them."""
+
+    async def serve() -> None:
+        async with _opened(config, open_task(config), path) as rollouts:
+            while True:
+                draws, weights = pickle.loads(parent.recv_bytes())
+                if weights:
+                    await rollouts.engine.load_weights(weights[0].items(), weights[1])
+                parent.send(await rollouts.run_groups(draws))
+
+    with suppress(EOFError, ConnectionError):
+        asyncio.run(serve())
+
+
+# --- samples of held-out problems
+
+
+def units(parts: Sequence[Part], done: Mapping[Key, Sample], size: int) -> list[Unit]:
+    """What is left to sample, in units of at most ``size`` traces.
+
+    The cut depends on the parts alone, never on what is done or on the workers: a unit is one closed batch of the engine, so
+    its traces come out bit by bit the same wherever and whenever it runs.
+    """
+    left: list[Unit] = []
+    for index, part in enumerate(parts):
+        traces = [(problem, sample) for problem in range(len(part.problems)) for sample in range(part.samples)]
+        for start in range(0, len(traces), size):
+            missing = [
+                (problem, sample)
+                for problem, sample in traces[start : start + size]
+                if (old := done.get((part.name, part.problems[problem].id, sample))) is None or old.status in RETRIED
+            ]
+            if missing:
+                left.append((index, missing))
+    return left
+
+
+class Sampling:
+    """Worker processes that sample units until none is left; in the background until `finish` is called.
+
+    `close` ends the workers. They also end by themselves when this process does, however it does. Objects that a call gave reach no other
+    process: with them `finish` samples in this one.
+
+    Args:
+        whole: refuse a model whose context cannot hold the longest prompt and all of `rollout.max_tokens`.
+    """
+
+    def __init__(self, config: Config, task: Task, parts: Sequence[Part], todo: Sequence[Unit], path: Path, *, whole: bool = False) -> None:
+        self.total = sum(len(traces) for _, traces in todo)
+        self._done = self._failed = 0
+        self._workers: dict[Connection, Worker] = {}
+        self.here = bool(objects())
+        self._sample = functools.partial(_sample_all, config, task, parts, iter(todo), path, whole)
+        if self.here:
+            return
+        self._taken = FORKS.Value("q", 0)  # kept: it must outlive the workers' start
+        daemon = config.engine.kind != "vllm"  # a daemon may have no children; vLLM in the process has
+        try:
+            for _ in range(min(processes(config), len(todo))):
+                worker = Worker(_work, config, parts, todo, self._taken, path, whole, daemon=daemon)
+                self._workers[worker.pipe] = worker
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self, report: Report | None = None) -> None:
+        """Waits for the workers. Raises what a worker raised, EngineError if one died."""
+
+        def tell(done: int, failed: int) -> None:
+            self._done += done
+            self._failed += failed
+            if report:
+                report(self._done, self.total, self._failed)
+
+        if self.here and self.total:
+            loops.run(self._sample(tell))
+        while self._workers:
+            for pipe in wait(list(self._workers)):
+                assert isinstance(pipe, Connection)
+                try:
+                    message = self._workers[pipe].receive()
+                except (AipoError, OSError):
+                    self.close()
+                    raise
+                if message is None:
+                    self._workers.pop(pipe).close()
+                else:
+                    tell(*message)
+
+    def close(self) -> None:
+        while self._workers:
+            self._workers.popitem()[1].close()
+
+
+def _work(config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, whole: bool, parent: Connection) -> None:
+    """A worker's life: take the next unit, sample it, write it, tell the parent how many; None at the end."""
+    if config.engine.kind == "vllm":  # it has processes of its own, which would be left behind
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+    def left() -> Iterator[Unit]:
+        while True:
+            with taken.get_lock():
+                index, taken.value = taken.value, taken.value + 1
+            if index >= len(todo):
+                return
+            yield todo[index]
+
+    asyncio.run(_sample_all(config, open_task(config), parts, left(), path, whole, lambda done, failed: parent.send((done, failed))))
+    parent.send(None)
+
+
+@asynccontextmanager
+async def _opened(config: Config, task: Task, path: str) -> AsyncIterator["Rollouts"]:
+    """Graph runs over an engine of this process, which end with the context."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from aipo_graph.engines import open_engine
+    from aipo_graph.engines.chat import open_chats
+    from aipo_graph.rollout.collect import Rollouts
+
+    torch.set_num_threads(config.run.threads)
+    disable_progress_bar()
+    engine = await open_engine(config, path)
+    try:
+        rollouts = Rollouts.open(config, engine, task, await open_chats(config, engine))
+        gc.freeze()  # what is loaded stays: collections need not walk it
+        gc.enable()
+        yield rollouts
+    finally:
+        gc.unfreeze()
+        await engine.close()
+
+
+async def _sample_all(
+    config: Config, task: Task, parts: Sequence[Part], left: Iterator[Unit], path: Path, whole: bool, tell: Callable[[int, int], None]
+) -> None:
+    """``tell`` is called with how many more are done, and how many of these failed."""
+    if all(part.mode == "alone" for part in parts):  # helpers need not be up for what runs without them
+        config = config.model_copy(update={"agents": config.agents.model_copy(update={"use": {}, "models": {}})})
+    async with _opened(config, task, config.policy.model) as rollouts:
+        if whole:
+            await _check_context(rollouts, parts)
+        await _sample_units(rollouts, parts, left, path, tell)
+
+
+class _Ruler:
+    """An engine that measures each run's first prompt and samples nothing."""
+
+    longest = 0
+
+    async def generate(self, prompt_ids: Sequence[int], **_: object) -> NoReturn:
+        self.longest = max(self.longest, len(prompt_ids))
+        raise ContextError("measured")
+
+    @contextmanager
+    def run(self, key: str) -> Iterator[None]:
+        yield
+
+    busy = run
+
+
+async def _check_context(rollouts: Any, parts: Sequence[Part]) -> None:
+    """Raises ConfigError where the context cannot hold the longest prompt and `rollout.max_tokens`: samples would be cut short."""
+    ruler, budget, context = _Ruler(), rollouts.config.rollout.max_tokens, rollouts.engine.max_context
+    measured = replace(rollouts, engine=ruler)
+    for part in parts:
+        for problem in sorted(part.problems, key=lambda problem: len(problem.question))[-MEASURED:]:
+            await measured.run_graph(problem, seed=0, with_agents=part.mode == "with_agents")
+    if (room := context - ruler.longest) < budget:
+        remedy = f"give --rollout.max_tokens {room}" if room > 0 else "there is no room for an answer"
+        limit = "engine.max_context" if rollouts.config.engine.max_context else f"{rollouts.config.policy.model}: its context"
+        raise ConfigError(
+            f"{limit} is {context} tokens, the longest prompt has {ruler.longest} and rollout.max_tokens is {budget}; "
+            f"{remedy}, or take a model with a longer context"
+        )
+
+
+async def _sample_units(
+    rollouts: "Rollouts", parts: Sequence[Part], left: Iterator[Unit], path: Path, tell: Callable[[int, int], None]
+) -> None:
+    from aipo_graph.rollout.collect import gather
+
+    config = rollouts.config
+    closed = config.engine.kind == "local" and config.engine.deterministic
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def write(samples: Sequence[Sample]) -> None:
+        append(file, b"".join(to_json(sample) + b"\n" for sample in samples))
+        tell(len(samples), sum(not sample.scored for sample in samples))
+
+    for index, traces in left:
+        part = parts[index]
+        runner = replace(rollouts, temperature=0.0) if part.greedy else rollouts
+
+        async def one(problem: Problem, number: int, part: Part = part, runner: "Rollouts" = runner) -> Sample:
+            draw = "greedy" if part.greedy else number
+            seed = derive_seed(config.run.seed, "evaluate", problem.id, part.mode, draw)
+            trace = await runner.run_trace(problem, seed=seed, with_agents=part.mode == "with_agents")
+            sample = _sample_of(trace, part, number)
+            if not closed:
+                write([sample])
+            return sample
+
+        samples = await gather([one(part.problems[problem], number) for problem, number in traces])
+        if closed:
+            write(samples)  # a unit that was written in part would be batched in another way when it is resumed
+
+
+def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
+    from aipo_graph.tasks.grading import last_box
+
+    consults: dict[str, tuple[int, int]] = {}
+    for segment in trace.segments:
+        if segment.source == "agent":
+            calls, tokens = consults.get(segment.author, (0, 0))
+            consults[segment.author] = (calls + 1, tokens + len(segment.token_ids))
+    answered = trace.trained and trace.scores.get("answered", 1.0)  # a task may know that the box is not where an answer counts
+    return Sample(
+        part.name,
+        trace.problem_id,
+        number,
+        trace.status,
+        trace.reward >= 1,
+        sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
+        consults,
+        trace.error and trace.error[:500],
+        answer=ballot(last_box(trace.reply)) if answered else "",
+        leaks=int(trace.scores.get("leaks", 0)),
+        violation=bool(trace.scores.get("violation")),
+    )
