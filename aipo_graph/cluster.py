@@ -121,18 +121,25 @@ class Run:
         return {"node": node, "pid": str(os.getpid())}
 
 
-class Actor:
-    """An engine, with the weights that it was last given."""
+class Named:
+    """A process, whose name stands before each line of its log."""
 
     def __init__(self, name: str, run: Run) -> None:
         self._name, self.run = name, run
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+class Actor(Named):
+    """An engine, with the weights that it was last given."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        super().__init__(name, run)
         self.engine: Any = None
         self._found: dict[str, str] = {}
         self._loaded: Sequence[Any] = ()
         self._one = asyncio.Lock()
-
-    def __repr__(self) -> str:
-        return self._name  # before each line of its log
 
     async def here(self) -> None:
         """Returns once the process has found its place."""
@@ -210,14 +217,8 @@ class Sampler(Actor):
         return await self.engine.logprobs(token_ids)
 
 
-class Rank:
+class Rank(Named):
     """One of the learner's processes, which all do the same in the same order."""
-
-    def __init__(self, name: str, run: Run) -> None:
-        self._name, self.run = name, run
-
-    def __repr__(self) -> str:
-        return self._name
 
     def meeting(self) -> str:
         """For all ranks to meet at, where the first one is."""

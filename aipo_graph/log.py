@@ -17,7 +17,7 @@ from pydantic_core import to_json
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
@@ -172,8 +172,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._live:
-            self._live.stop()
+        self.pause()
         if self._trackers:
             self._trackers.finish()
         self._unlock()
@@ -245,7 +244,7 @@ class RunLog:
     def pause(self) -> None:
         """End the live display, to print tables below it. The next step starts a new one."""
         if self._live:
-            self._live.stop()
+            self._live.live.stop()
             self._live = None
 
     def _attempt(self, what: str, write: Callable[[], Any]) -> None:
@@ -393,31 +392,20 @@ class _LiveView:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         self.progress.update(self.task, completed=step)
-        self.live.update(Group(self.progress, _headline(metrics), _agents(metrics)))
-
-    def stop(self) -> None:
-        self.live.stop()
-
-
-def _headline(metrics: Mapping[str, float]) -> Table:
-    table = Table(box=None, expand=True)
-    shown = [entry for entry in HEADLINE if entry[1] in metrics]
-    for label, _, _ in shown:
-        table.add_column(label, justify="right", header_style="dim")
-    table.add_row(*[f"{metrics[key]:{form}}" for _, key, form in shown])
-    return table
+        shown = [entry for entry in HEADLINE if entry[1] in metrics]
+        headline = _table([label for label, _, _ in shown])
+        headline.add_row(*[f"{metrics[key]:{form}}" for _, key, form in shown])
+        agents = _table(["agent", *(label for label, _, _ in PER_AGENT)])
+        agents.columns[0].justify, agents.columns[0].style = "left", "cyan"
+        prefixes = tuple(f"{key}/" for _, key, _ in PER_AGENT)
+        for agent in dict.fromkeys(key.partition("/")[2] for key in metrics if key.startswith(prefixes)):
+            cells = [f"{metrics[f'{key}/{agent}']:{form}}" if f"{key}/{agent}" in metrics else "" for _, key, form in PER_AGENT]
+            agents.add_row(agent, *cells)
+        self.live.update(Group(self.progress, headline, agents))
 
 
-def _agents(metrics: Mapping[str, float]) -> Table:
-    table = Table(box=None, expand=True)
-    table.add_column("agent", header_style="dim", style="cyan")
-    for label, _, _ in PER_AGENT:
-        table.add_column(label, justify="right", header_style="dim")
-    prefixes = tuple(f"{key}/" for _, key, _ in PER_AGENT)
-    for agent in dict.fromkeys(key.partition("/")[2] for key in metrics if key.startswith(prefixes)):
-        cells = [f"{metrics[f'{key}/{agent}']:{form}}" if f"{key}/{agent}" in metrics else "" for _, key, form in PER_AGENT]
-        table.add_row(agent, *cells)
-    return table
+def _table(labels: Sequence[str]) -> Table:
+    return Table(*[Column(label, justify="right", header_style="dim") for label in labels], box=None, expand=True)
 
 
 # --- where metrics go besides metrics.jsonl: another's code and often another's server, which may fail in any way, never a run

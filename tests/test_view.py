@@ -765,7 +765,7 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureF
         port = taken.getsockname()[1]
         assert cli.main(view.command, [str(tiny(tmp_path)), "--serve", "--no-open", "--port", str(port)]) == 2
     error = capsys.readouterr().err.strip()
-    assert f"port {port} of 127.0.0.1 is in use; choose another --port, or 0 for any that is free" in error
+    assert f"cannot listen on 127.0.0.1, port {port} (Address already in use); choose another --port, 0 for any that is free" in error
     assert "\n" not in error
 
 

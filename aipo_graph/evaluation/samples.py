@@ -245,7 +245,7 @@ def contents(config: Config) -> dict[str, str]:
     paths |= schemas | {key: files.find(name) for key, name in data.items() if name and name.endswith((".jsonl", ".csv", ".parquet"))}
     functions = {key: getattr(files.load(spec), "__code__", None) for key, spec in code.items() if spec.startswith(files.OBJECT)}
     digests = {key: hashlib.sha256(repr(_instructions(found)).encode()).hexdigest() for key, found in functions.items() if found}
-    return digests | {f"{key} ({path.name})" if "/" not in key else key: _hash([path]) for key, path in paths.items()}
+    return digests | {f"{key} ({path.name})" if "/" not in key else key: _hash(path) for key, path in paths.items()}
 
 
 def _instructions(code: CodeType) -> tuple[Any, ...]:
@@ -263,7 +263,7 @@ def model_contents(model: str) -> dict[str, str]:
     if not folder.is_dir():
         return {"policy.model": revision} if (revision := _revision(model)) else {}
     found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    return {f"policy.model/{path.relative_to(folder)}": _hash([path]) for path in sorted(found) if path.suffix in MODEL_FILES}
+    return {f"policy.model/{path.relative_to(folder)}": _hash(path) for path in sorted(found) if path.suffix in MODEL_FILES}
 
 
 def problems_digest(problems: Iterable[Problem]) -> str:
@@ -275,12 +275,9 @@ def problems_digest(problems: Iterable[Problem]) -> str:
     return total.hexdigest()
 
 
-def _hash(paths: Iterable[Path]) -> str:
-    total = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        total.update(path.name.encode() + _digest(path, stat.st_size, stat.st_mtime_ns))
-    return total.hexdigest()
+def _hash(path: Path) -> str:
+    stat = path.stat()
+    return hashlib.sha256(path.name.encode() + _digest(path, stat.st_size, stat.st_mtime_ns)).hexdigest()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,7 +1,6 @@
 """The page of a live run, read when it is asked for; and how a page is served on loopback, which the demo does too."""
 
 import asyncio
-import errno
 import hashlib
 import ipaddress
 import signal
@@ -83,11 +82,10 @@ def bound(host: str, port: int) -> socket.socket:
     except UnicodeError as error:
         raise ConfigError(f"--host {host}: no name of a machine; choose another, 127.0.0.1 for this machine alone") from error
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} of {host} is in use; choose another --port, or 0 for any that is free") from error
         why = str(error.strerror or error).partition(" (while")[0]  # Python repeats the address
         raise ConfigError(
-            f"cannot listen on {host}, port {port} ({why}); choose another --port, or another --host, 127.0.0.1 for this machine alone"
+            f"cannot listen on {host}, port {port} ({why}); choose another --port, 0 for any that is free, or another --host, "
+            "127.0.0.1 for this machine alone"
         ) from error
 
 
