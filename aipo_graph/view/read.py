@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from stat import S_ISREG
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from aipo_graph import __version__
@@ -87,6 +87,12 @@ def layout(roles: Mapping[str, str], edges: Mapping[Edge, bool]) -> dict[str, An
     return {"width": round(right - left, 1), "height": round(bottom - top, 1), "nodes": nodes, "edges": drawn}
 
 
+def drawn(picture: Any) -> dict[str, Any]:
+    """The picture in a graph.json, of which names, roles and edges are taken. Raises LookupError, TypeError, ValueError for others."""
+    edges = {(str(edge["source"]), str(edge["target"])): bool(edge["conditional"]) for edge in picture["edges"]}
+    return layout({str(node["name"]): str(node["role"]) for node in picture["nodes"]}, edges)
+
+
 def _columns(names: Mapping[str, Any], edges: Mapping[Edge, bool]) -> dict[str, int]:
     """Each node's distance from the start; one that cannot be reached stands behind all others."""
     after: dict[str, list[str]] = defaultdict(list)
@@ -116,39 +122,6 @@ def _curve(edge: Edge, one: Any, two: Any, ports: Mapping[tuple[str, Edge], floa
         x, y0, y1 = x0 + 13 * down, one["y"] + down * one["height"] / 2, two["y"] - down * two["height"] / 2
         return [(x, y0), (x, y0), (x, y0), (x, y1)]
     return [(x0, one["y"] + one["height"] / 2), (x0, floor), (x1, floor), (x1, two["y"] + two["height"] / 2)]
-
-
-# --- the trainer's graph.json
-
-
-class _Form(BaseModel):
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-
-class _Node(_Form):
-    name: str
-    label: str
-    role: Literal["policy", "agent", "tool", "end"]
-    x: float
-    y: float
-    width: PositiveFloat
-    height: PositiveFloat
-
-
-class _Edge(_Form):
-    source: str
-    target: str
-    conditional: bool
-    points: Annotated[tuple[tuple[float, float], ...], Field(min_length=4, max_length=4)]
-
-
-class Picture(_Form):
-    """What `layout` makes, read from a file."""
-
-    width: PositiveFloat
-    height: PositiveFloat
-    nodes: tuple[_Node, ...]
-    edges: tuple[_Edge, ...]
 
 
 # --- files of lines that another process may still be writing
@@ -216,7 +189,6 @@ TITLE = 200
 """Characters of a question in the list of traces."""
 NAMED = 5
 """Damaged lines that a note names one by one."""
-WHOLE = ("config.yaml", "graph.json", "summary.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +218,8 @@ class ViewedRun:
         self._metrics, self._traces = Growing(folder / "metrics.jsonl"), Growing(folder / "traces.jsonl")
         self._marks: dict[str, object] = {}
         self._notes: dict[str, str] = {}
-        self._settings: dict[str, str] = {}
-        self._graph: dict[str, Any] | None = None
-        self._summary: dict[str, Any] | None = None
+        self._whole: dict[str, Any] = {}
+        """What the small files hold, read by WHOLE."""
         self._pieces: Pieces | None = None
         self._forget()
 
@@ -292,23 +263,21 @@ class ViewedRun:
             self._open_pieces()
         return True
 
+    @property
+    def _settings(self) -> dict[str, str]:
+        return self._whole["config.yaml"] or {}
+
     def _read_small(self, name: str) -> None:
-        path, there = self.folder / name, self._marks[name] is not None
+        self._whole[name] = None
         self._notes.pop(name, None)
         try:
-            if name == "config.yaml":
-                self._settings = {}
-                if not there:
-                    raise ConfigError("there is no such file")
-                self._settings = dict(_flat(read_yaml(path)[0]))
-            elif name == "graph.json":
-                self._graph = None
-                self._graph = Picture.model_validate_json(path.read_bytes()).model_dump() if there else None
-            else:
-                self._summary = None
-                self._summary = rounded(SUMMARY.validate_json(path.read_bytes())) if there else None
-        except (OSError, TypeError, ValueError, ConfigError) as error:  # TypeError: a date as a key in a list
-            self._notes[name] = f"{name} is not shown: {' '.join(str(error).split())}"
+            if self._marks[name] is not None:
+                self._whole[name] = WHOLE[name](self.folder / name)
+            elif name == "config.yaml":
+                raise ConfigError("there is no such file")
+        except (OSError, TypeError, ValueError, LookupError, ConfigError) as error:  # TypeError: a date as a key in a list
+            lacks = "it lacks " if isinstance(error, LookupError) else ""
+            self._notes[name] = f"{name} is not shown: {lacks}{' '.join(str(error).split())}"
 
     def _open_pieces(self) -> None:
         try:
@@ -403,7 +372,7 @@ class ViewedRun:
             "settings": self._settings,
             "steps": int(steps) if steps.isdecimal() and len(steps) < 10 else max((point["step"] for point in self._points), default=0),
             "metrics": self._columns(),
-            "summary": self._summary,
+            "summary": self._whole["summary.json"],
             "graph": self._picture(agents),
             "agents": agents,
             "problems": list(problems.values()),
@@ -412,7 +381,7 @@ class ViewedRun:
 
     def _picture(self, agents: Sequence[str]) -> dict[str, Any] | None:
         """The graph, in which a node that ran without a word of the policy's is not drawn as the policy."""
-        graph = self._graph
+        graph = self._whole["graph.json"]
         if graph is None and self._nodes:
             roles = {name: "agent" if name in agents else "policy" for name in self._nodes}
             graph = layout({START: "end", **roles, END: "end"}, self._moves)
@@ -480,6 +449,12 @@ def _mark(path: Path) -> tuple[int, int] | None:
 
 
 SUMMARY = TypeAdapter(dict[str, Any])
+WHOLE: Mapping[str, Callable[[Path], Any]] = {
+    "config.yaml": lambda path: dict(_flat(read_yaml(path)[0])),
+    "graph.json": lambda path: drawn(from_json(path.read_bytes())),
+    "summary.json": lambda path: rounded(SUMMARY.validate_json(path.read_bytes())),
+}
+"""How the small files are read."""
 
 
 def _is_step(value: object) -> bool:
