@@ -283,23 +283,25 @@ def _add_totals(values: Values, part: Part, found: Sequence[Sample]) -> None:
     if part.greedy and "samples" in values:
         return
     kept = [s for s in found if s.scored]
-    values["samples"] = part.samples
-    values["incomplete"] = sum(scored[p.id] < part.samples for p in part.problems)
-    values["tokens_per_trace"] = sum(s.tokens for s in kept) / len(kept)
-    values["consults_per_trace"] = {
-        agent: {
-            "calls": sum(s.consults.get(agent, (0, 0))[0] for s in kept) / len(kept),
-            "tokens": sum(s.consults.get(agent, (0, 0))[1] for s in kept) / len(kept),
-        }
-        for agent in sorted({agent for s in kept for agent in s.consults})
+    values |= {
+        "samples": part.samples,
+        "incomplete": sum(scored[p.id] < part.samples for p in part.problems),
+        "tokens_per_trace": sum(s.tokens for s in kept) / len(kept),
+        "consults_per_trace": {
+            agent: {
+                "calls": sum(s.consults.get(agent, (0, 0))[0] for s in kept) / len(kept),
+                "tokens": sum(s.consults.get(agent, (0, 0))[1] for s in kept) / len(kept),
+            }
+            for agent in sorted({agent for s in kept for agent in s.consults})
+        },
+        "length": {
+            "all": _lengths(kept),
+            "solved": _lengths([s for s in kept if s.solved]),
+            "unsolved": _lengths([s for s in kept if not s.solved]),
+        },
+        "truncated": fmean(s.status == "length" for s in kept),
+        "answered": fmean(bool(s.answer) for s in kept) if all(s.answer is not None for s in kept) else None,
     }
-    values["length"] = {
-        "all": _lengths(kept),
-        "solved": _lengths([s for s in kept if s.solved]),
-        "unsolved": _lengths([s for s in kept if not s.solved]),
-    }
-    values["truncated"] = fmean(s.status == "length" for s in kept)
-    values["answered"] = fmean(bool(s.answer) for s in kept) if all(s.answer is not None for s in kept) else None
     if part.mode == "with_agents":
         recorded = all(s.violation is not None for s in kept)
         values["violations"] = fmean(bool(s.violation) for s in kept) if recorded else None

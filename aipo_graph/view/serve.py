@@ -29,16 +29,18 @@ def application(page: str, host: str, *middlewares: Middleware) -> web.Applicati
         return await handler(request)
 
     async def secured(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers["Content-Security-Policy"] = policy
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-        response.headers["Cache-Control"] = "no-store"
+        response.headers.update(headers)
 
     async def show(request: web.Request) -> web.Response:
         return _packed(page.encode(), "text/html")
 
-    policy = csp(page)
+    headers = {
+        "Content-Security-Policy": csp(page),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
     app = web.Application(middlewares=[guard, *middlewares], client_max_size=1 << 20)
     app.on_response_prepare.append(secured)
     app.router.add_get("/", show)
