@@ -84,7 +84,7 @@ def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool
     old_files = _read(folder / FILES)
     changed |= {key: (old_files[key], files[key]) for key in files if old_files.get(key, files[key]) != files[key]}
     gone = [key for key in before if key not in now]
-    changed |= {key: (before[key], GONE[key]) for key in gone if key in GONE and before[key] != GONE[key]}
+    changed |= {key: (before[key], GONE[key]) for key in gone if key in GONE and GONE[key] not in (None, before[key])}
     refused = [key for key in changed if key in files or key in gone or not may_change(key)]
     if refused and not force:
         raise ConfigError(_refusal(folder, changed, refused, files))

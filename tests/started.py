@@ -20,6 +20,7 @@ import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preloaded"])
+forkserver.set_forkserver_preload = lambda names: None  # type: ignore[assignment]  # what the package would, `preloaded` does
 
 
 class _Forked(Popen):

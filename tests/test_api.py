@@ -31,7 +31,7 @@ ROWS = [{"question": f"{a}*{b}?", "answer": str(a * b)} for a in range(2, 9) for
 SMALL: dict[str, dict[str, Any]] = {
     "run": {"device": "cpu", "trackers": ()},
     "rollout": {"problems": 2, "traces": 4, "max_tokens": 32},
-    "evaluate": {"problems": 1, "problems_with_agents": 1, "samples": 1, "workers": 1},
+    "evaluate": {"problems": 1, "problems_with_agents": 1, "samples": 1},
 }
 BARE = SMALL | {"evaluate": {"problems": 0}}
 

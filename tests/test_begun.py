@@ -121,7 +121,9 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
         "note: run.keep_checkpoints, a setting of another version, is passed over",
         "note: loss.gamma, a setting of another version, is passed over",
         "note: optimizer.weight_decay, a setting of another version, is passed over",
+        "note: evaluate.workers, a setting of another version, is passed over",
         "note: run.trackers = [] from here on, ['tensorboard'] before",
+        "note: engine.workers = 2 from here on, 1 before",
         "note: evaluate.problems = 128 from here on, 256 before",
         "note: evaluate.samples = 16 from here on, 64 before",
     ]

@@ -31,8 +31,8 @@ from aipo_graph.workers import units
 PROBLEMS, SAMPLES = 6, 6
 SETTINGS: dict[str, Any] = {
     "rollout": {"prompts": "prompts/operators"},
-    "engine": {"max_batch": 6},  # units of 12 traces: several of them for each worker
-    "evaluate": {"problems": PROBLEMS, "problems_with_agents": 4, "samples": SAMPLES, "workers": 2},
+    "engine": {"max_batch": 6, "workers": 2},  # units of 12 traces: several of them for each worker
+    "evaluate": {"problems": PROBLEMS, "problems_with_agents": 4, "samples": SAMPLES},
 }
 
 
@@ -163,7 +163,7 @@ def test_an_evaluation_holds_each_sample_once_and_its_figures(undisturbed: Path)
 
 
 def test_samples_do_not_depend_on_the_number_of_workers(undisturbed: Path, tmp_path: Path) -> None:
-    result(config(evaluate=SETTINGS["evaluate"] | {"workers": 1}), tmp_path, kinds=("hard", "easy"))
+    result(config(engine=SETTINGS["engine"] | {"workers": 1}), tmp_path, kinds=("hard", "easy"))
     assert lines(tmp_path) == lines(undisturbed)
     one, two = (json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, undisturbed))
     for values in (one, two):  # they may lie on two sides of midnight
@@ -215,7 +215,7 @@ def test_leaving_an_evaluation_early_ends_its_workers_and_frees_its_folder(tmp_p
 
 
 def test_what_a_worker_raises_is_raised_here(tmp_path: Path) -> None:
-    lost = config(rollout=SETTINGS["rollout"] | {"graph": "nowhere.py:build"}, evaluate=SETTINGS["evaluate"] | {"workers": 1})
+    lost = config(rollout=SETTINGS["rollout"] | {"graph": "nowhere.py:build"}, engine=SETTINGS["engine"] | {"workers": 1})
     with pytest.raises(ConfigError, match=r"no file 'nowhere\.py'"):
         result(lost, tmp_path)
     assert not multiprocessing.active_children()
