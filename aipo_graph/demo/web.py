@@ -7,6 +7,7 @@ closed tab ends its runs; what was made until then is kept all the same.
 import asyncio
 import json
 from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -184,7 +185,9 @@ class Server:
         self._asked: dict[str, Json] = {}
         """Thread -> the question and its traces, as far as they have ended; the newest last."""
         self._questions = Questions(rollouts, demo.run.seed)
-        self._pieces = pieces_of(demo.policy.model)
+        self._pieces: Pieces | None = None
+        with suppress(ConfigError):  # a model without a tokenizer.json
+            self._pieces = open_pieces(Path(demo.policy.model), {"policy.model": demo.policy.model})
         self._running: dict[str, tuple[Asking, asyncio.Task[None]]] = {}
 
     def app(self) -> web.Application:
@@ -327,14 +330,6 @@ async def said(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         told, status = {"error": error.reason, "field": "question"}, error.status
     return web.json_response(told, status=status)
-
-
-def pieces_of(path: str) -> Pieces | None:
-    """What splits text at its tokens; None for a model without a tokenizer.json."""
-    try:
-        return open_pieces(Path(path), {"policy.model": path})
-    except ConfigError:
-        return None
 
 
 def read(body: str) -> Ask:

@@ -215,7 +215,10 @@ def _converse(process: subprocess.Popen[bytes], data: bytes, limit: int, deadlin
                 raise ToolError("the sandbox did not end a program in time")
             for key, _ in ready:
                 if key.fileobj is stdin:
-                    left = _feed(stdin.fileno(), left)
+                    try:
+                        left = left[os.write(key.fd, left[:PIECE]) :]
+                    except BrokenPipeError:  # the program ended without reading it all
+                        left = left[:0]
                     if not left:
                         selector.unregister(stdin)
                         stdin.close()
@@ -231,12 +234,3 @@ def _converse(process: subprocess.Popen[bytes], data: bytes, limit: int, deadlin
                     flooded = True
                     process.terminate()
     return bytes(output), bytes(report), flooded
-
-
-def _feed(descriptor: int, data: memoryview) -> memoryview:
-    try:
-        return data[os.write(descriptor, data[:PIECE]) :]
-    except BlockingIOError:
-        return data
-    except BrokenPipeError:  # the program ended without reading it all
-        return data[:0]
