@@ -256,7 +256,7 @@ class Engine(Section):
     max_batch: PositiveInt = 256
     """Sequences decoded at once."""
     workers: PositiveInt = 1
-    """local: processes that sample side by side, in training and in evaluation. In training the learner has all their threads."""
+    """local: processes that sample side by side, each with the policy and the agents. In training the learner has all their threads."""
     gpus: PositiveInt = 1
     """vllm in a cluster: GPUs over which an engine spreads one copy of the policy (tensor parallel). There is one engine per so many of
     the GPUs that the learner leaves."""

@@ -181,7 +181,7 @@ def _sampler(config: Config, model: PreTrainedModel, whole: int, gpu: tuple[str,
         length = config.rollout.max_tokens + config.task.max_prompt_tokens
         cache = rows * length * 2 * heads * width * text.num_hidden_layers * size
         return [
-            Part("sampler's weights", whole, BOTH, f"engine.kind = local, {config.policy.dtype}"),
+            Part("sampler's weights", setting.workers * whole, BOTH, f"{config.policy.dtype}, in {setting.workers} (engine.workers)"),
             Part("sampler's cache", cache, BOTH, f"{rows} rows of {length:,} tokens; longer prompts and replies take more"),
         ]
     if setting.kind == "server" and (not setting.launch or torch.cuda.device_count() > 1):  # a launched one takes the last GPU
