@@ -1,1 +1,1 @@
-"""What `evaluate.py` is made of: sampling in worker processes, estimators, figures and tables."""
+"""What `evaluate.py` is made of, beside `workers.py`, which samples: estimators, figures and tables."""
