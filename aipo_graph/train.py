@@ -115,9 +115,12 @@ async def loop(
 
 
 def _learn(config: Config, method: Callable[..., Any], *arguments: Any) -> Any:
-    """In a thread whose parallel operations have the cores of all that sample, which wait meanwhile."""
-    torch.set_num_threads(config.run.threads * processes(config))
-    return method(*arguments)
+    """In a thread whose parallel operations have the cores of all that sample, where these wait meanwhile."""
+    torch.set_num_threads(config.run.threads * (1 if config.rollout.max_lag else processes(config)))
+    try:
+        return method(*arguments)
+    finally:
+        torch.set_num_threads(config.run.threads)  # a part of it is the whole process's
 
 
 def _finished(config: Config, version: int, tokens: float) -> bool:
@@ -340,8 +343,10 @@ async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: An
             log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
         stack.callback(gc.unfreeze)
-        beside = stack.enter_context(Workers(rollouts, path)) if processes(config) > 1 else rollouts
-        yield Stream(cluster.sampling(rollouts) if cluster else beside, config)
+        if cluster:
+            yield Stream(cluster.sampling(rollouts), config)
+        else:
+            yield Stream(stack.enter_context(Workers(rollouts, path)) if processes(config) > 1 else rollouts, config)
 
 
 def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -46,9 +47,8 @@ Unit = tuple[int, list[tuple[int, int]]]
 
 
 def processes(config: Config) -> int:
-    """How many sample: `engine.workers` of the local engine. vLLM batches what one sends, and a cluster's workers are `cluster.workers`;
-    objects that a call gave reach no other process."""
-    return config.engine.workers if config.engine.kind == "local" and not config.cluster.address and not objects() else 1
+    """How many sample: `engine.workers` of the local engine. vLLM batches what one sends, and objects that a call gave reach no other."""
+    return config.engine.workers if config.engine.kind == "local" and not objects() else 1
 
 
 # On Linux one process imports torch and the rest, and all workers are forked from it; elsewhere forking is not safe.
@@ -147,6 +147,7 @@ class Workers(ExitStack):
         self.draw, self.probe_ids = rollouts.draw, rollouts.probe_ids
         self._rollouts, self._version = rollouts, 0
         self._others: list[Worker] = []
+        self._threads = self.enter_context(ThreadPoolExecutor(processes(rollouts.config)))  # which wait; those of the loop have work
         for _ in range(processes(rollouts.config) - 1):
             self._others.append(Worker(_make_groups, rollouts.config, path))
             self.callback(self._others[-1].close)
@@ -160,32 +161,38 @@ class Workers(ExitStack):
             weights = ({name: tensor.cpu() for name, tensor in self.engine.model.state_dict().items()}, self._version)
         count = 1 + len(self._others)
         shares = [draws[i::count] for i in range(count)]
-        asked = [asyncio.to_thread(_ask, other, share, weights) for other, share in zip(self._others, shares[1:], strict=True)]
-        *theirs, ours = await gather([*asked, self._rollouts.run_groups(shares[0])])
-        found = [ours, *theirs]
-        return [found[i % count][i // count] for i in range(len(draws))]
+        theirs = [self._ask(other, share, weights) for other, share in zip(self._others, shares[1:], strict=True)]
+        *found, ours = await gather([*theirs, self._rollouts.run_groups(shares[0])])
+        groups = [ours, *found]
+        return [groups[i % count][i // count] for i in range(len(draws))]
 
+    async def _ask(self, worker: Worker, draws: Sequence["Draw"], weights: tuple[Mapping[str, Any], int] | None) -> list[TraceGroup]:
+        def wait() -> Any:
+            with suppress(ConnectionError):  # of one that died; receiving says so
+                worker.pipe.send_bytes(sent)
+            return worker.receive()
 
-def _ask(worker: Worker, draws: Sequence["Draw"], weights: tuple[Mapping[str, Any], int] | None) -> list[TraceGroup]:
-    with suppress(ConnectionError):  # of one that died; receiving says so
-        worker.pipe.send_bytes(pickle.dumps((draws, weights)))  # by itself a pipe would share the tensors' memory
-    found: list[TraceGroup] = worker.receive()
-    return found
+        sent = pickle.dumps(([draw.index for draw in draws], weights))  # by itself a pipe would share the tensors' memory
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, wait)
+        return [TraceGroup(draw.problem, traces) for draw, traces in zip(draws, found, strict=True)]
 
 
 def _make_groups(config: Config, path: str, parent: Connection) -> None:
-    """A worker's life: groups of the draws that it is sent, with the weights that come with them."""
+    """A worker's life: the traces of the draws whose numbers it is sent, with the weights that come with them."""
 
     async def serve() -> None:
         async with _opened(config, open_task(config), path) as rollouts:
             while True:
-                draws, weights = pickle.loads(parent.recv_bytes())
+                try:
+                    indices, weights = pickle.loads(await asyncio.to_thread(parent.recv_bytes))
+                except (EOFError, ConnectionError):  # nobody asks any more
+                    return
                 if weights:
                     await rollouts.engine.load_weights(weights[0].items(), weights[1])
-                parent.send(await rollouts.run_groups(draws))
+                groups = await rollouts.run_groups([rollouts.draw(index) for index in indices])
+                parent.send([group.traces for group in groups])
 
-    with suppress(EOFError, ConnectionError):
-        asyncio.run(serve())
+    asyncio.run(serve())
 
 
 # --- samples of held-out problems

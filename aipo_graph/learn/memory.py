@@ -177,7 +177,7 @@ def _sampler(config: Config, model: PreTrainedModel, whole: int, gpu: tuple[str,
     if setting.kind == "local":
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        rows = min(setting.max_batch, config.rollout.problems * config.rollout.traces)
+        rows = min(setting.workers * setting.max_batch, config.rollout.problems * config.rollout.traces)
         length = config.rollout.max_tokens + config.task.max_prompt_tokens
         cache = rows * length * 2 * heads * width * text.num_hidden_layers * size
         return [
