@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
@@ -39,7 +40,7 @@ from aipo_graph.errors import AipoError, ConfigError, EngineError, LostError, Tr
 from aipo_graph.forward import first_line
 from aipo_graph.learn.batch import Batch
 from aipo_graph.learn.learner import Learner
-from aipo_graph.rollout.collect import Draw, Rollouts, gather
+from aipo_graph.rollout.collect import Draw, Rollouts, dealt, gather
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Completion, Learned, Stop, TraceGroup
 
@@ -697,8 +698,7 @@ class Samplers:
 
 
 class Workers:
-    """Makes groups in the cluster's workers. With engines in them, draw i of a call goes to worker i mod n, in one call to each, so that
-    their batches repeat; over samplers each goes to the least busy.
+    """Makes groups in the cluster's workers: with engines in them all make each call together; over samplers each goes to the least busy.
 
     Args:
         rollouts: this process's own, which draws.
@@ -714,9 +714,7 @@ class Workers:
         workers = self._cluster.workers
         if self.engine.in_flight:
             return await self._run(min(workers, key=lambda w: w.busy.calls), draws)
-        shares = [draws[i :: len(workers)] for i in range(len(workers))]
-        found = await gather([self._run(worker, share) for worker, share in zip(workers, shares, strict=True) if share])
-        return [found[i % len(found)][i // len(found)] for i in range(len(draws))]
+        return await dealt(draws, [partial(self._run, worker) for worker in workers])
 
     async def _run(self, worker: Process, draws: Sequence[Draw]) -> list[TraceGroup]:
         """A share that costs a worker twice is run problem by problem, and a problem that does so again is given up, as failed."""

@@ -343,10 +343,7 @@ async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: An
             log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
         stack.callback(gc.unfreeze)
-        if cluster:
-            yield Stream(cluster.sampling(rollouts), config)
-        else:
-            yield Stream(stack.enter_context(Workers(rollouts, path)) if processes(config) > 1 else rollouts, config)
+        yield Stream(cluster.sampling(rollouts) if cluster else stack.enter_context(Workers(rollouts, path)), config)
 
 
 def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:

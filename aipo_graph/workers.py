@@ -138,42 +138,38 @@ def _main_unseen() -> Iterator[None]:
 
 
 class Workers(ExitStack):
-    """Makes groups here and in processes beside this one, which end with the context. Draw i of a call goes to process i mod n, in one call
-    to each, so that their batches repeat; each samples with the weights that the engine here has."""
+    """Makes groups here and in the processes beside this one, if there are any, which end with the context; each samples with the weights
+    that the engine here has."""
 
     def __init__(self, rollouts: "Rollouts", path: str) -> None:
         super().__init__()
         self.engine: Any = rollouts.engine
         self.draw, self.probe_ids = rollouts.draw, rollouts.probe_ids
-        self._rollouts, self._version = rollouts, 0
-        self._others: list[Worker] = []
+        self._rollouts = rollouts
+        self._versions: dict[Worker, int] = {}  # of the weights in each
         self._threads = self.enter_context(ThreadPoolExecutor(processes(rollouts.config)))  # which wait; those of the loop have work
         for _ in range(processes(rollouts.config) - 1):
-            self._others.append(Worker(_make_groups, rollouts.config, path))
-            self.callback(self._others[-1].close)
+            worker = Worker(_make_groups, rollouts.config, path)
+            self.callback(worker.close)
+            self._versions[worker] = 0
 
     async def run_groups(self, draws: Sequence["Draw"]) -> list[TraceGroup]:
-        from aipo_graph.rollout.collect import gather
+        from aipo_graph.rollout.collect import dealt
 
-        weights = None
-        if self._version != self.engine.version:
-            self._version = self.engine.version
-            weights = ({name: tensor.cpu() for name, tensor in self.engine.model.state_dict().items()}, self._version)
-        count = 1 + len(self._others)
-        shares = [draws[i::count] for i in range(count)]
-        theirs = [self._ask(other, share, weights) for other, share in zip(self._others, shares[1:], strict=True)]
-        *found, ours = await gather([*theirs, self._rollouts.run_groups(shares[0])])
-        groups = [ours, *found]
-        return [groups[i % count][i // count] for i in range(len(draws))]
+        return await dealt(draws, [self._rollouts.run_groups, *(functools.partial(self._ask, worker) for worker in self._versions)])
 
-    async def _ask(self, worker: Worker, draws: Sequence["Draw"], weights: tuple[Mapping[str, Any], int] | None) -> list[TraceGroup]:
-        def wait() -> Any:
+    async def _ask(self, worker: Worker, draws: Sequence["Draw"]) -> list[TraceGroup]:
+        def asked() -> Any:
             with suppress(ConnectionError):  # of one that died; receiving says so
                 worker.pipe.send_bytes(sent)
             return worker.receive()
 
-        sent = pickle.dumps(([draw.index for draw in draws], weights))  # by itself a pipe would share the tensors' memory
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, wait)
+        weights, version = None, self.engine.version
+        if self._versions[worker] != version:
+            weights = {name: tensor.cpu() for name, tensor in self.engine.model.state_dict().items()}
+        sent = pickle.dumps(([draw.index for draw in draws], weights, version))  # by itself a pipe would share the tensors' memory
+        self._versions[worker] = version
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, asked)
         return [TraceGroup(draw.problem, traces) for draw, traces in zip(draws, found, strict=True)]
 
 
@@ -184,11 +180,11 @@ def _make_groups(config: Config, path: str, parent: Connection) -> None:
         async with _opened(config, open_task(config), path) as rollouts:
             while True:
                 try:
-                    indices, weights = pickle.loads(await asyncio.to_thread(parent.recv_bytes))
+                    indices, weights, version = pickle.loads(await asyncio.to_thread(parent.recv_bytes))
                 except (EOFError, ConnectionError):  # nobody asks any more
                     return
                 if weights:
-                    await rollouts.engine.load_weights(weights[0].items(), weights[1])
+                    await rollouts.engine.load_weights(weights.items(), version)
                 groups = await rollouts.run_groups([rollouts.draw(index) for index in indices])
                 parent.send([group.traces for group in groups])
 

@@ -431,6 +431,7 @@ def test_errors_are_shown_at_their_field(url: str, opened: Open) -> None:
         ("/ask", "{}", {"Origin": ""}, 403),
         ("/stop", "{}", {"Origin": "null"}, 403),
         ("/forget", "{}", {"Origin": "null"}, 403),
+        ("/forget", "{}", {"Content_Type": "text/plain"}, 415),
         ("/ask", "x" * 2_000_000, {}, 413),
         ("/thread?id=nosuch", None, {}, 404),
         (f"/thread?id={'0' * 32}", None, {}, 404),

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -147,8 +148,8 @@ async def calls_out(reply: str) -> float:
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
-        (breaks, r"^breaks\(\) of task mine.py:build: raised KeyError in .*test_rewards.py:\d+: 'it is 42'$"),
-        (calls_out, r"^calls_out\(\) of task mine.py:build: raised TimeoutError in .*test_rewards.py:\d+: the judge's server$"),
+        (breaks, rf"^breaks\(\) of task mine.py:build: raised KeyError in {re.escape(__file__)}:\d+: 'it is 42'$"),
+        (calls_out, rf"^calls_out\(\) of task mine.py:build: raised TimeoutError in {re.escape(__file__)}:\d+: the judge's server$"),
         (lambda: math.nan, r", problem 'p': the reward is nan$"),
         (lambda: -math.inf, r", problem 'p': the reward is -inf$"),
         (lambda: asyncio.sleep(60), r": had not ended after 0.05 s \(task.timeout\)$"),

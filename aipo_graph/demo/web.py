@@ -324,6 +324,8 @@ async def said(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         if request.method == "POST" and request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):
             raise web.HTTPForbidden(reason="only the page itself may ask")
+        if request.method == "POST" and request.content_type != "application/json":
+            raise web.HTTPUnsupportedMediaType(reason="the body must be application/json")
         return await handler(request)
     except AipoError as error:
         told, status = {"error": printable(str(error)), "field": getattr(error, "field", "question")}, 400

@@ -110,6 +110,9 @@ class Draw:
     problem: Problem
 
 
+MakeGroups = Callable[[Sequence[Draw]], Coroutine[Any, Any, list[TraceGroup]]]  # such as Rollouts.run_groups
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """All that graph runs share: the two graphs, agents, prompts, tokenizer, task and engine.
@@ -428,6 +431,13 @@ async def gather(runs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+async def dealt(draws: Sequence[Draw], makers: Sequence[MakeGroups]) -> list[TraceGroup]:
+    """The groups of the draws, in order: draw i is made by maker i mod n, in one call to each, so that their batches repeat."""
+    shares = [draws[i :: len(makers)] for i in range(len(makers))]
+    found = await gather([make(share) for make, share in zip(makers, shares, strict=True) if share])
+    return [found[i % len(found)][i // len(found)] for i in range(len(draws))]
 
 
 def policy_texts(trace: Trace) -> list[str]:
