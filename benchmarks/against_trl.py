@@ -1,12 +1,14 @@
-"""`make against`: one GRPO step without agents, ours and TRL's, on the same model, prompts, reward and one thread: seconds, tokens, memory.
+"""`make against`: one GRPO step, ours and TRL's, on the same model, prompts, reward and one thread: seconds, tokens, memory.
 
 Both stand ready in processes of their own (TRL's in `.venv-trl`) and take steps in turn, so that both see the same load; medians and
 ranges are shown. A step samples, rewards and learns; tokens are those sampled, counted on both sides. Models have random weights but for
-the shipped one.
+the shipped one and that of the case with consults: there each token is drawn by the one before it, so that a trace asks twice in the mean,
+an agent of ours and a tool of TRL's that reply the same words. TRL masks them, we learn from them.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -34,6 +36,8 @@ class Case:
     longest: int
     uniform: bool = False
     """Every token is as likely as any, so that completions end by chance: their mean length is the vocabulary's size."""
+    consults: bool = False
+    """Traces ask for help, as `chain` has it."""
 
 
 CASES = {
@@ -41,12 +45,29 @@ CASES = {
     "1m": Case(4, 128, 45, 64),
     "32k": Case(4, 128, 32_000, 64),
     "lengths": Case(2, 64, 100, 512, uniform=True),
+    "consults": Case(4, 128, 100, 256, consults=True),
 }
+TAGS = ("<knowledge>", "</knowledge>", "<feedback>", "</feedback>")
+"""The tokens after padding and end of text; those of a request from QUERY on, all others are plain words."""
+QUERY = 80
+REPLY = "w10 w11 w12 w13 w14 w15 w16 w17"
 
 
 def reward(reply: str) -> float:
     """Differs between the traces of a group, so that each step learns."""
     return sum(map(ord, reply)) % 7 / 7
+
+
+def chain(vocabulary: int) -> list[list[float]]:
+    """Log-probabilities of the next token given the last, [V, V]: runs of 16 words, which end in a request twice of three times, else in
+    the end of the text. TRL's turn goes on after a request, to the end of text that a chat template has there."""
+    ask, asked, told, told_all = range(2, 2 + len(TAGS))
+    words, query = range(told_all + 1, QUERY), range(QUERY, vocabulary)
+    within = {word: 15 / 16 / len(words) for word in words} | {ask: 1 / 24, 1: 1 / 48}
+    first = {word: 1 / len(query) for word in query}
+    later = {word: 2 / 3 / len(query) for word in query} | {asked: 1 / 3}
+    rows = {ask: first, asked: {1: 1.0}} | dict.fromkeys(query, later) | dict.fromkeys([0, 1, told, told_all, *words], within)
+    return [[math.log(rows[last].get(token, 1e-13)) for token in range(vocabulary)] for last in range(vocabulary)]
 
 
 def make(case: Case, folder: Path) -> None:
@@ -65,11 +86,15 @@ def make(case: Case, folder: Path) -> None:
     task, count = open_task(Config()), PROBLEMS * (STEPS + WARM)
     questions = [task.train(index).question for index in range(count)]
     if case.vocabulary > len(tokenizer):
-        words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, case.vocabulary)}
-        plain = Tokenizer(models.WordLevel(words, unk_token="w2"))
+        names = ["<pad>", "<eos>", *(TAGS if case.consults else ())]
+        words = {name: number for number, name in enumerate([*names, *(f"w{i}" for i in range(len(names), case.vocabulary))])}
+        plain = Tokenizer(models.WordLevel(words, unk_token="w9"))
         plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
-        questions = [" ".join(f"w{2 + (31 * index + 7 * place) % (case.vocabulary - 2)}" for place in range(12)) for index in range(count)]
+        if case.consults:
+            tokenizer.add_tokens(list(TAGS))
+        plain_words = range(len(names) + 4, QUERY if case.consults else case.vocabulary)
+        questions = [" ".join(f"w{plain_words[(31 * i + 7 * place) % len(plain_words)]}" for place in range(12)) for i in range(count)]
     if case.layers:
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -80,6 +105,13 @@ def make(case: Case, folder: Path) -> None:
         policy = AutoModelForCausalLM.from_config(config)
         if case.uniform:
             policy.lm_head.weight.data.zero_()
+        if case.consults:
+            for layer in policy.model.layers:
+                layer.self_attn.o_proj.weight.data.zero_()
+                layer.mlp.down_proj.weight.data.zero_()
+            policy.model.embed_tokens.weight.data = torch.eye(case.vocabulary, case.width)
+            after = torch.tensor(chain(case.vocabulary)).T / case.width**0.5  # the norm makes a one of the root of the width
+            policy.lm_head.weight.data = torch.nn.functional.pad(after, (0, case.width - case.vocabulary)).contiguous()
     else:
         policy = AutoModelForCausalLM.from_pretrained(shipped)
     policy.save_pretrained(folder)
@@ -98,6 +130,7 @@ def ours(case: Case, folder: Path) -> None:
     from aipo_graph.engines.local import LocalEngine
     from aipo_graph.learn.batch import pack
     from aipo_graph.learn.learner import Learner
+    from aipo_graph.rollout import Agent
     from aipo_graph.rollout.collect import Rollouts
     from aipo_graph.tasks.open import open_task
 
@@ -106,14 +139,19 @@ def ours(case: Case, folder: Path) -> None:
     config = Config(
         policy={"model": str(folder)},
         task={"name": "dataset", "data": "object:rows", "reward": "object:reward"},
-        rollout={"problems": PROBLEMS, "traces": TRACES, "with_agents": 0.0, "max_tokens": case.longest},
-        agents={"use": {}},
+        rollout={"problems": PROBLEMS, "traces": TRACES, "with_agents": float(case.consults), "max_tokens": case.longest}
+        | ({"graph": "graphs/smallest.py:build", "prompts": "prompts/operators"} if case.consults else {}),
+        agents={"use": {"knowledge": "object:knowledge"} if case.consults else {}},
         optimizer={"lr": 1e-6},
         run={"device": "cpu", "threads": 1},
     )
 
+    async def look_up(query: str) -> str:
+        """Looks a few words up."""
+        return REPLY
+
     async def serve() -> None:
-        with load.given({"rows": rows, "reward": reward}):
+        with load.given({"rows": rows, "reward": reward, "knowledge": lambda config: Agent("knowledge", tools=(look_up,))}):
             sampler, learner = LocalEngine.load(config, str(folder)), Learner(config, str(folder))
             rollouts = Rollouts.open(config, sampler, open_task(config))
             gc.freeze()  # as in training
@@ -126,7 +164,8 @@ def ours(case: Case, folder: Path) -> None:
                 seconds = time.perf_counter() - started
                 traces = [trace for group in groups for trace in group.traces]
                 sampled = sum(len(s.token_ids) for trace in traces for s in trace.segments if s.source == "policy")
-                say(seconds=seconds, tokens=sampled, traces=len(traces))
+                asked = sum(s.source == "agent" for trace in traces for s in trace.segments)
+                say(seconds=seconds, tokens=sampled, traces=len(traces), consults=asked)
 
     asyncio.run(serve())
 
@@ -139,21 +178,34 @@ def trl(case: Case, folder: Path) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     sampled: list[int] = []
+    asked: list[str] = []
 
-    def score(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        sampled.extend(map(len, completion_ids))
-        return list(map(reward, completions))
+    def score(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        replies = tokenizer.convert_tokens_to_ids(TAGS[2]) if case.consults else None
+        sampled.extend(len(ids) - (2 + len(REPLY.split())) * ids.count(replies) for ids in completion_ids)
+        return list(map(reward, tokenizer.batch_decode(completion_ids)))
+
+    def knowledge(query: str) -> str:
+        """Looks a few words up.
+
+        Args:
+            query: The words.
+        """
+        asked.append(query)
+        return REPLY
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if not sys.stdin.readline():
                 os._exit(0)
             sampled.clear()
+            asked.clear()
             self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            say(seconds=time.perf_counter() - self.started, tokens=sum(sampled), traces=len(sampled))
+            say(seconds=time.perf_counter() - self.started, tokens=sum(sampled), traces=len(sampled), consults=len(asked))
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             say(ready=True)
@@ -163,12 +215,30 @@ def trl(case: Case, folder: Path) -> None:
         max_completion_length=case.longest, learning_rate=1e-6, max_steps=STEPS + WARM, use_cpu=True, bf16=False,
         gradient_checkpointing=False, shuffle_dataset=False, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1000,
     )  # fmt: skip
+    prompts: list[Any] = json.loads((folder / "prompts.json").read_text())
+    if case.consults:
+        tokenizer.chat_template, tokenizer.response_template = CHAT, RESPONSE
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     trainer = GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(folder), score, settings, callbacks=[Turns()],
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in json.loads((folder / "prompts.json").read_text())]),
-        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        AutoModelForCausalLM.from_pretrained(folder), score, settings, callbacks=[Turns()], tools=[knowledge] if case.consults else None,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
+
+
+CHAT = """{% for m in messages %}{{ m.content if m.role != 'tool' else '<feedback>' + m.content + '</feedback>' }}\
+{% for call in m.tool_calls or [] %}<knowledge>{{ call.function.name }} {{ call.function.arguments | tojson }}</knowledge>{% endfor %}\
+{{ '<eos>' if m.role == 'assistant' }}{% endfor %}"""
+CALL = {"type": "function", "function": {"name": "knowledge", "arguments": {"query": "{content}"}}}
+RESPONSE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor_pattern": r"\Z",
+    "fields": {
+        "tool_calls": {"open": TAGS[0], "close": TAGS[1], "repeats": True, "content": "text", "transform": CALL},
+        "content": {"close": "<eos>", "content": "text"},
+    },
+}
+"""TRL's side of the protocol: how a chat is written, and a tool call read."""
 
 
 def say(**found: Any) -> None:
@@ -222,11 +292,12 @@ def shown(name: str, rounds: Sequence[dict[str, Any]]) -> None:
     for side in ("ours", "trl"):
         seconds = [row[side]["seconds"] for row in rounds]
         tokens = statistics.median(row[side]["tokens"] for row in rounds)
+        asked = statistics.median(row[side].get("consults", 0) / row[side]["traces"] for row in rounds)
         memory = max(row[side]["memory"] for row in rounds)
         median = statistics.median(seconds)
         print(
             f"{name:9} {side:5} {median:7.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {tokens:7,.0f} tokens, "
-            f"{tokens / median:7,.0f} tokens/s, {memory:6,.0f} MB"
+            f"{tokens / median:7,.0f} tokens/s, {memory:6,.0f} MB" + (f", {asked:.2f} consults a trace" if asked else "")
         )
     rates = [row["ours"]["tokens"] / row["ours"]["seconds"] * row["trl"]["seconds"] / row["trl"]["tokens"] for row in rounds]
     print(f"{name:9} tokens/s, ours to TRL's: {statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})", flush=True)
