@@ -11,14 +11,15 @@ from fractions import Fraction
 from typing import NamedTuple
 
 LONGEST = 512
-_ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅") | {ord("ℝ"): r"\mathbb{R}"}
+_ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀、", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅,")
+_ALIKE |= {ord("ℝ"): r"\mathbb{R}", ord("或"): " or ", ord("且"): " and "}
 _SIGNS = r"""
 ≤ \le \leq \leqslant \leqq; ≥ \ge \geq \geqslant \geqq; ≠ \ne \neq; < \lt; > \gt; ≈ \approx; ∈ \in; ± \pm; ∓ \mp; / \div; : \colon;
 * \cdot \times \ast; | \mid \vert \lvert \rvert; ∪ \cup \bigcup; ∩ \cap \bigcap; ∖ \setminus \smallsetminus \backslash; Å \AA \angstrom;
 ∨ \lor \vee or OR; ∧ \land \wedge and AND; \{ \lbrace; \} \rbrace; ( \langle; ) \rangle; [ \lbrack; ] \rbrack; π \pi \uppi pi;
 ∞ \infty infinity Infinity infty inf; μ \mu \upmu \textmu; Ω \Omega \upOmega \textohm \ohm; € \euro \pounds; % percent; i \imath;
 ° \circ \degree \textdegree degree degrees; ∅ \emptyset \varnothing \empty; \frac \dfrac \tfrac \cfrac \nicefrac \sfrac; \tan \tg tg;
-\arctan \arctg arctg; \\ \cr"""
+\arctan \arctg arctg; \log \lg lg; \\ \cr"""
 _FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot csc log ln exp lcm gcd"
 _MEANINGS = {name: sign for sign, *names in map(str.split, _SIGNS.split(";")) for name in names}
 _MEANINGS |= {name: rf"\{name} " for name in _FUNCTIONS.split()}
