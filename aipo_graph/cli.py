@@ -72,10 +72,10 @@ def parse(
             _resolve_paths(above, layer.parent)
             if isinstance(task := above.get("task"), dict) and "name" in task:  # one task's data, columns and options are no other's
                 values.pop("task", None)
-            values = _merge(cls, values, above)
+            values = _merge(values, above)
             places |= {key: f"{layer}:{line}" for key, line in lines.items()}
-    places |= dict.fromkeys(_flatten(given), "on the command line")
-    return validated(cls, _merge(cls, values, given), places), Options(path, dry_run)
+    places |= dict.fromkeys([*given, *flat(given)], "on the command line")
+    return validated(cls, _merge(values, given), places), Options(path, dry_run)
 
 
 def _leave_out_gone(above: Mapping[str, Any]) -> None:
@@ -228,16 +228,12 @@ def leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldI
             yield prefix + name, field
 
 
-def _merge(cls: type[BaseModel], low: Any, high: Any) -> Any:
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     """``high`` over ``low``, section by section; a field that is itself a mapping is replaced as a whole."""
-    if not (isinstance(low, dict) and isinstance(high, dict)):
-        return high
-    merged = dict(low)
-    for key, value in high.items():
-        field = cls.model_fields.get(key)
-        section = field.annotation if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
-        merged[key] = _merge(section, low[key], value) if section and low.get(key) is not None else value
-    return merged
+    over = {
+        key: {**low[key], **value} if isinstance(value, dict) and isinstance(low.get(key), dict) else value for key, value in high.items()
+    }
+    return {**low, **over}
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,13 +243,6 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     {'run.seed': 1}
     """
     return {f"{section}.{name}": value for section, held in values.items() if isinstance(held, dict) for name, value in held.items()}
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
 
 
 # --- YAML

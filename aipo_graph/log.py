@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TextIO, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -150,9 +150,8 @@ class RunLog:
         self._files, self._force = files or {}, force
         self.folder = Path(config.run.dir) / config.run.name
         self.console = console or Console(soft_wrap=True, highlight=False)
-        self._lock = -1
         self._live: _LiveView | None = None
-        self._trackers: Trackers | None = None
+        self._trackers: dict[str, Any] = {}
         self._begun: Begun | None = None
         self._broken: set[str] = set()
         self._alarmed: set[str] = set()
@@ -161,21 +160,35 @@ class RunLog:
         """Raises ConfigError where another process has the folder, what changes learning has changed, or a tracker cannot be opened."""
         self._lock = hold(self.folder, "run folder", "--run.name or --run.dir")
         # A forked worker that outlives a killed run would keep the lock with its copy of the file descriptor.
-        os.register_at_fork(after_in_child=self._unlock)
+        os.register_at_fork(after_in_child=self._lock.close)
         try:
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             self._begun = begin(self.folder, self.config, self._files, force=self._force)
-            self._trackers = Trackers(self.config, self.folder, self.note)
+            self._open_trackers()
         except BaseException:
-            self._unlock()
+            self.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.pause()
-        if self._trackers:
-            self._trackers.finish()
-        self._unlock()
+        for name, tracker in self._trackers.items():
+            self._attempt(name, tracker.finish, Exception)
+        self._lock.close()
+
+    def _open_trackers(self) -> None:
+        """Opens what `run.trackers` names, each with the run that it had before where this one goes on.
+
+        Raises ConfigError for one that is not installed or cannot be opened; later faults are noted, once each.
+        """
+        for name in self.config.run.trackers:
+            try:
+                self._trackers[name] = _open(name, self.config, self.folder)
+            except Exception as error:
+                why = f"cannot be opened ({type(error).__name__}: {printable(str(error))[:300]}); log in, work offline, or leave it out"
+                if isinstance(error, ImportError):
+                    why = f"is not installed; {install('trackers')}"
+                raise ConfigError(f"run.trackers: {name} {why}") from error
 
     def resume_at(self, step: int) -> None:
         """The run goes on after ``step`` (0: from the start): what was logged past it, and a half-written line, are cut off. What has
@@ -207,8 +220,8 @@ class RunLog:
         for i, group in enumerate(groups):
             record = to_json(LoggedGroup(step, group, learned[i] if learned else ()), inf_nan_mode="strings")
             self._attempt("traces.jsonl", lambda record=record: _append(self.folder / "traces.jsonl", record))  # type: ignore[misc]
-        if self._trackers:
-            self._trackers.log(finite, step)
+        for name, tracker in self._trackers.items():
+            self._attempt(name, lambda tracker=tracker: tracker.log(finite, step=step), Exception)  # type: ignore[misc]
         self._show(step, finite)
 
     def excluded(self, step: int, problems: Sequence[Mapping[str, Any]], *, alarm: bool) -> None:
@@ -247,13 +260,16 @@ class RunLog:
             self._live.live.stop()
             self._live = None
 
-    def _attempt(self, what: str, write: Callable[[], Any]) -> None:
+    def _attempt(self, what: str, write: Callable[[], Any], faults: type[Exception] = OSError) -> None:
+        """Writes a file of the folder, or to a tracker: another's code and server, which may fail in any way, but fail no run."""
         try:
             write()
-        except OSError as error:
+        except faults as error:
             if what not in self._broken:
                 self._broken.add(what)
-                self.note(f"cannot write {what} in {self.folder}: {error.strerror or error}; the run goes on without it")
+                why = getattr(error, "strerror", None) or f"{type(error).__name__}: {printable(str(error))[:300]}"
+                failed = f"cannot write {what} in {self.folder}" if faults is OSError else f"{what} failed"
+                self.note(f"{failed} ({why}); the run goes on without it")
 
     @property
     def _interactive(self) -> bool:
@@ -266,11 +282,6 @@ class RunLog:
             return
         self._live = self._live or _LiveView(self.console, self.config.train.steps, step)
         self._live.update(step, metrics)
-
-    def _unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
 
 # --- files
@@ -327,23 +338,24 @@ def _append(path: Path, line: bytes) -> None:
             raise
 
 
-def hold(folder: Path, what: str, option: str) -> int:
-    """Makes a folder and takes its lock, a file descriptor. Raises ConfigError where another process has it or it cannot be made."""
+def hold(folder: Path, what: str, option: str) -> TextIO:
+    """Makes a folder and takes its lock, as long as the file is open. Raises ConfigError where another has it or it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = (folder / "lock").open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         if error.errno in FULL:
             raise
         raise ConfigError(f"{what} {folder}: {error.strerror}; choose another {option}") from error
+    lock.seek(0)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
-        os.close(lock)
+        with lock:
+            holder = lock.read(200).strip() or "another process"
         raise ConfigError(f"{what} {folder} is in use by {holder}; wait for it, or choose another {option}") from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    lock.truncate()
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
     return lock
 
 
@@ -408,7 +420,7 @@ def _table(labels: Sequence[str]) -> Table:
     return Table(*[Column(label, justify="right", header_style="dim") for label in labels], box=None, expand=True)
 
 
-# --- where metrics go besides metrics.jsonl: another's code and often another's server, which may fail in any way, never a run
+# --- where metrics go besides metrics.jsonl
 
 IDS = "trackers.json"
 """In the run folder: which run of each tracker is this one."""
@@ -431,46 +443,6 @@ class _TensorBoard:
     def finish(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-class Trackers:
-    """The trackers that `run.trackers` names, each with the run that it had before where this one goes on.
-
-    Raises ConfigError for one that is not installed or cannot be opened; later faults are noted, once each.
-    """
-
-    def __init__(self, config: Config, folder: Path, note: Callable[[str], None]) -> None:
-        self._note = note
-        self._broken: set[str] = set()
-        self._opened: dict[str, Any] = {}
-        for name in config.run.trackers:
-            try:
-                self._opened[name] = _open(name, config, folder)
-            except Exception as error:
-                self.finish()
-                why = f"cannot be opened ({type(error).__name__}: {printable(str(error))[:300]}); log in, work offline, or leave it out"
-                if isinstance(error, ImportError):
-                    why = f"is not installed; {install('trackers')}"
-                raise ConfigError(f"run.trackers: {name} {why}") from error
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hands one step's finite metrics to each."""
-        for name, tracker in self._opened.items():
-            self._attempt(name, lambda tracker=tracker: tracker.log(metrics, step=step))  # type: ignore[misc]
-
-    def finish(self) -> None:
-        for name, tracker in self._opened.items():
-            self._attempt(name, tracker.finish)
-
-    def _attempt(self, name: str, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as error:  # noqa: BLE001  the tracker boundary
-            if name not in self._broken:
-                self._broken.add(name)
-                self._note(
-                    f"{name} failed ({type(error).__name__}: {printable(str(error))[:300]}); the run goes on, metrics.jsonl has all of it"
-                )
 
 
 def _open(name: str, config: Config, folder: Path) -> Any:

@@ -109,7 +109,7 @@ class Store:
         try:
             self._check(to_json({"settings": settings}) + b"\n", aside)
         except BaseException:
-            self.close()
+            self._lock.close()
             raise
 
     def _check(self, header: bytes, aside: bool) -> None:
@@ -139,9 +139,7 @@ class Store:
         return read(self.path)
 
     def close(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
 
 def read(path: Path) -> dict[Key, Sample]:
