@@ -6,6 +6,7 @@ and is untested.
 
 import asyncio
 import contextlib
+import importlib
 import itertools
 import os
 import socket
@@ -289,15 +290,11 @@ def _vllm() -> ModuleType:
     """Raises ConfigError where vLLM is not installed."""
     try:
         import vllm
-        import vllm.config
-        import vllm.distributed.weight_transfer.base
-        import vllm.distributed.weight_transfer.clients
-        import vllm.distributed.weight_transfer.factory
-        import vllm.distributed.weight_transfer.ipc_engine
-        import vllm.distributed.weight_transfer.nccl_engine
-        import vllm.exceptions
-        import vllm.lora.request
-        import vllm.sampling_params
+
+        for module in ("ipc_engine", "nccl_engine", "clients", "factory", "base"):
+            importlib.import_module(f"vllm.distributed.weight_transfer.{module}")
+        for module in ("config", "exceptions", "lora.request", "sampling_params"):
+            importlib.import_module(f"vllm.{module}")
     except ImportError as error:
         raise ConfigError(f"engine.kind = vllm: vLLM cannot be imported ({error}); {install('vllm')}, or use a server") from error
     return vllm

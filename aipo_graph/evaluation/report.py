@@ -181,27 +181,33 @@ def helpfulness(samples: Sequence[Sample], seed: int, kind: str = "") -> dict[st
     its bootstrap ``interval``; None where no problem has both. ``consulted`` is the share of traces that did. The policy chose whether
     to ask: an observation, which no intervention stands behind. An agent that is asked when the policy is lost looks harmful.
     """
-    kept = [s for s in samples if s.scored]
+    scored = _scored(samples)
+    kept = [s for found in scored.values() for s in found]
     values = {}
     for agent in sorted({agent for s in kept for agent in s.consults}):
-        asked: dict[str, list[float]] = defaultdict(list)
-        unasked: dict[str, list[float]] = defaultdict(list)
-        for s in kept:
-            (asked if agent in s.consults else unasked)[s.problem].append(float(s.solved))
-        both = {problem: fmean(asked[problem]) - fmean(unasked[problem]) for problem in asked if problem in unasked}
+        asked, others = (
+            {p: [float(s.solved) for s in found if (agent in s.consults) is wanted] for p, found in scored.items()}
+            for wanted in (True, False)
+        )
+        both = {problem: fmean(asked[problem]) - fmean(others[problem]) for problem in scored if asked[problem] and others[problem]}
         mean, interval = _mean(both, seed, kind, "helpfulness", agent)
         share = sum(agent in s.consults for s in kept) / len(kept)
         values[agent] = {"difference": mean, "interval": interval, "problems": len(both), "consulted": share}
     return values
 
 
-def solve_rates(samples: Sequence[Sample]) -> Rates:
-    """The share of each problem's scored samples that solve it: pass@1."""
-    solved: dict[str, list[float]] = defaultdict(list)
+def _scored(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """The scored samples of each problem."""
+    found: dict[str, list[Sample]] = defaultdict(list)
     for s in samples:
         if s.scored:
-            solved[s.problem].append(float(s.solved))
-    return {problem: fmean(found) for problem, found in solved.items()}
+            found[s.problem].append(s)
+    return found
+
+
+def solve_rates(samples: Sequence[Sample]) -> Rates:
+    """The share of each problem's scored samples that solve it: pass@1."""
+    return {problem: fmean(float(s.solved) for s in found) for problem, found in _scored(samples).items()}
 
 
 def compare(one: Path, two: Path) -> dict[str, Values]:
@@ -239,10 +245,7 @@ def _rates(part: Part, samples: Sequence[Sample], k: Sequence[int]) -> dict[str,
 
     maj@1 is pass@1. Where answers are not what is boxed, or were not recorded, there is no maj@k.
     """
-    scored: dict[str, list[Sample]] = defaultdict(list)
-    for s in samples:
-        if s.scored:
-            scored[s.problem].append(s)
+    scored = _scored(samples)
 
     def passes(k: int) -> Rates:
         return {p: pass_at_k(len(found), sum(s.solved for s in found), k) for p, found in scored.items() if len(found) >= k}
