@@ -7,7 +7,6 @@ with vLLM (`make vllm` makes .venv-vllm). Writes docs/results/vllm.json and docs
 """
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from typing import Any
 
 from aipo_graph import cli
 from aipo_graph.config import Agents, Config
-from aipo_graph.engines.launch import launch
+from aipo_graph.engines.launch import serving
 from aipo_graph.log import read_metrics
 
 RUNS, DOCS = Path("runs"), Path("docs/results")
@@ -81,11 +80,8 @@ def expert_server(python: str) -> Iterator[str]:
     if not EXPERT.exists():
         subprocess.run([python, "-m", "examples.operators.pretrain", "--expert", "--out", str(EXPERT)], check=True)
     config = Config.model_validate({"engine": {"kind": "server", "launch": True}})
-    server = asyncio.run(launch(config, str(EXPERT), RUNS / "operators_expert.log", python=python))
-    try:
-        yield server.url
-    finally:
-        asyncio.run(server.stop())
+    with serving(config, str(EXPERT), RUNS / "operators_expert.log", python=python) as url:
+        yield url
 
 
 def table(results: dict[str, dict[int, Summary]]) -> str:

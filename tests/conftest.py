@@ -1,6 +1,5 @@
 """What all tests share. One torch thread per process, set before anything imports torch: more are slower beside other load."""
 
-import asyncio
 import os
 import secrets
 import shutil
@@ -66,15 +65,14 @@ def vllm_server(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> I
     """The URL of one real vLLM server with the shipped policy, started as `engine.launch` does, for all tests that need one."""
     import vllm_world
 
-    from aipo_graph.engines.launch import launch
+    from aipo_graph.engines.launch import serving
 
     config = vllm_world.settings(
         policy={"lora_rank": vllm_world.RANK}, engine={"max_context": vllm_world.CONTEXT, "max_batch": 64}, rollout={"max_tokens": 64}
     )
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    server = asyncio.run(launch(config, vllm_world.OPERATORS, log, python=vllm_python))
-    yield server.url
-    asyncio.run(server.stop())
+    with serving(config, vllm_world.OPERATORS, log, python=vllm_python) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

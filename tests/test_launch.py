@@ -13,7 +13,7 @@ import torch
 from vllm_world import OPERATORS, settings
 
 from aipo_graph.engines.facts import Facts
-from aipo_graph.engines.launch import launch, serve_command, serve_environment, serve_text
+from aipo_graph.engines.launch import serve_command, serve_environment, serve_text, serving
 from aipo_graph.errors import ConfigError, EngineError
 
 
@@ -51,14 +51,14 @@ def test_a_rank_beyond_vllm_is_refused() -> None:
 
 
 @pytest.mark.skipif("vllm" in sys.modules, reason="vLLM is installed here")
-async def test_without_vllm_the_remedy_is_named(tmp_path: Path) -> None:
+def test_without_vllm_the_remedy_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'vllm==0.32\.\*'"):
-        await launch(settings(), OPERATORS, tmp_path / "vllm.log")
+        serving(settings(), OPERATORS, tmp_path / "vllm.log").__enter__()
 
 
-async def test_a_server_that_does_not_come_up_shows_its_last_words(tmp_path: Path) -> None:
+def test_a_server_that_does_not_come_up_shows_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"code 1 before it was ready: .*No module named 'vllm'.*vllm\.log") as caught:
-        await launch(settings(), OPERATORS, tmp_path / "vllm.log", python=str(Path(sys.base_prefix) / "bin" / "python3"))
+        serving(settings(), OPERATORS, tmp_path / "vllm.log", python=str(Path(sys.base_prefix) / "bin" / "python3")).__enter__()
     assert "\n" not in str(caught.value)
 
 

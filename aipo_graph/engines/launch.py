@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,42 +82,22 @@ def _shell(command: list[str], environment: Mapping[str, str]) -> str:
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
 
 
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A server that runs until ``stop``, or until this process ends."""
-
-    url: str
-    log: Path
-    keeper: "subprocess.Popen[bytes]"
-
-    async def stop(self) -> None:
-        """Ends the server and all its processes; returns when they are gone."""
-        if self.keeper.stdin is not None:
-            self.keeper.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self.keeper.wait, 20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.keeper.pid, signal.SIGKILL)
-
-
 @contextlib.contextmanager
 def launched(config: C, model_path: str, folder: Path, console: Console | None = None) -> Iterator[C]:
     """The config with the URL of a server that runs as long as the context; unchanged where ``engine.launch`` asks for none.
 
-    Raises ConfigError, EngineError like ``launch``.
+    Raises ConfigError, EngineError like ``serving``.
     """
     if not config.engine.launch:
         yield config
         return
-    server = loops.run(launch(config, model_path, folder / "vllm.log", console=console))
-    try:
-        yield config.model_copy(update={"engine": config.engine.model_copy(update={"launch": False, "urls": (server.url,)})})
-    finally:
-        loops.run(server.stop())
+    with serving(config, model_path, folder / "vllm.log", console=console) as url:
+        yield config.model_copy(update={"engine": config.engine.model_copy(update={"launch": False, "urls": (url,)})})
 
 
-async def launch(config: Config, model_path: str, log: Path, *, python: str = sys.executable, console: Console | None = None) -> Launched:
-    """Starts a server, prints its command, and waits until it answers.
+@contextlib.contextmanager
+def serving(config: Config, model_path: str, log: Path, *, python: str = sys.executable, console: Console | None = None) -> Iterator[str]:
+    """Prints the command of a server and starts it. Gives its URL once it answers; it ends, all its processes with it, with the context.
 
     Raises ConfigError where vLLM is not installed, EngineError with the end of its log where it does not come up.
     """
@@ -128,17 +107,21 @@ async def launch(config: Config, model_path: str, log: Path, *, python: str = sy
     facts = Facts.read(config, model_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        url, port = f"http://127.0.0.1:{probe.getsockname()[1]}", probe.getsockname()[1]
     command, extra = serve_command(config, facts, port, python=python), serve_environment(config)
     console.print(_shell(command, extra), markup=False)
-    server = Launched(f"http://127.0.0.1:{port}", log, _start(command, extra, log))
+    keeper = _start(command, extra, log)
     try:
         with console.status(f"vLLM starts; its log is {log}"):
-            await _ready(server)
-    except BaseException:
-        await server.stop()
-        raise
-    return server
+            loops.run(_ready(url, keeper, log))
+        yield url
+    finally:
+        if keeper.stdin is not None:
+            keeper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            keeper.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(keeper.pid, signal.SIGKILL)
 
 
 def _start(command: list[str], extra: Mapping[str, str], log: Path) -> "subprocess.Popen[bytes]":
@@ -154,15 +137,15 @@ def _start(command: list[str], extra: Mapping[str, str], log: Path) -> "subproce
         )
 
 
-async def _ready(server: Launched) -> None:
-    async with Client(server.url, seconds=5) as client:
+async def _ready(url: str, keeper: "subprocess.Popen[bytes]", log: Path) -> None:
+    async with Client(url, seconds=5) as client:
         while True:
             try:
                 await client.call("GET", "/health", seconds=5)
                 return
             except EngineError:
-                if (code := server.keeper.poll()) is not None:
-                    raise EngineError(f"vLLM ended with code {code} before it was ready: {_last(server.log)}; see {server.log}") from None
+                if (code := keeper.poll()) is not None:
+                    raise EngineError(f"vLLM ended with code {code} before it was ready: {_last(log)}; see {log}") from None
             await asyncio.sleep(0.5)
 
 
