@@ -90,26 +90,21 @@ def configured(
     objects: dict[str, Any] = {}
 
     def named(name: str, value: Any) -> Any:
-        if isinstance(value, str | Path):
-            return str(value)
+        if value is None or isinstance(value, str | Path):
+            return value if value is None else str(value)
         objects[name] = value
         return f"{load.OBJECT}{name}"
 
-    use: Any = agents
-    if agents is not None and not isinstance(agents, Mapping):
-        use = {agent.name: agent for agent in agents}
+    use = agents if agents is None or isinstance(agents, Mapping) else {agent.name: agent for agent in agents}
     changes = settings | {
-        "rollout.graph": graph if graph is None else named("graph", graph),
-        "rollout.solo": solo if solo is None else named("solo", solo),
+        "rollout.graph": named("graph", graph),
+        "rollout.solo": named("solo", solo),
         "agents.use": use if use is None else {name: named(f"agents.{name}", agent) for name, agent in use.items()},
-        "task.name": task if task is None else named("task", task),
-        "task.data": data if data is None else named("data", data),
-        "task.heldout": heldout if heldout is None else named("heldout", heldout),
+        "task.name": named("task", task),
+        "task.data": named("data", data),
+        "task.heldout": named("heldout", heldout),
+        "task.reward": {k: named(f"reward.{k}", v) for k, v in reward.items()} if isinstance(reward, Mapping) else named("reward", reward),
     }
-    if isinstance(reward, Mapping):
-        changes["task.reward"] = {name: named(f"reward.{name}", found) for name, found in reward.items()}
-    elif reward is not None:
-        changes["task.reward"] = named("reward", reward)
     if task is None and (data is not None or heldout is not None) and base.task.name == Config().task.name:
         changes["task.name"] = "dataset"
     with load.given(objects), tracers_restored():
