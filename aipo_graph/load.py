@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import sysconfig
 import traceback
@@ -70,7 +71,7 @@ def find(path: str | Path, kind: Literal["file", "dir"] = "file", *, base: Path 
 
     Raises ConfigError naming the nearest file there is.
     """
-    wanted = Path(path).expanduser()
+    wanted = Path(os.path.expanduser(path))  # Path.expanduser raises for a user that there is not
     roots = [Path.cwd(), *([base] if base else []), shipped()]
     for root in roots:
         found = root / wanted
@@ -252,7 +253,7 @@ def own_place(fault: BaseException) -> str:
 def _listing(folder: Path, kind: str) -> list[Path]:
     try:
         return [p for p in folder.iterdir() if (p.is_file() if kind == "file" else p.is_dir())]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL byte
         return []
 
 

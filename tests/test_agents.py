@@ -164,6 +164,7 @@ async def test_a_retry_after_beyond_the_time_left_ends_the_consult() -> None:
     [
         *[("2", 2, 2), ("1.5", 1.5, 1.5)],
         *[(value, 0, 0) for value in ("-3", "soon", "nan", "", "1e9", "٣", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 2015 07:28:00")],
+        ("Wed, 21 Oct 99999999999999999999 07:28:00 GMT", 0, 0),
         pytest.param("in an hour", 3000, 3600, id="date"),
     ],
 )

@@ -57,6 +57,11 @@ def test_a_file_that_was_edited_is_read_again_and_so_is_what_stands_on_it(here: 
     assert load("my.py:A") is again
 
 
+@pytest.mark.parametrize("spec", ["~nobody-here/my.py:build", "no\0where/my.py:build"])
+def test_a_name_that_no_file_can_have(spec: str, here: Path) -> None:
+    assert refusal(spec).startswith("no file ")
+
+
 def test_two_files_of_one_name_do_not_meet(here: Path) -> None:
     for folder in ("a", "b"):
         (here / folder).mkdir()

@@ -283,7 +283,7 @@ class ViewedRun:
         try:
             self._pieces = open_pieces(self.folder, self._settings)
             self._notes.pop("pieces", None)
-        except (ConfigError, OSError, RuntimeError) as error:  # policy.model may be no name of a file, ~nobody too
+        except (ConfigError, OSError) as error:  # policy.model may be no name of a file
             self._notes["pieces"] = f"texts are shown whole, without the numbers of their tokens: {error}"
 
     def _take_point(self, offset: int, line: bytes) -> bool:
