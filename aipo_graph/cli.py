@@ -279,7 +279,7 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
         if not isinstance(value, str) or (bare and "/" not in value and "." not in value):
             return value
         path, colon, name = value.rpartition(":") if ".py:" in value else (value, "", "")
-        if not path or Path(path).is_absolute() or Path(path).exists() or not (base / path).exists():
+        if not path or Path(path).is_absolute() or os.path.exists(path) or not os.path.exists(base / path):
             return value
         return f"{(base / path).resolve()}{colon}{name}"
 

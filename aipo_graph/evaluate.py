@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -168,7 +169,7 @@ def own_settings(model: str | Path) -> Path:
     """The config.yaml of the run that made a model, else the quick start's."""
     found = files.model(str(model))
     own = Path(found).parent / "config.yaml"
-    return own if Path(found).is_dir() and own.is_file() else files.find("configs/quickstart.yaml")
+    return own if os.path.isdir(found) and own.is_file() else files.find("configs/quickstart.yaml")
 
 
 def plan(config: Config, task: Task, kinds: Sequence[str], modes: Sequence[Mode], greedy_only: bool) -> list[Part]:
@@ -194,7 +195,7 @@ def plan(config: Config, task: Task, kinds: Sequence[str], modes: Sequence[Mode]
 def with_model(config: C, model: str) -> tuple[C, str]:
     """The config with the model's place in it. Raises ConfigError for what is neither a folder nor looks like a hub name."""
     found = files.model(model)
-    if not Path(found).is_dir() and (found.count("/") != 1 or Path(found).parent.is_dir()):
+    if not os.path.isdir(found) and (found.count("/") != 1 or os.path.isdir(Path(found).parent)):
         raise ConfigError(f"no model {model!r}: give a model directory, operators, or a hub name (owner/name)")
     # An agent that is a copy of the starting policy stays one, whatever is evaluated.
     models = {name: f"policy:{config.policy.model}" if spec == "policy" else spec for name, spec in config.agents.models.items()}

@@ -66,20 +66,20 @@ def shipped() -> Path:
     return package / "shipped" if (package / "shipped").is_dir() else package.parent
 
 
-def find(path: str | Path, kind: Literal["file", "dir"] = "file", *, base: Path | None = None) -> Path:
-    """The first of ``path`` below the working directory, ``base`` (the config file's folder), and the shipped files.
+def find(path: str | Path, kind: Literal["file", "dir"] = "file") -> Path:
+    """The first of ``path`` below the working directory and the shipped files.
 
     Raises ConfigError naming the nearest file there is.
     """
-    wanted = Path(os.path.expanduser(path))  # Path.expanduser raises for a user that there is not
-    roots = [Path.cwd(), *([base] if base else []), shipped()]
+    # os.path raises for no name: Path does for a user that there is not, one that is too long, and a folder that may not be read.
+    wanted, there_is = Path(os.path.expanduser(path)), os.path.isfile if kind == "file" else os.path.isdir
+    roots = (Path.cwd(), shipped())
     for root in roots:
-        found = root / wanted
-        if found.is_file() if kind == "file" else found.is_dir():
-            return found.resolve()
+        if there_is(root / wanted):
+            return (root / wanted).resolve()
     there = {str(p.relative_to(root)) for root in roots for p in _listing(root / wanted.parent, kind) if p.is_relative_to(root)}
     what = "file" if kind == "file" else "folder"
-    looked = "" if wanted.is_absolute() else " here" + (f", in {base}" if base else "") + " or among the files that ship with aipo_graph"
+    looked = "" if wanted.is_absolute() else " here or among the files that ship with aipo_graph"
     raise ConfigError(f"no {what} {str(path)!r}{looked}{nearest(str(wanted), there)}")
 
 
@@ -94,9 +94,9 @@ def model(name: str) -> str:
     Raises ConfigError for a path (./x, /x, ~/x) that is no directory, and for a run folder without a policy.
     """
     ours = data(name)
-    if name.isidentifier() and ours.is_dir():
+    if name.isidentifier() and os.path.isdir(ours):
         return str(ours)
-    if not name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if not name.startswith((".", "/", "~")) and not os.path.isdir(name):
         return name
     folder = find(name, "dir")
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
@@ -106,7 +106,7 @@ def model(name: str) -> str:
     return str(folder)
 
 
-def load(spec: str, *, base: Path | None = None) -> Any:
+def load(spec: str) -> Any:
     """The object that ``file.py:name`` (looked up by :func:`find`), ``package.module:name`` or ``object:name`` names.
 
     A file is imported once, so that its classes keep their identity, and anew once it or another that was loaded so has changed.
@@ -121,7 +121,7 @@ def load(spec: str, *, base: Path | None = None) -> Any:
     target, colon, name = spec.rpartition(":")
     if not colon or not target or not name.isidentifier():
         raise ConfigError(f"{spec!r} names nothing to load: write path/to/file.py:name or package.module:name")
-    path = find(target, base=base) if target.endswith(".py") else None
+    path = find(target) if target.endswith(".py") else None
     # Text outside UTF-8 or a NUL byte in the file arrives as SyntaxError or ValueError: IMPORT_FAULTS has both.
     module = _guarded(spec, path, lambda: _import_file(path) if path else importlib.import_module(target))
     if not hasattr(module, name):

@@ -138,6 +138,7 @@ def test_paths_beside_the_file_hold_from_anywhere(tmp_path: Path, monkeypatch: p
         ("train: 3", "train = 3: must be a mapping of settings (FILE:1)"),
         ("agents:\n  models: {oracle: 'openai:x'}", "agents.models.oracle: agents.use has no 'oracle'; add it there"),
         ("agents: {use: {'Bad Name': x}}", "agents.use.Bad Name = 'Bad Name': must match"),
+        (f"rollout: {{prompts: {'x' * 300}}}\ntrain: 3", "train = 3: must be a mapping of settings (FILE:2)"),
     ],
 )
 def test_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:

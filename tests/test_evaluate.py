@@ -240,6 +240,7 @@ def test_a_worker_that_is_killed_is_one_clear_error(tmp_path: Path) -> None:
         (["operators", "--k", "1", "128"], "--k 128: larger than evaluate.samples = 16"),
         (["operators", "--kind", "odd"], "problem kind 'odd'"),
         (["no/such/model"], "no model 'no/such/model'"),
+        (["x" * 300], "no model 'xxx"),
         (["operators", "--task.name", "operator"], "no such task; did you mean 'operators'?"),
         (["operators", "--task.name", "builtins:repr"], "the str it names has no 'train'"),
         (["operators", "--k"], "expected one argument"),
