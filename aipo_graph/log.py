@@ -229,18 +229,15 @@ class RunLog:
         for problem in problems:
             line = json.dumps({"step": step, **problem}).encode()
             self._attempt("excluded.jsonl", lambda line=line: _append(self.folder / "excluded.jsonl", line))  # type: ignore[misc]
-        kinds: dict[str, list[Mapping[str, Any]]] = {}
-        for problem in problems if alarm else ():
-            for kind in problem["reasons"]:
-                kinds.setdefault(kind, []).append(problem)
-        for kind, lost in kinds.items():
-            if kind not in self._alarmed:
-                self._alarmed.add(kind)
-                count = sum(problem["reasons"][kind] for problem in lost)
-                self.note(
-                    f"step {step} lost {count} traces of {len(lost)} problems as {kind}, and learns nothing from them; the first: "
-                    f"{lost[0]['problem']}, {lost[0]['errors'][kind] or kind}; excluded.jsonl has all"
-                )
+        kinds = dict.fromkeys(kind for problem in problems for kind in problem["reasons"] if alarm and kind not in self._alarmed)
+        self._alarmed |= kinds.keys()
+        for kind in kinds:
+            lost = [problem for problem in problems if kind in problem["reasons"]]
+            count = sum(problem["reasons"][kind] for problem in lost)
+            self.note(
+                f"step {step} lost {count} traces of {len(lost)} problems as {kind}, and learns nothing from them; the first: "
+                f"{lost[0]['problem']}, {lost[0]['errors'][kind] or kind}; excluded.jsonl has all"
+            )
 
     def note(self, text: str) -> None:
         """A warning line, above the live display where there is one."""

@@ -307,8 +307,7 @@ def _rows(setting: str, source: str, release: str) -> Iterator[tuple[str, Row, C
 
 
 def _row(dataset: Any, at: int) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = dataset[at : at + 1].to_pylist()
-    return rows[0]
+    return dataset[at : at + 1].to_pylist()[0]
 
 
 def _record_at(path: Path, offset: int, count: int) -> dict[str, Any]:

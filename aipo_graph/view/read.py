@@ -423,17 +423,11 @@ def index_of(runs: Sequence[ViewedRun]) -> bytes:
 def _locked(folder: Path) -> bool:
     """Whether a trainer has the folder. Asked for by a shared lock, given back at once."""
     try:
-        lock = os.open(folder / "lock", os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(lock)
+        # A pipe is not waited for.
+        with open(folder / "lock", "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # there is none, or the file system has no locks
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -443,9 +437,7 @@ def _mark(path: Path) -> tuple[int, int] | None:
         stat = path.stat()
     except OSError:
         return None
-    if not S_ISREG(stat.st_mode):
-        return None
-    return stat.st_mtime_ns, stat.st_size
+    return (stat.st_mtime_ns, stat.st_size) if S_ISREG(stat.st_mode) else None
 
 
 SUMMARY = TypeAdapter(dict[str, Any])

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -152,25 +152,19 @@ class Pieces:
         its beginning, SentencePiece's first blank) is left out.
         """
         try:
-            pieces = [self._known[i] if i in self._known else self._learn(i) for i in token_ids]
+            known = [(self._known[i] if i in self._known else self._learn(i), i) for i in token_ids]
         except OverflowError:  # no id of any tokenizer
             return None
-        start: int | None = None
-        for place, piece in enumerate([*pieces, ""]):
-            if CUT in piece:
-                start = place if start is None else start
-            elif start is not None:
-                pieces[start:place] = self._characters(token_ids[start:place])
-                start = None
+        pieces: list[str] = []
+        for cut, found in groupby(known, key=lambda each: CUT in each[0]):
+            texts, ids = zip(*found, strict=True)
+            pieces += self._characters(ids) if cut else texts
         if not text.endswith(CUT):  # the beginning of a character, which nothing completed
             last = next((place for place in reversed(range(len(pieces))) if pieces[place]), 0)
             pieces[last:] = [piece.rstrip(CUT) for piece in pieces[last:]]
         surplus = sum(map(len, pieces)) - len(text)
-        for place, piece in enumerate(pieces):
-            if surplus <= 0:
-                break
-            pieces[place] = piece[surplus:]
-            surplus -= len(piece)
+        starts = accumulate(map(len, pieces), initial=0)
+        pieces = [piece[max(0, surplus - start) :] for piece, start in zip(pieces, starts, strict=False)]
         return pieces if "".join(pieces) == text else None
 
     def _learn(self, token_id: int) -> str:
