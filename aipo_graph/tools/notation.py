@@ -11,8 +11,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 LONGEST = 512
-_ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀、", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅,")
-_ALIKE |= {ord("ℝ"): r"\mathbb{R}", ord("或"): " or ", ord("且"): " and "}
+_WORDS = {ord("ℝ"): r"\mathbb{R}", ord("或"): " or ", ord("且"): " and "}
+_ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀、", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅,") | _WORDS
 _SIGNS = r"""
 ≤ \le \leq \leqslant \leqq; ≥ \ge \geq \geqslant \geqq; ≠ \ne \neq; < \lt; > \gt; ≈ \approx; ∈ \in; ± \pm; ∓ \mp; / \div; : \colon;
 * \cdot \times \ast; | \mid \vert \lvert \rvert; ∪ \cup \bigcup; ∩ \cap \bigcap; ∖ \setminus \smallsetminus \backslash; Å \AA \angstrom;
