@@ -163,7 +163,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         bases={"*": "shopping"},
     ),
     "third": Experiment(
-        {"base": {}, "aipo": agent("aipo"), "signed": agent("signed"), "gated": agent("gated"), "mask": agent("mask"), "grpo": ALONE},
+        {"base": {}, "aipo": agent("aipo"), "gated": agent("gated"), "mask": agent("mask"), "grpo": ALONE},
         config="examples/legs/config.yaml",
         bases={"*": "legs"},
     ),
