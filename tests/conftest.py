@@ -3,12 +3,14 @@
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 from started import run_module
+from warm import warm
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -49,6 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[str]:
+    """A stand-in (warm.py) for this Python."""
+    with warm(sys.executable, ("preloaded",)) as python:
+        yield python
 
 
 @pytest.fixture(scope="session")
