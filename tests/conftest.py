@@ -60,13 +60,17 @@ def warm_python() -> Iterator[str]:
         yield python
 
 
+VLLM = ("vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker")
+
+
 @pytest.fixture(scope="session")
-def vllm_python(root: Path) -> str:
-    """The Python of the environment that has vLLM."""
+def vllm_python(root: Path) -> Iterator[str]:
+    """A stand-in for the Python of the environment that has vLLM."""
     python = root / ".venv-vllm" / "bin" / "python"
     if not python.exists():
         pytest.skip("no .venv-vllm: run `make vllm`")
-    return str(python)
+    with warm(python, ("preloaded", *VLLM)) as stand_in:
+        yield stand_in
 
 
 @pytest.fixture(scope="session")

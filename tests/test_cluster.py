@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import threading
@@ -100,16 +99,6 @@ def gone(folder: Path) -> bool:
 
 def children(pid: int) -> list[int]:
     return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
-
-
-def marked(mark: str) -> list[str]:
-    """Processes with this in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in (path / "environ").read_bytes():
-                found.append((path / "cmdline").read_text())
-    return found
 
 
 def sampled(folder: Path) -> list[Any]:
@@ -316,36 +305,3 @@ def test_a_lost_node_costs_its_processes_only_and_a_lost_head_ends_the_run(warm_
     done = run(tmp_path, train__steps=reached + 1)
     assert done.returncode == 0, done.stderr
     assert f"goes on after step {reached}" in done.stdout
-
-
-VLLM = {"rollout.max_tokens": 128, "engine.kind": "vllm", "engine.max_context": 384, "engine.max_batch": 16, "cluster.address": "local"}
-
-
-@pytest.mark.vllm
-def test_vllm_in_a_killed_sampler_comes_back_with_the_last_weights(vllm_python: str, tmp_path: Path) -> None:
-    """The real one, in the sampler's process. All weights reach it, as a probe text shows after each load, and every sampled token."""
-    mark = secrets.token_hex(8)
-    command = [vllm_python, "-m", "aipo_graph.train", *words_of(**(SMALL | VLLM))]
-    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        driver = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, env=os.environ | {"MARK": mark})
-    limit = threading.Timer(900, driver.kill)
-    limit.start()
-    try:
-        while "\nstep 1/" not in (tmp_path / "out").read_text():
-            assert driver.poll() is None, (tmp_path / "err").read_text()
-            time.sleep(0.1)
-        kill(tmp_path, "sampler-0")
-        assert driver.wait() == 0, (tmp_path / "err").read_text()
-    finally:
-        limit.cancel()
-        driver.kill()
-    rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["failed"] == row["lag_max"] == 0 and row["sync_gap_max"] <= 1e-3 for row in rows)
-    assert all(row["mismatch_max"] <= 1e-3 for row in rows if "mismatch_max" in row)
-    assert rows[-1]["restarts/sampler"] == 1
-    assert all(0 <= row[f"wait/{kind}"] <= 1 for row in rows for kind in ("learner", "worker"))
-    end = time.monotonic() + 60
-    while (left := marked(mark)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not left, "nothing is left, vLLM's own processes included"
