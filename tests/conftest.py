@@ -3,12 +3,14 @@
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 from started import run_module
+from warm import warm
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -52,12 +54,23 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def vllm_python(root: Path) -> str:
-    """The Python of the environment that has vLLM."""
+def warm_python() -> Iterator[str]:
+    """A stand-in (warm.py) for this Python."""
+    with warm(sys.executable, ("preloaded",)) as python:
+        yield python
+
+
+VLLM = ("vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker")
+
+
+@pytest.fixture(scope="session")
+def vllm_python(root: Path) -> Iterator[str]:
+    """A stand-in for the Python of the environment that has vLLM."""
     python = root / ".venv-vllm" / "bin" / "python"
     if not python.exists():
         pytest.skip("no .venv-vllm: run `make vllm`")
-    return str(python)
+    with warm(python, ("preloaded", *VLLM)) as stand_in:
+        yield stand_in
 
 
 @pytest.fixture(scope="session")

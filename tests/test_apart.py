@@ -4,7 +4,6 @@ import http.server
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -267,7 +266,7 @@ asyncio.run(main())
     ],
 )
 def test_tracers_see_runs_where_the_config_asks_and_never_an_answer(
-    variables: dict[str, str], asked: bool, smith: http.server.ThreadingHTTPServer, tmp_path: Path
+    variables: dict[str, str], asked: bool, smith: http.server.ThreadingHTTPServer, warm_python: str, tmp_path: Path
 ) -> None:
     """LANGCHAIN_MINE_TRACING stands for what other tracers hook in with, as LANGCHAIN_WANDB_TRACING does."""
     url = f"http://127.0.0.1:{smith.server_port}"
@@ -282,7 +281,7 @@ def test_tracers_see_runs_where_the_config_asks_and_never_an_answer(
         "register_configure_hook(ContextVar('mine', default=None), True, Mine, 'LANGCHAIN_MINE_TRACING')\n"
     )
     keys = {"LANGSMITH_API_KEY": "x", "LANGSMITH_ENDPOINT": url, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
-    command = [sys.executable, "-c", ASK, "asked" if asked else ""]
+    command = [warm_python, "-c", ASK, "asked" if asked else ""]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LANG")}
     done = subprocess.run(command, env={**clean, **keys, **variables}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@ import errno
 import os
 import resource
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,7 +115,7 @@ def test_disk_full_costs_one_checkpoint_only(call: str, tmp_path: Path, monkeypa
     assert loaded_step(tmp_path) == 3
 
 
-def test_a_real_limit_on_file_size_costs_one_checkpoint_only(tmp_path: Path) -> None:
+def test_a_real_limit_on_file_size_costs_one_checkpoint_only(warm_python: str, tmp_path: Path) -> None:
     script = """
 import resource, sys, torch
 from pathlib import Path
@@ -132,7 +131,7 @@ assert save(3, 100_000) is None
 assert checkpoint.load(root).path.name == "step-00000003"
 """
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([warm_python, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "not written" in done.stdout
 

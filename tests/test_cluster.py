@@ -3,10 +3,8 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -39,10 +37,10 @@ cluster.shutdown()
 
 
 @contextlib.contextmanager
-def ray_cluster(*more: str) -> Iterator[list[str]]:
+def ray_cluster(python: str, *more: str) -> Iterator[list[str]]:
     """A Ray cluster on this machine: its address, its head's server and the raylets of the nodes beside the first. Each node has
     three CPUs and says that it has two GPUs."""
-    words = [sys.executable, "-c", RAY, *more]
+    words = [python, "-c", RAY, *more]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -56,9 +54,9 @@ def ray_cluster(*more: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(warm_python: str) -> Iterator[str]:
     """Of a cluster of one node, which ends with the tests."""
-    with ray_cluster() as (found, _):
+    with ray_cluster(warm_python) as (found, _):
         yield found
 
 
@@ -101,16 +99,6 @@ def gone(folder: Path) -> bool:
 
 def children(pid: int) -> list[int]:
     return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
-
-
-def marked(mark: str) -> list[str]:
-    """Processes with this in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in (path / "environ").read_bytes():
-                found.append((path / "cmdline").read_text())
-    return found
 
 
 def sampled(folder: Path) -> list[Any]:
@@ -288,18 +276,20 @@ def test_a_rank_that_hangs_is_ended_and_all_start_again(here: Config, tmp_path: 
     assert gone(tmp_path)
 
 
-def test_a_lost_node_costs_its_processes_only_and_a_lost_head_ends_the_run(tmp_path: Path, local: Path) -> None:
+def test_a_lost_node_costs_its_processes_only_and_a_lost_head_ends_the_run(warm_python: str, tmp_path: Path, local: Path) -> None:
     """They start again on the other. Without the head the same command goes on in another cluster, or as here without any."""
-    with ray_cluster("second") as (address, head, raylet):
+    with ray_cluster(warm_python, "second") as (address, head, raylet):
         done = run(tmp_path, address, run__device="cuda", engine__kind="vllm", engine__gpus=3)
         assert "engines of 3 GPUs each need 3 GPUs, the largest node has 2; lower" in one_line(done)
         driver = start(tmp_path, address, cluster__workers=2, cluster__learners=2)
         driver.wait_for("\nstep 1/")
         lost = {int(raylet), *children(int(raylet))}
-        held = {line["process"] for line in begun(tmp_path) if line["pid"] in lost}
-        assert held, "the second node runs nothing"
         for pid in lost:
             os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + 20
+        while not (held := {line["process"] for line in begun(tmp_path) if not alive(line["pid"])}):
+            assert time.monotonic() < end, "the second node runs nothing"
+            time.sleep(0.1)
         assert driver.wait(600) == 0, driver.err.read_text()
         assert held <= {line["process"] for line in begun(tmp_path) if line["again"]}
         assert sampled(tmp_path / "runs" / "quickstart") == sampled(local)
@@ -315,36 +305,3 @@ def test_a_lost_node_costs_its_processes_only_and_a_lost_head_ends_the_run(tmp_p
     done = run(tmp_path, train__steps=reached + 1)
     assert done.returncode == 0, done.stderr
     assert f"goes on after step {reached}" in done.stdout
-
-
-VLLM = {"rollout.max_tokens": 128, "engine.kind": "vllm", "engine.max_context": 384, "engine.max_batch": 16, "cluster.address": "local"}
-
-
-@pytest.mark.vllm
-def test_vllm_in_a_killed_sampler_comes_back_with_the_last_weights(vllm_python: str, tmp_path: Path) -> None:
-    """The real one, in the sampler's process. All weights reach it, as a probe text shows after each load, and every sampled token."""
-    mark = secrets.token_hex(8)
-    command = [vllm_python, "-m", "aipo_graph.train", *words_of(**(SMALL | VLLM))]
-    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        driver = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, env=os.environ | {"MARK": mark})
-    limit = threading.Timer(900, driver.kill)
-    limit.start()
-    try:
-        while "\nstep 1/" not in (tmp_path / "out").read_text():
-            assert driver.poll() is None, (tmp_path / "err").read_text()
-            time.sleep(0.1)
-        kill(tmp_path, "sampler-0")
-        assert driver.wait() == 0, (tmp_path / "err").read_text()
-    finally:
-        limit.cancel()
-        driver.kill()
-    rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["failed"] == row["lag_max"] == 0 and row["sync_gap_max"] <= 1e-3 for row in rows)
-    assert all(row["mismatch_max"] <= 1e-3 for row in rows if "mismatch_max" in row)
-    assert rows[-1]["restarts/sampler"] == 1
-    assert all(0 <= row[f"wait/{kind}"] <= 1 for row in rows for kind in ("learner", "worker"))
-    end = time.monotonic() + 60
-    while (left := marked(mark)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not left, "nothing is left, vLLM's own processes included"

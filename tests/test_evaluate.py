@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +177,10 @@ WORDS = [
 
 
 def test_an_evaluation_killed_half_way_goes_on_to_the_same_samples(
-    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: Path, warm_python: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = subprocess.Popen(
-        [sys.executable, "-m", "aipo_graph.evaluate", *WORDS, "--out", str(tmp_path)],
+        [warm_python, "-m", "aipo_graph.evaluate", *WORDS, "--out", str(tmp_path)],
         stdout=subprocess.PIPE,
         start_new_session=True,
         text=True,

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -170,8 +169,8 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_on_a_cpu_and_chunks_save_the_logits(root: Path) -> None:
-    command = [sys.executable, "benchmarks/learner_memory.py"]
+def test_the_benchmark_runs_on_a_cpu_and_chunks_save_the_logits(root: Path, warm_python: str) -> None:
+    command = [warm_python, "benchmarks/learner_memory.py"]
     done = subprocess.run([*command, "--tiny"], capture_output=True, text=True, check=True, cwd=root)
     cells = json.loads(done.stdout)["models"]["tiny"]
     assert [(cell["training"], cell["logprobs"]) for cell in cells] == [

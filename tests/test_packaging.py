@@ -8,12 +8,14 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rollout_world import save_tiny
 from test_chat_graph import tokenizer
 from test_messages import QWEN
+from warm import warm
 
 from aipo_graph import __version__
 from aipo_graph.config import Config
@@ -33,8 +35,8 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel in it, beside the dependencies that are installed here: no network is needed."""
+def cold(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel in it, beside the dependencies that are installed here: no network is needed."""
     folder = tmp_path_factory.mktemp("env")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -45,9 +47,19 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
-def run(python: Path, folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run([str(python), *argv], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def python(cold: Path) -> Iterator[str]:
+    """Its stand-in (warm.py)."""
+    with warm(cold, ("preloaded",), environment()) as path:
+        yield path
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
+def run(python: str | Path, folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(python), *argv], cwd=folder, env=environment(), capture_output=True, text=True, check=False)
 
 
 def test_wheel_carries_graphs_prompts_configs_and_data(wheel: Path, root: Path) -> None:
@@ -74,7 +86,7 @@ def test_wheel_carries_nothing_else(wheel: Path) -> None:
     assert sum(info.compress_size for info in archive.infolist()) < 5_000_000
 
 
-def test_the_tree_that_is_imported_is_the_wheels(python: Path, tmp_path: Path) -> None:
+def test_the_tree_that_is_imported_is_the_wheels(python: str, cold: Path, tmp_path: Path) -> None:
     done = run(
         python,
         tmp_path,
@@ -82,7 +94,7 @@ def test_the_tree_that_is_imported_is_the_wheels(python: Path, tmp_path: Path) -
         "import aipo_graph.load as l; print(l.__file__); print(l.find('graphs/aipo.py')); l.load('graphs/aipo.py:build')",
     )
     assert done.returncode == 0, done.stderr
-    assert all(line.startswith(str(python.parents[1])) for line in done.stdout.splitlines())
+    assert all(line.startswith(str(cold.parents[1])) for line in done.stdout.splitlines())
 
 
 SCRIPT = """
@@ -105,7 +117,7 @@ print(run.summary["steps"], run.policy.is_dir(), run.view(open=False))
 """
 
 
-def test_a_script_of_a_few_lines_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
+def test_a_script_of_a_few_lines_in_an_empty_folder(python: str, tmp_path: Path) -> None:
     policy = save_tiny(tmp_path / "policy", tokenizer(QWEN))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "sums.jsonl").write_text("".join(f'{{"question": "{n}+1", "answer": "{n + 1}"}}\n' for n in range(9)))
@@ -115,23 +127,23 @@ def test_a_script_of_a_few_lines_in_an_empty_folder(python: Path, tmp_path: Path
     assert done.stdout.splitlines()[-1] == "1 True runs/policy/view.html"
 
 
-def test_the_console_script_is_the_commands(wheel: Path, python: Path, tmp_path: Path) -> None:
+def test_the_console_script_is_the_commands(wheel: Path, cold: Path, tmp_path: Path) -> None:
     (entry,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("entry_points.txt"))
     assert "aipo-graph = aipo_graph.__main__:main" in zipfile.ZipFile(wheel).read(entry).decode()
-    done = run(python, tmp_path, "-m", "aipo_graph", "train", "--dry-run", "--train.steps", "3")
+    done = run(cold, tmp_path, "-m", "aipo_graph", "train", "--dry-run", "--train.steps", "3")
     assert (done.returncode, "  steps: 3\n" in done.stdout) == (0, True), done.stderr
-    done = run(python, tmp_path, "-m", "aipo_graph", "trian")
+    done = run(cold, tmp_path, "-m", "aipo_graph", "trian")
     assert (done.returncode, done.stderr) == (2, "error: no command 'trian'; did you mean 'train'?\n")
 
 
-def test_dry_run_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
+def test_dry_run_in_an_empty_folder(python: str, tmp_path: Path) -> None:
     done = run(python, tmp_path, "-m", "aipo_graph.train", "--dry-run", "--train.steps", "3")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^train:\n  steps: 3$", done.stdout, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_viewer_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
+def test_the_viewer_in_an_empty_folder(python: str, tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text('{"step": 1}\n')
     done = run(python, tmp_path, "-m", "aipo_graph.view", "mine", "--no-open")
@@ -139,7 +151,7 @@ def test_the_viewer_in_an_empty_folder(python: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "mine" / "view.html").stat().st_size > 100_000
 
 
-def test_a_user_error_is_one_line_and_exit_code_2(python: Path, tmp_path: Path) -> None:
+def test_a_user_error_is_one_line_and_exit_code_2(python: str, tmp_path: Path) -> None:
     done = run(python, tmp_path, "-m", "aipo_graph.train", "--train.stepz", "3")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "did you mean --train.steps?" in done.stderr

@@ -10,6 +10,7 @@ import pytest
 from aipo_graph import cli, load
 from aipo_graph.config import Config
 from aipo_graph.learn.model import load_model
+from aipo_graph.log import read_metrics
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.tasks.operators import OPERATORS, RULES
 from aipo_graph.types import Reply, Request
@@ -67,6 +68,7 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The point of it all, in small: helpers' words are learned with aipo and not when masked, and with them what the policy does alone."""
     monkeypatch.chdir(root)
     short = {
         "train.steps": 10, "train.epochs": 4, "train.minibatches": 8, "optimizer.warmup_steps": 20, "run.dir": tmp_path / "runs",
@@ -87,6 +89,13 @@ def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: P
     aipo, mask = (rows[name]["trained"]["alone"]["pass@1"] for name in ("aipo", "mask"))
     assert mask < 0.02
     assert aipo > 0.2
+    known = {}  # log p of the rules that Knowledge replies with; with aipo, they are learned within the first step
+    for name in rows:
+        metrics = read_metrics(tmp_path / "runs" / Run("coefficients", name, 1).name / "metrics.jsonl")
+        known[name] = [row["agent_logprob/knowledge"] for row in metrics if "agent_logprob/knowledge" in row]
+    gained = {name: (sum(found[-3:]) - sum(known["mask"][:3])) / 3 for name, found in known.items()}
+    assert gained["aipo"] > 1
+    assert gained["mask"] < gained["aipo"] / 2
     assert len(rows["aipo"]["curve"]["reward/alone/hard"]) == 10
     assert cli.main(study.main, [*words, "--variants", "aipo", "mask", "base"]) == 0
     after = (tmp_path / "coefficients.jsonl").read_text()

@@ -150,7 +150,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: Path,
         last = max((expected / "checkpoints").glob("step-*"), key=lambda path: path.name)
         assert json.loads((last / "state.json").read_text())["cursor"]["drawn"] > TINY["train.steps"] * TINY["rollout.problems"]
     rng, folder = random.Random(str(settings)), tmp_path / "runs" / "quickstart"
-    for _ in range(3):
+    for _ in range(2 if settings else 3):
         process = start(tmp_path, **settings)
         began = len(read_metrics(folder / "metrics.jsonl"))
         while len(read_metrics(folder / "metrics.jsonl")) <= began and process.poll() is None:
@@ -203,21 +203,6 @@ def test_a_stopped_run_saves_and_goes_on(undisturbed: Path, tmp_path: Path) -> N
     assert "the same command goes on" in process.out.read_text()
     assert run(tmp_path).returncode == 0
     assert bits(tmp_path / "runs" / "quickstart") == bits(undisturbed)
-
-
-@pytest.mark.slow
-def test_helpers_words_are_learned_with_aipo_and_not_when_masked(tmp_path: Path) -> None:
-    """The point of it all, in small: log p of the rules that Knowledge replies with, before and after a few steps."""
-    known = {}
-    settings = {"rollout__problems": 8, "rollout__traces": 8, "train__steps": 6, "train__minibatches": 4, "optimizer__warmup_steps": 2}
-    for agent in ("mask", "aipo"):
-        assert run(tmp_path, run__name=agent, loss__agent=agent, **settings).returncode == 0
-        rows = read_metrics(tmp_path / "runs" / agent / "metrics.jsonl")
-        known[agent] = [row["agent_logprob/knowledge"] for row in rows if "agent_logprob/knowledge" in row]
-    before = sum(known["mask"][:3]) / 3  # with aipo, they are learned within the first step
-    gained = {agent: sum(found[-3:]) / 3 - before for agent, found in known.items()}
-    assert gained["aipo"] > 1
-    assert gained["mask"] < gained["aipo"] / 2
 
 
 def _without_tokenizer(folder: Path) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """`python -m aipo_graph.train` on the real vLLM server: all weights and LoRA, every token and every sync checked against the learner."""
 
+import contextlib
 import json
 import os
-import signal
+import secrets
+import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from started import Started, run_module
-from test_cluster import begun, gone
+from started import run_module
+from test_cluster import SMALL, gone, kill
 from test_train import words_of
 from vllm_world import CONTEXT, RANK
 
@@ -22,9 +26,9 @@ TINY = {
     "rollout.traces": 4,
     "rollout.max_tokens": 128,
     "train.steps": 4,
-    "evaluate.problems": 8,
+    "evaluate.problems": 4,
     "evaluate.problems_with_agents": 4,
-    "evaluate.samples": 2,
+    "evaluate.samples": 1,
     "engine.workers": 1,
 }
 
@@ -37,8 +41,8 @@ def train(folder: Path, **settings: object) -> Path:
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The summary of the same run with the embedded engine."""
-    return json.loads((train(tmp_path_factory.mktemp("embedded")) / "summary.json").read_text())
+    """The summary of such a run with the embedded engine, of one step: what it says of the base policy is asked."""
+    return json.loads((train(tmp_path_factory.mktemp("embedded"), train__steps=1) / "summary.json").read_text())
 
 
 @pytest.mark.parametrize(("rank", "lag"), [(0, 1), (RANK, 0)])
@@ -64,18 +68,56 @@ def test_training_through_the_server(vllm_server: str, embedded: Any, tmp_path: 
     assert summary["trained"]["with_agents"]["failed"] == {}
 
 
-def test_a_killed_sampler_comes_back_with_the_last_weights(vllm_server: str, tmp_path: Path) -> None:
-    """Over Ray: requests go through the sampler's process, and so do the weights."""
-    server = {"engine__kind": "server", "engine__urls": json.dumps([vllm_server]), "engine__max_context": CONTEXT}
-    words = words_of(**TINY, **server, cluster__address="local", evaluate__problems=0, rollout__max_lag=1)
-    driver = Started("aipo_graph.train", words, tmp_path)
-    driver.wait_for("\nstep 1/")
-    sampler = next(process for process in begun(tmp_path) if process["process"] == "sampler-0")
-    os.kill(sampler["pid"], signal.SIGKILL)
-    assert driver.wait() == 0
-    assert "sampler-0 on" in driver.out.read_text()
+def marked(mark: str) -> list[str]:
+    """Processes with this in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (path / "environ").read_bytes():
+                found.append((path / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["vllm", "server"])
+def test_a_killed_sampler_comes_back_with_the_last_weights(
+    kind: str, vllm_python: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Over Ray: vLLM in the sampler's process, or asked from there. All weights reach it, as a probe text shows after each load, and every
+    sampled token."""
+    lag = 0 if kind == "vllm" else 1
+    settings = {
+        "rollout.max_tokens": 128,
+        "rollout.max_lag": lag,
+        "engine.kind": kind,
+        "engine.max_context": CONTEXT,
+        "engine.max_batch": 16,
+    }
+    if kind == "server":
+        settings["engine.urls"] = json.dumps([request.getfixturevalue("vllm_server")])
+    mark = secrets.token_hex(8)
+    command = [vllm_python, "-m", "aipo_graph.train", *words_of(**(SMALL | settings), cluster__address="local")]
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        driver = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, env=os.environ | {"MARK": mark})
+    limit = threading.Timer(900, driver.kill)
+    limit.start()
+    try:
+        while "\nstep 1/" not in (tmp_path / "out").read_text():
+            assert driver.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.1)
+        kill(tmp_path, "sampler-0")
+        assert driver.wait() == 0, (tmp_path / "err").read_text()
+    finally:
+        limit.cancel()
+        driver.kill()
+    assert "sampler-0 on" in (tmp_path / "out").read_text()
     rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert all(row["failed"] == 0 and row["sync_gap_max"] <= 1e-3 and row["lag_max"] <= 1 for row in rows)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["failed"] == 0 and row["lag_max"] <= lag and row["sync_gap_max"] <= 1e-3 for row in rows)
+    assert lag or all(row["mismatch_max"] <= 1e-3 for row in rows if "mismatch_max" in row)
     assert rows[-1]["restarts/sampler"] == 1
+    assert all(0 <= row[f"wait/{kind}"] <= 1 for row in rows for kind in ("learner", "worker"))
     assert gone(tmp_path)
+    end = time.monotonic() + 60
+    while (left := marked(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left, "nothing is left, vLLM's own processes included"
