@@ -247,7 +247,7 @@ def test_a_preset_lies_on_any_config(path: Path, root: Path) -> None:
     assert set(values) <= {"task", "rollout", "engine", "train", "evaluate"}
     for run in (root / "configs").glob("*.yaml"):
         config, _ = cli.parse([str(run)], Config, prog="test")
-        both = Config.model_validate(cli._merge(Config, config.model_dump(mode="json"), values))
+        both = Config.model_validate(cli._merge(config.model_dump(mode="json"), values))
         assert both.task.data is None
         assert both.rollout.max_tokens == values["rollout"]["max_tokens"]
         assert both.agents == config.agents
