@@ -65,9 +65,8 @@ class Batch:
         return self._map(lambda tensor: tensor[rows] if tensor.dim() == 1 else tensor[rows, :width])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        changed = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
     def plan(self, max_tokens: int, *, packed: bool = False) -> list[Tensor]:
         """Row indices of micro-batches, whose gradients add up to the batch's: longest first, each of at most ``max_tokens`` tokens (or of
@@ -96,14 +95,9 @@ class Batch:
     def trainable(self, loss: Loss) -> Tensor:
         """bool [B, T]: tokens that can have a gradient. Rows without one need no forward pass; the normalisers still count them."""
         agent = self.source == AGENT
-        moves = self.advantages != 0
-        if loss.kl_weight > 0:
-            moves = moves | ~agent
-        if loss.agent == "echo":  # cross-entropy without an advantage
-            moves = moves | agent
-        if loss.agent == "mask" or loss.agent_weight == 0:
-            moves = moves & ~agent
-        return self.mask & moves
+        echo = agent & (loss.agent == "echo")  # cross-entropy without an advantage
+        moves = (self.advantages != 0) | echo | (~agent & (loss.kl_weight > 0))
+        return self.mask & moves & ~(agent & (loss.agent == "mask" or loss.agent_weight == 0))
 
 
 def count_tokens(mask: Tensor, source: Tensor) -> dict[str, Any]:
@@ -132,9 +126,7 @@ def fault(trace: Trace) -> str | None:
 
 def _behaviour(segment: Segment) -> Sequence[float]:
     """Its logprobs: nan where absent, inf where an agent's is no logprob."""
-    if segment.logprobs is None:
-        return [math.nan] * len(segment.token_ids)
-    return [math.inf if _bad(p) else p for p in segment.logprobs]
+    return [math.nan] * len(segment.token_ids) if segment.logprobs is None else [math.inf if _bad(p) else p for p in segment.logprobs]
 
 
 def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
