@@ -115,6 +115,7 @@ def _luffy(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) ->
 
 COEFFICIENTS: dict[str, Surrogate] = {
     "aipo": _aipo,
+    "credit": _aipo,  # what differs is A, from `pack`
     "mask": lambda log_rho, logprobs, advantages, loss: torch.zeros_like(logprobs),  # as in tool-use training
     "ppo": _clipped,  # the exact ratio
     "luffy": _luffy,
