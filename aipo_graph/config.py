@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 FORMS = {
     "advantage": ("grpo", "dr_grpo", "rloo", "raft"),
     "algorithm": ("grpo", "dapo", "dr_grpo", "rloo", "cispo", "gspo"),
-    "agent": ("aipo", "mask", "ppo", "luffy", "gated", "sft", "echo"),
+    "agent": ("aipo", "credit", "mask", "ppo", "luffy", "gated", "sft", "echo"),
 }
 """Parts of the loss, and the names that each has; a file's function is one, too."""
 RETIRED = {"clip": "aipo", "shortfall": "aipo"}
@@ -293,7 +293,8 @@ class Loss(Section):
     algorithm: str = "grpo"
     """Surrogate of policy tokens: grpo, dapo, dr_grpo, rloo, cispo, gspo, or your file.py:name."""
     agent: str = "aipo"
-    """Coefficient of agent tokens: aipo (our reconstruction), mask, ppo, luffy, gated, sft, echo, or your file.py:name."""
+    """Coefficient of agent tokens: aipo (our reconstruction), credit (aipo, and credit for single replies of failed traces), mask, ppo,
+    luffy, gated, sft, echo, or your file.py:name."""
     agent_weight: NonNegativeFloat = 1.0
     """Lambda: weight of the agent-token loss beside the policy-token loss."""
     floor: NonNegativeFloat = 0.3

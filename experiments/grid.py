@@ -52,7 +52,7 @@ def helpers(**changed: str) -> Settings:
 
 def agent(name: str) -> Settings:
     """A coefficient by its name in the study: `signed` is `aipo` as it was at first, with the ratio's weight where A < 0, too."""
-    own = {"aipo": {"loss.negative": "0"}, "signed": {"loss.agent": "aipo", "loss.negative": "1"}}
+    own = {"aipo": {"loss.negative": "0"}, "signed": {"loss.agent": "aipo", "loss.negative": "1"}, "credit": {"loss.negative": "0"}}
     return {"loss.agent": name} | own.get(name, {})
 
 
@@ -96,12 +96,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             f"{condition}/{change}": settings | condition_settings
             for condition, condition_settings in CONDITIONS.items()
             for change, settings in CHANGES.items()
-        },
+        }
+        | {"50/credit": agent("credit") | helpers(knowledge="wrong_50"), "same30/credit": agent("credit") | helpers(knowledge="same_30")},
         bases={"wordy": "wordy"},
     ),
     "coefficients": Experiment(
         {"base": {}}
-        | {name: agent(name) for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo")}
+        | {name: agent(name) for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo", "credit")}
         | {"echo": agent("echo") | {"loss.agent_weight": "0.1"}}
         | {"grpo": GRPO}
         | {"raft": {"rollout.with_agents": "1", "loss.advantage": "raft", "loss.agent": "gated"}}
@@ -110,7 +111,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         {
             f"{name}@{level}": agent(name) | helpers(knowledge=factory)
             for level, factory in LEVELS.items()
-            for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo")
+            for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo", "credit")
         }
         | {f"counterfactual@{level}": agent("signed") | COUNTERFACTUAL | helpers(knowledge=factory) for level, factory in LEVELS.items()}
     ),
@@ -192,6 +193,8 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("lag", ("lag_0", "lag_1", "lag_2", "lag_4", "lag_4_uncapped"), (1,)),
     ("second", ("aipo",), (1, 2, 3)),
     ("faulty", ("aipo@25", "aipo@50", "gated@50", "gated@25"), (2, 3)),
+    ("faulty", ("credit@same30", "credit@50"), (1, 2, 3)),
+    ("coefficients", ("credit",), (1, 2, 3)),
     ("third", ("aipo", "grpo", "mask", "gated"), (2, 3)),
     ("language_model", ("aipo", "gated", "aipo_no_mu"), (2, 3)),
     ("faulty", ("aipo@same30",), REPORTED),

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,8 +9,10 @@ from tiny_learner import group, random_groups, segment, trace
 from aipo_graph.config import Loss
 from aipo_graph.errors import TrainError
 from aipo_graph.learn.batch import AGENT, POLICY, pack
+from aipo_graph.types import Trace
 
 DR = Loss(advantage="dr_grpo", baseline="group")
+CREDIT = Loss(advantage="dr_grpo", baseline="group", agent="credit")
 
 
 def test_columns_describe_their_token() -> None:
@@ -86,6 +89,46 @@ def test_bad_agent_logprobs_drop_single_tokens() -> None:
     batch = pack([group(helped, trace(segment("context", 1), segment("policy", 2), reward=0.0))], DR)
     assert batch.mask[0].int().tolist() == [0, 1, 1, 0, 0, 0]
     assert (batch.agent_tokens, batch.counts["bad_agent_tokens"]) == (1, 3)
+
+
+def asked(reply: str, reward: float, helped: bool = True) -> Trace:
+    """One consult, answered by a helper or in the policy's own words."""
+    words = f"<knowledge>B</knowledge><feedback>{reply}</feedback>"
+    prompt, own = segment("context", 1), replace(segment("policy", 2, 3), text=words)
+    if not helped:
+        return trace(prompt, own, reward=reward)
+    request, opening = replace(own, text="so <knowledge>B</knowledge>"), replace(segment("context", 4), text="<feedback>")
+    closing = replace(segment("context", 7), text="</feedback>")
+    answer = replace(segment("policy", 8), text="12")
+    return trace(prompt, request, opening, replace(segment("agent", 5, 6), text=reply), closing, answer, reward=reward, with_agents=True)
+
+
+def test_credit_is_by_reply_in_failed_traces_and_all_else_stays() -> None:
+    mixed = group(asked("12+", 1), asked("12+", 0), asked("99-", 0), asked("34+", 0, helped=False))
+    failed = group(asked("12+", 0), asked("12+", 0, helped=False))
+    plain, batch = pack([mixed, failed], DR), pack([mixed, failed], CREDIT)
+    # Asked by six traces, which earn 1/6 in the mean; the four that got 12+ earn 1/4: 4/5 of the difference.
+    expected = plain.advantages.clone()
+    expected[[1, 4], 4:6] = 4 / 5 * (1 / 4 - 1 / 6)
+    assert plain.advantages[:, 4].tolist() == [0.75, -0.25, -0.25, 0, 0, 0]
+    assert torch.allclose(batch.advantages, expected, atol=1e-7)
+    assert torch.equal(batch.advantages == plain.advantages, expected == plain.advantages)
+    assert (plain.counts["credited_tokens"], batch.counts["credited_tokens"]) == (0, 4)
+
+
+def test_credit_where_nothing_can_be_compared_is_aipo() -> None:
+    """Replies that all agree, a lucky one beside a worse one, other requests, consults that nobody asked for in tags."""
+    other, unasked = (
+        [replace(s, text=s.text.replace("<knowledge>B</knowledge>", text)) for s in asked("12+", 0).segments]
+        for text in ("<knowledge>C</knowledge>", "well")
+    )
+    for groups in (
+        [group(asked("12+", 1), asked("12+", 0))],
+        [group(asked("12+", 1), asked("34+", 0))],
+        [group(asked("12+", 1), trace(*other, reward=0, with_agents=True), trace(*unasked, reward=0, with_agents=True), asked("34+", 0))],
+        random_groups(0),
+    ):
+        assert torch.equal(pack(groups, CREDIT).advantages, pack(groups, DR).advantages)
 
 
 def test_plan_covers_all_rows_once_within_the_budget_and_is_deterministic() -> None:

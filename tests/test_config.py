@@ -126,7 +126,7 @@ def test_paths_beside_the_file_hold_from_anywhere(tmp_path: Path, monkeypatch: p
         ("train:\n\n  steps: -7", "train.steps = -7: must be greater than 0 (FILE:3)"),
         (
             "loss: {agent: foo}",
-            "loss.agent = 'foo': must be aipo, mask, ppo, luffy, gated, sft, echo or path/to/file.py:name (FILE:1)",
+            "loss.agent = 'foo': must be aipo, credit, mask, ppo, luffy, gated, sft, echo or path/to/file.py:name (FILE:1)",
         ),
         ("loss:\n  agent: shortfall", "loss.agent = 'shortfall': is gone, the study gave no reason to keep it; use aipo (FILE:2)"),
         ("- 1", "FILE:1: a mapping of sections is wanted"),

@@ -1,9 +1,12 @@
 """Traces to tensors: one row per thread, padded right, with a source and an author on every token."""
 
 import math
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import dropwhile, pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -11,13 +14,15 @@ from torch import Tensor
 
 from aipo_graph.config import Loss
 from aipo_graph.errors import GraphError, TrainError
-from aipo_graph.learn.advantage import advantages
-from aipo_graph.types import Segment, Trace, TraceGroup
+from aipo_graph.learn.advantage import ESTIMATORS, advantages
+from aipo_graph.load import own as own_function
+from aipo_graph.types import Segment, Trace, TraceGroup, differ
 
 SOURCES = {"context": 0, "policy": 1, "agent": 2}
 CONTEXT, POLICY, AGENT = SOURCES.values()
 ROUNDING = 1e-4
 """A sampler's float error: a logprob above 0 by no more than this is not a fault."""
+ASKED = re.compile(r"<(\w+)>[^<]*</\1>")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +46,7 @@ class Batch:
     behaviour_logprobs: Tensor
     """f32 [B, T]: the sampler's, nan where it gave none."""
     advantages: Tensor
-    """f32 [B, T]: the trace's advantage on trained tokens, 0 elsewhere."""
+    """f32 [B, T]: on trained tokens the trace's advantage, or with `credit` the reply's; 0 elsewhere."""
     versions: Tensor
     """i32 [B]: the oldest weights that a policy token of the row was sampled under; -1 without one."""
     authors: tuple[str, ...]
@@ -49,7 +54,7 @@ class Batch:
     agent_tokens: int
     policy_rows: int
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Traces and tokens left out, by reason."""
+    """Traces and tokens left out, by reason; agent tokens with an advantage of their own."""
     old_logprobs: Tensor | None = None
     """f32 [B, T]: the learner's before the update, where several updates are made of one batch."""
 
@@ -65,9 +70,8 @@ class Batch:
         return self._map(lambda tensor: tensor[rows] if tensor.dim() == 1 else tensor[rows, :width])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        changed = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
     def plan(self, max_tokens: int, *, packed: bool = False) -> list[Tensor]:
         """Row indices of micro-batches, whose gradients add up to the batch's: longest first, each of at most ``max_tokens`` tokens (or of
@@ -96,14 +100,9 @@ class Batch:
     def trainable(self, loss: Loss) -> Tensor:
         """bool [B, T]: tokens that can have a gradient. Rows without one need no forward pass; the normalisers still count them."""
         agent = self.source == AGENT
-        moves = self.advantages != 0
-        if loss.kl_weight > 0:
-            moves = moves | ~agent
-        if loss.agent == "echo":  # cross-entropy without an advantage
-            moves = moves | agent
-        if loss.agent == "mask" or loss.agent_weight == 0:
-            moves = moves & ~agent
-        return self.mask & moves
+        echo = agent & (loss.agent == "echo")  # cross-entropy without an advantage
+        moves = (self.advantages != 0) | echo | (~agent & (loss.kl_weight > 0))
+        return self.mask & moves & ~(agent & (loss.agent == "mask" or loss.agent_weight == 0))
 
 
 def count_tokens(mask: Tensor, source: Tensor) -> dict[str, Any]:
@@ -132,9 +131,7 @@ def fault(trace: Trace) -> str | None:
 
 def _behaviour(segment: Segment) -> Sequence[float]:
     """Its logprobs: nan where absent, inf where an agent's is no logprob."""
-    if segment.logprobs is None:
-        return [math.nan] * len(segment.token_ids)
-    return [math.inf if _bad(p) else p for p in segment.logprobs]
+    return [math.nan] * len(segment.token_ids) if segment.logprobs is None else [math.inf if _bad(p) else p for p in segment.logprobs]
 
 
 def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
@@ -145,7 +142,7 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
 
     Raises GraphError for a policy token that was sampled under weights before version ``oldest``: `rollout.max_lag` is a promise.
     """
-    counts = Counter(traces=0, untrained=0, bad_reward=0, bad_logprob=0, bad_agent_tokens=0)
+    counts = Counter(traces=0, untrained=0, bad_reward=0, bad_logprob=0, bad_agent_tokens=0, credited_tokens=0)
     rows: list[tuple[tuple[Segment, ...], float]] = []
     for group in groups:
         faults = [fault(trace) for trace in group.traces]
@@ -161,13 +158,42 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
         for trace, reason, value in zip(group.traces, faults, values, strict=True):
             if reason is None:
                 rows += [(row, value) for row in trace.rows()]
-    batch = _tensors(rows, counts)
+    batch = _tensors(rows, counts, _credits(groups, loss) if loss.agent == "credit" else {})
     if found := [version for version in batch.versions.tolist() if 0 <= version < oldest]:
         raise GraphError(f"a policy token of weights {min(found)} in a batch that takes none before {oldest} (rollout.max_lag); report it")
     return batch
 
 
-def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str]) -> Batch:
+def _consults(row: Sequence[Segment]) -> list[tuple[str, str]]:
+    """What was asked, ``<knowledge>B</knowledge>`` or without tags the words before, and the reply, a helper's or in the policy's words."""
+    said = "".join(s.text for s in dropwhile(lambda s: s.source == "context", row)).split("<feedback>")
+    pairs = [(before.rpartition("</feedback>")[2], after.partition("</feedback>")[0]) for before, after in pairwise(said)]
+    return [((ASKED.search(words) or [words])[0], reply) for words, reply in pairs]
+
+
+def _credits(groups: Sequence[TraceGroup], loss: Loss) -> dict[int, float]:
+    """The advantage of single replies, by the id of their segment: those in traces that earn less than the mean of all that asked the same,
+    where the traces that got the reply earn more than it. Compared word for word, with the policy's own replies among them.
+
+    The mean over n traces is one of few: it counts n / (n + 1).
+    """
+    rows = [(row, trace.reward) for group in groups for trace in group.traces if fault(trace) is None for row in trace.rows()]
+    earned = defaultdict[str | tuple[str, str], list[float]](list)
+    for row, reward in rows:
+        for consult in set(_consults(row)):
+            earned[consult].append(reward)
+            earned[consult[0]].append(reward)
+    estimate = ESTIMATORS.get(loss.advantage) or own_function("loss.advantage", loss.advantage)
+    found = {}
+    for row, reward in rows:
+        for segment, consult in zip((s for s in row if s.source == "agent"), _consults(row), strict=False):
+            n, mean, peers = len(earned[consult]), fmean(earned[consult]), earned[consult[0]]
+            if reward < fmean(peers) < mean and differ(peers):
+                found[id(segment)] = n / (n + 1) * estimate(mean, peers)
+    return found
+
+
+def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str], credits: Mapping[int, float]) -> Batch:
     authors = tuple(dict.fromkeys(segment.author for row, _ in rows for segment in row))
     if len(authors) > 127:
         raise TrainError(f"a batch has segments of {len(authors)} authors; the most is 127 graph nodes")
@@ -192,7 +218,10 @@ def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str]
     counts["bad_agent_tokens"] = int((bad & mask).sum())
     mask &= ~bad
     behaviour[bad] = math.nan
-    value = torch.tensor([a for _, a in rows], dtype=torch.float32)
+    value = torch.tensor([a for _, a in rows], dtype=torch.float32)[:, None]
+    credit = table(lambda s: [credits.get(id(s), 0.0)] * len(s.token_ids), 0.0, torch.float32)
+    credited = mask & (value <= 0) & (credit > 0)
+    counts["credited_tokens"] = int(credited.sum())
     versions = [min((s.version for s in row if s.source == "policy"), default=-1) for row, _ in rows]
     return Batch(
         token_ids=table(lambda s: s.token_ids, 0, torch.int64),
@@ -201,7 +230,7 @@ def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str]
         source=source,
         author=table(lambda s: [index[s.author]] * len(s.token_ids), 0, torch.int8),
         behaviour_logprobs=behaviour,
-        advantages=torch.where(mask, value[:, None], 0.0),
+        advantages=torch.where(credited, credit, torch.where(mask, value, 0.0)),
         versions=torch.tensor(versions, dtype=torch.int32),
         authors=authors,
         counts=dict(counts),

@@ -80,10 +80,6 @@ def _per_token(batch: Batch, mask: Tensor, budget: int) -> Tensor:
     return mask.new_tensor(1 / max(1, batch.policy_tokens), dtype=torch.float32)
 
 
-def _per_budget(batch: Batch, mask: Tensor, budget: int) -> Tensor:
-    return mask.new_tensor(1 / (max(1, batch.policy_rows) * budget), dtype=torch.float32)
-
-
 Ratio = Callable[[Tensor, Tensor], Tensor]
 Surrogate = Callable[[Tensor, Tensor, Tensor, Loss], Tensor]
 Scale = Callable[[Batch, Tensor, int], Tensor]
@@ -91,7 +87,7 @@ Scale = Callable[[Batch, Tensor, int], Tensor]
 SURROGATES: dict[str, tuple[Ratio, Surrogate, Scale]] = {
     "grpo": (_token_ratio, _clipped, _per_row),
     "dapo": (_token_ratio, _clipped, _per_token),
-    "dr_grpo": (_token_ratio, _clipped, _per_budget),
+    "dr_grpo": (_token_ratio, _clipped, lambda batch, mask, budget: torch.tensor(1 / (max(1, batch.policy_rows) * budget))),
     "rloo": (_sum_ratio, _clipped, _per_token),
     "cispo": (_token_ratio, _weighted, _per_token),
     "gspo": (_mean_ratio, _clipped, _per_row),
@@ -111,40 +107,21 @@ def _aipo(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> 
     return -weight * advantages * logprobs
 
 
-def _mask(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """Agent tokens are not trained, as in tool-use training."""
-    return torch.zeros_like(logprobs)
-
-
 def _luffy(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
     """A pi / (pi + gamma), with its gradient: policy shaping with mu = 1 (LUFFY, arXiv 2504.14945, section 3)."""
     probability = _exp(logprobs)
     return -advantages * probability / (probability + GAMMA)
 
 
-def _gated(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """Weight 1 where A > 0, else 0."""
-    return -advantages.clamp(min=0) * logprobs
-
-
-def _sft(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """Weight 1 for any A: A log pi."""
-    return -advantages * logprobs
-
-
-def _echo(log_rho: Tensor, logprobs: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """Cross-entropy on all agent tokens, whatever the reward; ``agent_weight`` (0.1, say) keeps it small."""
-    return -logprobs
-
-
 COEFFICIENTS: dict[str, Surrogate] = {
     "aipo": _aipo,
-    "mask": _mask,
+    "credit": _aipo,  # what differs is A, from `pack`
+    "mask": lambda log_rho, logprobs, advantages, loss: torch.zeros_like(logprobs),  # as in tool-use training
     "ppo": _clipped,  # the exact ratio
     "luffy": _luffy,
-    "gated": _gated,
-    "sft": _sft,
-    "echo": _echo,
+    "gated": lambda log_rho, logprobs, advantages, loss: -advantages.clamp(min=0) * logprobs,  # weight 1 where A > 0, else 0
+    "sft": lambda log_rho, logprobs, advantages, loss: -advantages * logprobs,  # weight 1 for any A
+    "echo": lambda log_rho, logprobs, advantages, loss: -logprobs,  # cross-entropy; ``agent_weight`` (0.1, say) keeps it small
 }
 
 
@@ -188,7 +165,6 @@ def aipo_loss(
     behaviour, source, values = batch.behaviour_logprobs, batch.source, batch.advantages
     policy, agent = batch.mask & (source == POLICY), batch.mask & (source == AGENT)
     dropped = torch.isinf(logprobs) | (policy & (torch.isinf(old) | ~torch.isfinite(behaviour)))
-    dropped_tokens = (dropped & batch.mask).sum()
     policy, agent = policy & ~dropped, agent & ~dropped
     own = torch.where(policy | agent, logprobs, 0.0)
 
@@ -206,16 +182,18 @@ def aipo_loss(
     agent_loss = torch.where(agent, agent_surrogate(log_rho, own, values, loss), zeros).sum() / max(1, batch.agent_tokens)
 
     total = policy_loss + loss.agent_weight * agent_loss
-    sums = {"dropped_tokens": dropped_tokens, "policy_loss": policy_loss, "agent_loss": agent_loss}
+    sums = {"dropped_tokens": (dropped & batch.mask).sum(), "policy_loss": policy_loss, "agent_loss": agent_loss}
     if reference is not None:
         gap = torch.where(policy, (reference - own).clamp(-CLAMP, CLAMP), zeros)
         kl = (gap.exp() - gap - 1).sum() / max(1, batch.policy_tokens)
         total = total + loss.kl_weight * kl
         sums["kl"] = kl
     with torch.no_grad():
-        sums |= {"loss": total}
-        sums |= _policy_sums(policy, log_ratio, log_mismatch, weight, entropy, values, loss)
-        sums |= _agent_sums(agent, log_rho, own, values, batch, loss)
+        sums |= (
+            {"loss": total}
+            | _policy_sums(policy, log_ratio, log_mismatch, weight, entropy, values, loss)
+            | _agent_sums(agent, log_rho, own, values, batch, loss)
+        )
     return total, {name: value.detach() for name, value in sums.items()}
 
 
@@ -286,22 +264,22 @@ def summarise(sums: Sums, authors: tuple[str, ...], updates: int) -> dict[str, f
         return {}
     scalar = {name: float(value) for name, value in sums.items() if value.dim() == 0}
     vector = {name: value.tolist() for name, value in sums.items() if value.dim() == 1}
-    result: dict[str, float] = {
+    result: dict[str, float] = {"dropped_tokens": scalar["dropped_tokens"]} | {
         name: scalar[name] / max(1, updates) for name in ("loss", "policy_loss", "agent_loss", "kl") if name in scalar
     }
-    result["dropped_tokens"] = scalar["dropped_tokens"]
     if n := scalar["policy_count"]:
-        result |= {name: scalar[name] for name in ("ratio_max", "mismatch_max", "mismatch_ratio_max")}
-        result |= {f"{name}_mean": scalar[f"{name}_sum"] / n for name in ("ratio", "mismatch", "mismatch_ratio")}
-        result |= {name: scalar[f"{name}_sum"] / n for name in ("mismatch_kl", "mismatch_kl_k1", "mismatch_capped")}
-        result |= {"clip_fraction": scalar["clipped_sum"] / n, "entropy": scalar["entropy_sum"] / n}
-        result["policy_ess"] = scalar["weight_sum"] ** 2 / max(scalar["weight_square_sum"], TINY) / n
+        result |= {
+            **{name: scalar[name] for name in ("ratio_max", "mismatch_max", "mismatch_ratio_max")},
+            **{f"{name}_mean": scalar[f"{name}_sum"] / n for name in ("ratio", "mismatch", "mismatch_ratio")},
+            **{name: scalar[f"{name}_sum"] / n for name in ("mismatch_kl", "mismatch_kl_k1", "mismatch_capped", "entropy")},
+            "clip_fraction": scalar["clipped_sum"] / n,
+            "policy_ess": scalar["weight_sum"] ** 2 / max(scalar["weight_square_sum"], TINY) / n,
+        }
     for i, author in enumerate(authors):
         if vector["agent_count"][i]:
             result |= {f"{name}/{author}": value for name, value in _agent_metrics({k: v[i] for k, v in vector.items()}).items()}
     if sum(vector["agent_count"]):
-        whole = {name: max(value) if name.endswith("_max") else sum(value) for name, value in vector.items()}
-        result |= _agent_metrics(whole)
+        result |= _agent_metrics({name: max(value) if name.endswith("_max") else sum(value) for name, value in vector.items()})
     return result
 
 
