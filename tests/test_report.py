@@ -216,7 +216,7 @@ def test_missing_cells_show_as_missing(store: Write) -> None:
     missing = section(text, "What has not run")
     assert "4 runs are stored" in missing
     assert re.search(
-        r"without a run: .*\[coefficients\]\(results/coefficients.md\) 8 of 10,.* \[second\]\(results/second.md\) 5 of 5", missing
+        r"without a run: .*\[coefficients\]\(results/coefficients.md\) 9 of 11,.* \[second\]\(results/second.md\) 5 of 5", missing
     )
     assert "On fewer than 5 seeds: coefficients 2." in missing
 
