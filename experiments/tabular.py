@@ -89,9 +89,9 @@ WEIGHTS: Mapping[str, Weight] = {
     "mask": lambda p, up: 0 * p,
 }
 """By their names in the study: `aipo` with `loss.negative` 0, `signed` with 1; all other settings are the defaults."""
-CREDITS = ("credit", "aipo + credit")
+CREDITS = ("credit for all", "credit")
 """aipo, but a helper's reply has an advantage of its own: the mean reward of the traces in which the request was answered so, by whomever,
-minus the mean of all, over the deviation of all. The second: in failed traces alone; the others keep the trace's."""
+minus the mean of all, over the deviation of all. The second, the study's of that name: in failed traces alone; others keep the trace's."""
 
 
 @cache
@@ -135,9 +135,9 @@ def update(world: World, logits: Array, name: str) -> Array:
     wrong = world.faulty * world.wrong
     up, down, alone_up, alone_down = expected_advantages(world, (1 - world.faulty) * rest, rest_alone * p[0])
     solved, failed = ours * rest, ours * (1 - rest) + wrong
-    if name == "credit":
+    if name == "credit for all":
         push = _credit(world, p, solved + failed)
-    elif name == "aipo + credit":
+    elif name == "credit":
         push = solved * up * WEIGHTS["aipo"](p, True) + _credit(world, p, failed)
     else:
         push = solved * up * WEIGHTS[name](p, True) + failed * down * WEIGHTS[name](p, False)

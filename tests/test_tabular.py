@@ -76,7 +76,7 @@ def test_what_is_written_down_is_what_the_table_says(root) -> None:
     page = (root / tabular.PAGE).read_text()
     condition, name, target = tabular.FITTED
     assert run(CONDITIONS[condition], name, found["force"])[-1] == pytest.approx(target, abs=0.002)
-    for name, condition in (("aipo", "same30"), ("gated", "25"), ("sft", "50"), ("aipo + credit", "same60")):
+    for name, condition in (("aipo", "same30"), ("gated", "25"), ("sft", "50"), ("credit", "same60")):
         cell = found["coefficients"][name][condition]
         assert run(CONDITIONS[condition], name, found["force"])[-1] == pytest.approx(cell["final"], abs=0.001)
         assert rest(CONDITIONS[condition], name) == pytest.approx(cell["rest"], abs=0.001)
