@@ -93,7 +93,7 @@ def make(case: Case, folder: Path) -> None:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
         if case.consults:
             tokenizer.add_tokens(list(TAGS))
-        plain_words = range(len(names) + 4, QUERY if case.consults else case.vocabulary)
+        plain_words = range(10, QUERY) if case.consults else range(2, case.vocabulary)
         questions = [" ".join(f"w{plain_words[(31 * i + 7 * place) % len(plain_words)]}" for place in range(12)) for i in range(count)]
     if case.layers:
         torch.manual_seed(0)
@@ -185,7 +185,7 @@ def trl(case: Case, folder: Path) -> None:
     def score(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
         replies = tokenizer.convert_tokens_to_ids(TAGS[2]) if case.consults else None
         sampled.extend(len(ids) - (2 + len(REPLY.split())) * ids.count(replies) for ids in completion_ids)
-        return list(map(reward, tokenizer.batch_decode(completion_ids)))
+        return [reward(c if isinstance(c, str) else "".join(message["content"] for message in c)) for c in completions]
 
     def knowledge(query: str) -> str:
         """Looks a few words up.

@@ -34,6 +34,14 @@ def _raft(reward: float, rewards: Sequence[float]) -> float:
 ESTIMATORS: dict[str, Estimator] = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo, "raft": _raft}
 
 
+def estimate(estimator: str, reward: float, peers: Sequence[float]) -> float:
+    """The advantage of a reward among those of its peers. Raises ConfigError where an estimator of yours gives no finite number."""
+    value = (ESTIMATORS.get(estimator) or own("loss.advantage", estimator))(reward, peers)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"loss.advantage = {estimator!r}: gave {value!r} for a reward of {reward:g}; a finite number is wanted")
+    return float(value)
+
+
 def advantages(
     rewards: Sequence[float], with_agents: Sequence[bool], trained: Sequence[bool], *, estimator: str, baseline: str
 ) -> tuple[float, ...]:
@@ -52,13 +60,8 @@ def advantages(
     """
     everyone = [r for r, t in zip(rewards, trained, strict=True) if t]
     alone = [r for r, t, a in zip(rewards, trained, with_agents, strict=True) if t and not a]
-    estimate = ESTIMATORS.get(estimator) or own("loss.advantage", estimator)
     result = []
     for reward, helped, counts in zip(rewards, with_agents, trained, strict=True):
         peers = everyone if baseline == "group" or (helped and baseline == "split") else [*alone, reward] if helped else alone
-        compared = counts and (estimator == "raft" or differ(peers))
-        value = estimate(reward, peers) if compared else 0.0
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"loss.advantage = {estimator!r}: gave {value!r} for a reward of {reward:g}; a finite number is wanted")
-        result.append(float(value))
+        result.append(estimate(estimator, reward, peers) if counts and (estimator == "raft" or differ(peers)) else 0.0)
     return tuple(result)

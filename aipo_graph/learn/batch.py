@@ -14,8 +14,7 @@ from torch import Tensor
 
 from aipo_graph.config import Loss
 from aipo_graph.errors import GraphError, TrainError
-from aipo_graph.learn.advantage import ESTIMATORS, advantages
-from aipo_graph.load import own as own_function
+from aipo_graph.learn.advantage import advantages, estimate
 from aipo_graph.types import Segment, Trace, TraceGroup, differ
 
 SOURCES = {"context": 0, "policy": 1, "agent": 2}
@@ -144,6 +143,7 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
     """
     counts = Counter(traces=0, untrained=0, bad_reward=0, bad_logprob=0, bad_agent_tokens=0, credited_tokens=0)
     rows: list[tuple[tuple[Segment, ...], float]] = []
+    rewards: list[float] = []  # of the rows
     for group in groups:
         faults = [fault(trace) for trace in group.traces]
         values = advantages(
@@ -158,7 +158,8 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
         for trace, reason, value in zip(group.traces, faults, values, strict=True):
             if reason is None:
                 rows += [(row, value) for row in trace.rows()]
-    batch = _tensors(rows, counts, _credits(groups, loss) if loss.agent == "credit" else {})
+                rewards += [trace.reward] * (len(rows) - len(rewards))
+    batch = _tensors(rows, counts, _credits([row for row, _ in rows], rewards, loss.advantage) if loss.agent == "credit" else {})
     if found := [version for version in batch.versions.tolist() if 0 <= version < oldest]:
         raise GraphError(f"a policy token of weights {min(found)} in a batch that takes none before {oldest} (rollout.max_lag); report it")
     return batch
@@ -171,25 +172,24 @@ def _consults(row: Sequence[Segment]) -> list[tuple[str, str]]:
     return [((ASKED.search(words) or [words])[0], reply) for words, reply in pairs]
 
 
-def _credits(groups: Sequence[TraceGroup], loss: Loss) -> dict[int, float]:
+def _credits(rows: Sequence[Sequence[Segment]], rewards: Sequence[float], estimator: str) -> dict[int, float]:
     """The advantage of single replies, by the id of their segment: those in traces that earn less than the mean of all that asked the same,
     where the traces that got the reply earn more than it. Compared word for word, with the policy's own replies among them.
 
     The mean over n traces is one of few: it counts n / (n + 1).
     """
-    rows = [(row, trace.reward) for group in groups for trace in group.traces if fault(trace) is None for row in trace.rows()]
+    consults = [_consults(row) for row in rows]
     earned = defaultdict[str | tuple[str, str], list[float]](list)
-    for row, reward in rows:
-        for consult in set(_consults(row)):
+    for asked, reward in zip(consults, rewards, strict=True):
+        for consult in set(asked):
             earned[consult].append(reward)
             earned[consult[0]].append(reward)
-    estimate = ESTIMATORS.get(loss.advantage) or own_function("loss.advantage", loss.advantage)
     found = {}
-    for row, reward in rows:
-        for segment, consult in zip((s for s in row if s.source == "agent"), _consults(row), strict=False):
+    for row, asked, reward in zip(rows, consults, rewards, strict=True):
+        for segment, consult in zip((s for s in row if s.source == "agent"), asked, strict=False):
             n, mean, peers = len(earned[consult]), fmean(earned[consult]), earned[consult[0]]
             if reward < fmean(peers) < mean and differ(peers):
-                found[id(segment)] = n / (n + 1) * estimate(mean, peers)
+                found[id(segment)] = n / (n + 1) * estimate(estimator, mean, peers)
     return found
 
 
@@ -219,7 +219,7 @@ def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str]
     mask &= ~bad
     behaviour[bad] = math.nan
     value = torch.tensor([a for _, a in rows], dtype=torch.float32)[:, None]
-    credit = table(lambda s: [credits.get(id(s), 0.0)] * len(s.token_ids), 0.0, torch.float32)
+    credit = table(lambda s: [credits.get(id(s), 0.0)] * len(s.token_ids), 0.0, torch.float32) if credits else torch.zeros(())
     credited = mask & (value <= 0) & (credit > 0)
     counts["credited_tokens"] = int(credited.sum())
     versions = [min((s.version for s in row if s.source == "policy"), default=-1) for row, _ in rows]

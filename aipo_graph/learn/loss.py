@@ -87,7 +87,11 @@ Scale = Callable[[Batch, Tensor, int], Tensor]
 SURROGATES: dict[str, tuple[Ratio, Surrogate, Scale]] = {
     "grpo": (_token_ratio, _clipped, _per_row),
     "dapo": (_token_ratio, _clipped, _per_token),
-    "dr_grpo": (_token_ratio, _clipped, lambda batch, mask, budget: torch.tensor(1 / (max(1, batch.policy_rows) * budget))),
+    "dr_grpo": (
+        _token_ratio,
+        _clipped,
+        lambda batch, mask, budget: torch.tensor(1 / (max(1, batch.policy_rows) * budget), device=mask.device),
+    ),
     "rloo": (_sum_ratio, _clipped, _per_token),
     "cispo": (_token_ratio, _weighted, _per_token),
     "gspo": (_mean_ratio, _clipped, _per_row),
