@@ -51,8 +51,8 @@ train: $(READY)  ## Train the quick start; CONFIG=file, ARGS="--section.field va
 view: $(READY)  ## Write the page of a run and open it; RUN=folder, ARGS="--serve" follows a live one
 	$(PY) -m aipo_graph.view $(RUN) $(ARGS)
 
-test: $(READY)  ## Run every test in two processes; ARGS="-m 'not slow'" for the quick ones, "-n 0" for one process
-	$(PY) -m pytest -n 2 $(ARGS)
+test: $(READY)  ## Run every test in three processes; ARGS="-m 'not slow'" for the quick ones, "-n 0" for one process
+	$(PY) -m pytest -n 3 $(ARGS)
 
 lint: $(READY)  ## Check style and format with ruff
 	$(PY) -m ruff check .

@@ -260,10 +260,10 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
                 return
             if cluster:
                 learner.close()
-            del learner  # its memory is the evaluation's, which is another process
-            gc.collect()
-            torch.cuda.empty_cache()
+            del learner
         if evaluated:
+            gc.collect()  # the learner's memory is the evaluation's, which is another process
+            torch.cuda.empty_cache()
             values["trained"] = evaluate(log.folder / "policy", "trained")
         if not known or len(read_metrics(log.folder / "metrics.jsonl")) > len(before):
             seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
