@@ -114,6 +114,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             for name in ("aipo", "signed", "gated", "sft", "luffy", "mask", "ppo", "credit")
         }
         | {f"counterfactual@{level}": agent("signed") | COUNTERFACTUAL | helpers(knowledge=factory) for level, factory in LEVELS.items()}
+        | {f"{name}@50x3": agent(name) | helpers(knowledge=LEVELS["50"]) | {"train.steps": "225"} for name in ("aipo", "gated")}
     ),
     "verbose": Experiment(WORDY_VARIANTS, settings={"rollout.max_tokens": "240"}, bases={"*": "wordy"}),
     "foreign": Experiment(
@@ -194,6 +195,7 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("second", ("aipo",), (1, 2, 3)),
     ("faulty", ("aipo@25", "aipo@50", "gated@50", "gated@25"), (2, 3)),
     ("faulty", ("credit@same30", "credit@50"), (1, 2, 3)),
+    ("faulty", ("aipo@50x3", "gated@50x3"), (1, 2, 3)),
     ("coefficients", ("credit",), (1, 2, 3)),
     ("third", ("aipo", "grpo", "mask", "gated"), (2, 3)),
     ("language_model", ("aipo", "gated", "aipo_no_mu"), (2, 3)),
