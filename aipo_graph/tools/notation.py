@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 LONGEST = 512
 _WORDS = {ord("ℝ"): r"\mathbb{R}", ord("或"): " or ", ord("且"): " and "}
-_ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀、", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅,") | _WORDS
+_ALIKE = str.maketrans("−‐‑–—⁄∕÷×·⋅∙∗⩽≦⩾≧≃≅’‘ʼ′“”∣∶⟨⟩º⌀、。", "-----///*****≤≤≥≥≈≈''''\"\"|:()°∅,.") | _WORDS
 _SIGNS = r"""
 ≤ \le \leq \leqslant \leqq; ≥ \ge \geq \geqslant \geqq; ≠ \ne \neq; < \lt; > \gt; ≈ \approx; ∈ \in; ± \pm; ∓ \mp; / \div; : \colon;
 * \cdot \times \ast; | \mid \vert \lvert \rvert; ∪ \cup \bigcup; ∩ \cap \bigcap; ∖ \setminus \smallsetminus \backslash; Å \AA \angstrom;
 ∨ \lor \vee or OR; ∧ \land \wedge and AND; \{ \lbrace; \} \rbrace; ( \langle; ) \rangle; [ \lbrack; ] \rbrack; π \pi \uppi pi;
-∞ \infty infinity Infinity infty inf; μ \mu \upmu \textmu; Ω \Omega \upOmega \textohm \ohm; € \euro \pounds; % percent; i \imath;
+∞ \infty infinity Infinity infty inf oo; μ \mu \upmu \textmu; Ω \Omega \upOmega \textohm \ohm; € \euro \pounds; % percent; i \imath;
 ° \circ \degree \textdegree degree degrees; ∅ \emptyset \varnothing \empty; \frac \dfrac \tfrac \cfrac \nicefrac \sfrac; \tan \tg tg;
 \arctan \arctg arctg; \log \lg lg; \\ \cr"""
 _FUNCTIONS = "sqrt arcsin arccos arctan sinh cosh tanh sin cos tan cot csc log ln exp lcm gcd"
@@ -29,7 +29,7 @@ _GAP = r"(?:(?:\\(?:mathord|text[a-z]*))?\{[, ]\}|'|\s)+"
 _BLOCK = r"\s*\{[^{}]*\}"
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 _COMMANDS: Rules = [
-    (r"^\s*(\*\*?|__?)(.+)\1\W*$", r"\2"), (r"\\(?:left|right|middle|[Bb]igg?[lr]?)(?![A-Za-z])\s?\.?", ""), (r"\\not\s*=", "≠"),
+    (r"^\s*(\*\*?|__?|`|\")(.+)\1\W*$", r"\2"), (r"\\(?:left|right|middle|[Bb]igg?[lr]?)(?![A-Za-z])\s?\.?", ""), (r"\\not\s*=", "≠"),
     # Switches of font, size and style, and what takes space.
     (r"\\(?:(?:bf|it|rm|sf|tt|sl|sc|md|up)(?:series|shape|family)?|normalfont|selectfont|(?:display|text|script)style|boldmath|tiny|small"
      r"|[lL]arge|LARGE|[hH]uge|(?:script|footnote|normal)size|centering|q?quad|(?:thin|med|thick|en)space|(?:math)?strut|hfill?)(?![A-Za-z])",
@@ -41,7 +41,8 @@ _COMMANDS: Rules = [
     # Digits in groups of three, before the point and after it.
     (rf"(?<![\d.\\])\d{{1,3}}(?:{_GAP}\d{{3}})+(?!\d)|(?<=\d\.)\d{{3}}(?:{_GAP}\d{{3}})*{_GAP}\d{{1,3}}(?!\d)",
      lambda m: re.sub(r"\D", "", m[0])),
-    (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\&", "∧"), (r"\\([%#_])", r"\1"), (r"\\?[$£€¢]", ""),
+    (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
+    (r"^\s*\{(?!\d{1,3}(?:,\d{3})+\})([^{}]*,[^{}]*)\}$", r"⦃\1⦄"), (r"\\&", "∧"), (r"\\([%#_])", r"\1"), (r"(?:US)?\\?[$£€¢¥₩₹₽]", ""),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\mathring\s*\{?A\}?", "Å"),
     (r"\\(begin|end)\s*\{(?:array|(?:small|[pbB])?matrix)\}(?:\s*\{[lcr| ]*\})?", r"\\\1{pmatrix}"),
     (r"\\\\\s*\[[\d.]+ ?[a-z]{2}\]", r"\\\\"),
@@ -58,6 +59,8 @@ _WRITTEN: Rules = [
     (r"\\(frac|binom)\s*([\dA-Za-zπ])", r"\\\1{\2}"), (rf"\\(frac|binom)\s*{_BRACED}\s*([\dA-Za-zπ])", r"\\\1\2{\3}"),
     (r"\\(max|min|gcd|lcm) *[⦃(]([^⦃⦄()]*)[⦄)]", lambda m: rf"\{m[1]}({m[2].replace(',', ', ')})"),
     (r"⦃ ?⦄", "∅"), (r"ℝ\^(?:\{\*\}|\*)", "ℝ∖⦃0⦄"), (r"(?<=[ℝ⦄)\]]) ?- ?(?=⦃)", "∖"),
+    (r"(?<=[)\]⦄]) ?U ?(?=[(\[⦃])", "∪"), (r"^(\d+) ?: ?(\d|\d{3,})$", r"\1/\2"),
+    (r"(?<=.)[,;(] ?[a-z] ?∈ ?(?:\\mathbb)? ?\{? ?[ZN] ?\}? ?\)?$", ""),
     # ]0,1[ is (0,1).
     (r"(?:^|(?<=[∪∩∖∈∧∨=])) ?\]", "("), (r"\[ ?(?=[∪∩∖∧∨]|$)", ")"), (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"),
     (r"(?<![^,;|:⦃⦄∧∨])[^,;|:⦃⦄∧∨±∓]*[±∓][^,;|:⦃⦄∧∨]*", lambda m: f"{m[0].translate(_UPPER)}, {m[0].translate(_LOWER)}"),
@@ -107,7 +110,7 @@ def compact(text: str) -> str:
 
 def without_commas(text: str) -> str:
     """Reads commas between groups of three digits as separators of thousands, anywhere in a text in plain form."""
-    return re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    return re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\S)", lambda m: m[0].replace(",", ""), text)
 
 
 class Number(NamedTuple):

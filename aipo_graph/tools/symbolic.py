@@ -104,7 +104,7 @@ _PREFIXES = {"k kilo": 3, "M mega": 6, "G giga": 9, "c centi": -2, "m milli": -3
 _NAMED_UNITS = {name: unit for name, unit in vars(units).items() if type(unit) is units.Quantity} | {
     "mph": units.mile / units.hour, "kph": units.km / units.hour, "kmh": units.km / units.hour, "cc": units.cm**3, "mi": units.mile,
     "in": units.inch, "min": units.minute, "hr": units.hour, "sec": units.second, "Ω": units.ohm, "Å": units.angstrom,
-    "°": units.degree, "%": units.percent, "unit": sympy.Symbol("unit"),
+    "°": units.degree, "%": units.percent, "unit": sympy.Symbol("unit"), "Wh": units.watt * units.hour, "week": 7 * units.day,
 }  # fmt: skip
 _UNITS = {
     prefix + name: sympy.Integer(10) ** power * unit
