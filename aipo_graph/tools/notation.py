@@ -29,7 +29,7 @@ _GAP = r"(?:(?:\\(?:mathord|text[a-z]*))?\{[, ]\}|'|\s)+"
 _BLOCK = r"\s*\{[^{}]*\}"
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 _COMMANDS: Rules = [
-    (r"^\s*(\*\*?|__?|`|\")(.+)\1\W*$", r"\2"), (r"\\(?:left|right|middle|[Bb]igg?[lr]?)(?![A-Za-z])\s?\.?", ""), (r"\\not\s*=", "≠"),
+    (r"^\s*(\*\*?|__?)(.+)\1\W*$", r"\2"), (r"\\(?:left|right|middle|[Bb]igg?[lr]?)(?![A-Za-z])\s?\.?", ""), (r"\\not\s*=", "≠"),
     # Switches of font, size and style, and what takes space.
     (r"\\(?:(?:bf|it|rm|sf|tt|sl|sc|md|up)(?:series|shape|family)?|normalfont|selectfont|(?:display|text|script)style|boldmath|tiny|small"
      r"|[lL]arge|LARGE|[hH]uge|(?:script|footnote|normal)size|centering|q?quad|(?:thin|med|thick|en)space|(?:math)?strut|hfill?)(?![A-Za-z])",
@@ -59,7 +59,7 @@ _WRITTEN: Rules = [
     (r"\\(frac|binom)\s*([\dA-Za-zπ])", r"\\\1{\2}"), (rf"\\(frac|binom)\s*{_BRACED}\s*([\dA-Za-zπ])", r"\\\1\2{\3}"),
     (r"\\(max|min|gcd|lcm) *[⦃(]([^⦃⦄()]*)[⦄)]", lambda m: rf"\{m[1]}({m[2].replace(',', ', ')})"),
     (r"⦃ ?⦄", "∅"), (r"ℝ\^(?:\{\*\}|\*)", "ℝ∖⦃0⦄"), (r"(?<=[ℝ⦄)\]]) ?- ?(?=⦃)", "∖"),
-    (r"(?<=[)\]⦄]) ?U ?(?=[(\[⦃])", "∪"), (r"^(\d+) ?: ?(\d|\d{3,})$", r"\1/\2"),
+    (r"(?<=[)\]⦄]) ?U ?(?=[(\[⦃])", "∪"),
     (r"(?<=.)[,;(] ?[a-z] ?∈ ?(?:\\mathbb)? ?\{? ?[ZN] ?\}? ?\)?$", ""),
     # ]0,1[ is (0,1).
     (r"(?:^|(?<=[∪∩∖∈∧∨=])) ?\]", "("), (r"\[ ?(?=[∪∩∖∧∨]|$)", ")"), (r"^(?:[a-z] ?∈ ?)?all real(?:s| numbers)$", "ℝ"),

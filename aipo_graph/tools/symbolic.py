@@ -127,6 +127,8 @@ def same(answer: str, gold: str, rounded: int) -> bool:
     if based := _BASED.fullmatch(two):  # without its base a numeral is in the gold's, which the question names
         values = [int(m[1], int(_BASES.get(m[2].lower(), m[2]))) if m else -1 for m in (_BASED.fullmatch(one), based)]
         return values[0] == values[1] or one.upper() == based[1].upper()
+    if re.search(r"[:/]|\\frac", gold):  # 3:4 is 3/4; 6:30 is a time
+        answer, gold = (re.sub(r"^(\d+) ?: ?(\d|\d{3,})$", r"\1/\2", text) for text in (answer, gold))
     links, gold_links = _relations(answer), _relations(gold)
     if links and gold_links and _paired(links, gold_links, _same_tree):
         return True
