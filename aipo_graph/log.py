@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
+from typing import Annotated, Any, Self, TextIO, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 from rich.console import Console, Group
 from rich.live import Live
@@ -111,11 +111,15 @@ def _read(path: Path) -> dict[str, str]:
 # --- the log
 
 
+Step = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+"""A step's number in a file; of the integers that JavaScript can write."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoggedGroup:
     """One line of traces.jsonl."""
 
-    step: int
+    step: Step
     group: TraceGroup
     learned: tuple[Learned | None, ...] = ()
     """Of each trace, where the learner said it."""
@@ -129,7 +133,7 @@ class Point(TypedDict):
     """What a line of every file has."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    step: int
+    step: Step
 
 
 POINT = TypeAdapter(Point)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import TestClient, TestServer
+from pydantic import TypeAdapter
 from rich.console import Console
 from rollout_world import bpe
 from started import Started
@@ -313,19 +314,19 @@ def test_of_many_traces_evenly_spaced_steps_are_shown_whole(tmp_path: Path) -> N
 
 
 def test_a_file_that_grows_gives_each_line_once(tmp_path: Path) -> None:
-    growing = Growing(tmp_path / "lines")
+    growing = Growing(tmp_path / "lines", TypeAdapter(int))
     assert list(growing.read()) == []
-    growing.path.write_bytes(b"one\ntwo\nthr")
-    assert list(growing.read()) == [(0, b"one\n"), (4, b"two\n")]
-    assert growing.rest
+    growing.path.write_bytes(b"11\n?\n22\n3")
+    assert list(growing.read()) == [(0, 3, 11), (5, 3, 22)]
+    assert (growing.damaged, growing.rest) == ([2], True)
     with growing.path.open("ab") as file:
-        file.write(b"ee\n")
+        file.write(b"3\n")
     assert not growing.rewritten()
-    assert list(growing.read()) == [(8, b"three\n")]
-    assert (growing.lines, growing.rest) == (3, False)
-    growing.path.write_bytes(b"one\nTWO\nthree\nfour\n")
+    assert list(growing.read()) == [(8, 3, 33)]
+    assert (growing.lines, growing.rest) == (4, False)
+    growing.path.write_bytes(b"11\n!\n22\n33\n44\n")
     assert not growing.rewritten()  # what was read last is there
-    growing.path.write_bytes(b"one\ntwo\n")
+    growing.path.write_bytes(b"11\n?\n")
     assert growing.rewritten()
     growing.path.unlink()
     assert growing.rewritten()

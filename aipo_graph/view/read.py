@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
@@ -18,9 +18,9 @@ from pydantic_core import from_json, to_json
 from aipo_graph import __version__
 from aipo_graph.cli import read_yaml
 from aipo_graph.errors import ConfigError
-from aipo_graph.log import LOGGED_GROUP
+from aipo_graph.log import LOGGED_GROUP, POINT, LoggedGroup
 from aipo_graph.types import TRAINED
-from aipo_graph.view.record import Pieces, Row, open_pieces, rounded, rows, trace_of
+from aipo_graph.view.record import TOLD, Pieces, open_pieces, rounded, rows, trace_of
 
 # --- the picture of a graph as numbers, which the pages draw: boxes by their middles, edges as cubic curves of four points
 
@@ -126,6 +126,7 @@ def _curve(edge: Edge, one: Any, two: Any, ports: Mapping[tuple[str, Edge], floa
 
 # --- files of lines that another process may still be writing
 
+T = TypeVar("T")
 SEEN = 64
 """Bytes of the last line that must still be there for what follows them to be a continuation."""
 
@@ -137,16 +138,18 @@ def opened(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-class Growing:
-    """Gives every whole line of a growing file once. No file is an empty one."""
+class Growing(Generic[T]):
+    """Gives every whole line of a growing file once, as ``form`` reads it. No file is an empty one."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, form: TypeAdapter[T]) -> None:
+        self.path, self._form = path, form
         self.forget()
 
     def forget(self) -> None:
         """Start again with the first line."""
         self.lines = self._offset = 0
+        self.damaged: list[int] = []
+        """Numbers of the lines that are not of the form, from 1."""
         self.rest = False
         """Whether something without an end follows the last line."""
         self.fault = ""
@@ -164,8 +167,8 @@ class Growing:
         except OSError:
             return True
 
-    def read(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, line) of each line that is new; ``lines`` is the number of the last one, from 1."""
+    def read(self, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[int, int, T]]:
+        """(offset, bytes, record) of each line that is new; ``progress`` is told the bytes of all. ``lines`` is the number of the last."""
         self.rest, self.fault = False, ""
         try:
             with opened(self.path) as file:
@@ -176,7 +179,13 @@ class Growing:
                         return
                     start, self._offset, self._seen = self._offset, self._offset + len(line), line[-SEEN:]
                     self.lines += 1
-                    yield start, line
+                    progress(len(line))
+                    try:
+                        record = self._form.validate_json(line)
+                    except ValidationError:
+                        self.damaged.append(self.lines)
+                    else:
+                        yield start, len(line), record
         except FileNotFoundError:
             return
         except OSError as error:
@@ -201,7 +210,7 @@ class Line:
     problem: str
     kind: str
     question: str
-    rows: tuple[Row, ...]
+    rows: Sequence[Mapping[str, Any]]
 
 
 class ViewedRun:
@@ -215,7 +224,8 @@ class ViewedRun:
         self.folder, self.name = folder, _spelt(folder.resolve().name)
         self.state = "stopped"
         self._most = traces
-        self._metrics, self._traces = Growing(folder / "metrics.jsonl"), Growing(folder / "traces.jsonl")
+        self._metrics, self._traces = Growing(folder / "metrics.jsonl", POINT), Growing(folder / "traces.jsonl", LOGGED_GROUP)
+        self._files: tuple[Growing[Any], ...] = (self._metrics, self._traces)
         self._marks: dict[str, object] = {}
         self._notes: dict[str, str] = {}
         self._whole: dict[str, Any] = {}
@@ -226,24 +236,23 @@ class ViewedRun:
     @property
     def size(self) -> int:
         """Bytes that the first ``refresh`` reads."""
-        return sum(growing.path.stat().st_size for growing in self._damaged if growing.path.is_file())
+        return sum(growing.path.stat().st_size for growing in self._files if growing.path.is_file())
 
     def _forget(self) -> None:
         """Starts over with the lines."""
         self._lines: list[Line] = []
-        self._points: list[dict[str, Any]] = []
+        self._points: list[Mapping[str, Any]] = []
         self._nodes: dict[str, None] = {}
         self._writers = set[str]()
         self._moves: dict[tuple[str, str], bool] = {}
-        self._damaged: dict[Growing, list[int]] = {self._metrics: [], self._traces: []}
-        for growing in self._damaged:
+        for growing in self._files:
             growing.forget()
 
     # --- reading
 
     def refresh(self, progress: Callable[[int], None] = lambda size: None) -> bool:
         """Reads what was written since the last time; ``progress`` is told each line's bytes. Returns whether anything changed."""
-        files = (*WHOLE, *(growing.path.name for growing in self._damaged))
+        files = (*WHOLE, *(growing.path.name for growing in self._files))
         before, self._marks = self._marks, {name: _mark(self.folder / name) for name in files}
         self._marks["lock"] = running = _locked(self.folder)
         self.state = "running" if running else "finished" if self._marks["summary.json"] else "stopped"
@@ -252,13 +261,11 @@ class ViewedRun:
         for name in WHOLE:
             if self._marks[name] != before.get(name, ()):
                 self._read_small(name)
-        if any(growing.rewritten() for growing in self._damaged):
+        if any(growing.rewritten() for growing in self._files):
             self._forget()
-        for growing, take in ((self._metrics, self._take_point), (self._traces, self._take_group)):
-            for offset, line in growing.read():
-                if not take(offset, line):
-                    self._damaged[growing].append(growing.lines)
-                progress(len(line))
+        self._points += [point for _, _, point in self._metrics.read(progress)]
+        for offset, size, logged in self._traces.read(progress):
+            self._take(offset, size, logged)
         if self._lines and self._pieces is None:
             self._open_pieces()
         return True
@@ -286,31 +293,14 @@ class ViewedRun:
         except (ConfigError, OSError) as error:  # policy.model may be no name of a file
             self._notes["pieces"] = f"texts are shown whole, without the numbers of their tokens: {error}"
 
-    def _take_point(self, offset: int, line: bytes) -> bool:
-        try:
-            point = from_json(line)
-        except ValueError:
-            return False
-        if not isinstance(point, dict) or not _is_step(point.get("step")):
-            return False
-        self._points.append(point)
-        return True
-
-    def _take_group(self, offset: int, line: bytes) -> bool:
-        try:
-            logged = LOGGED_GROUP.validate_json(line)
-        except ValidationError:
-            return False
-        if not _is_step(logged.step):
-            return False
+    def _take(self, offset: int, size: int, logged: LoggedGroup) -> None:
         problem = logged.group.problem
-        self._lines.append(Line(offset, len(line), logged.step, problem.id, problem.kind, problem.question[:TITLE], rows(logged)))
+        self._lines.append(Line(offset, size, logged.step, problem.id, problem.kind, problem.question[:TITLE], rows(logged)))
         for trace in logged.group.traces:
             self._nodes |= dict.fromkeys(trace.path)
             self._writers |= {segment.author.partition("/")[0] for segment in trace.segments if segment.source == "policy"}
             stops = (START, *trace.path, END) if trace.status in TRAINED else (START, *trace.path)
             self._moves |= dict.fromkeys(pairwise(stops), True)
-        return True
 
     def shown(self) -> list[int]:
         """The numbers of the groups by step: all, or of as many evenly spaced steps as may be shown, the first and the last among them."""
@@ -351,16 +341,10 @@ class ViewedRun:
             "step": [line.step for _, line, _ in shown],
             "group": [number for number, _, _ in shown],
             "problem": [place[line.problem] for _, line, _ in shown],
-            "reward": [entry.reward for _, _, entry in shown],
-            "status": [entry.status for _, _, entry in shown],
-            "with_agents": [int(entry.with_agents) for _, _, entry in shown],
-            "tokens": [entry.tokens for _, _, entry in shown],
-            "error": [entry.error for _, _, entry in shown],
-            "consults": [entry.consults for _, _, entry in shown],
-            "advantage": [entry.advantage for _, _, entry in shown],
+            **{name: [entry[name] for _, _, entry in shown] for name in TOLD},
         }
         agents = [key.removeprefix("agents.use.") for key in self._settings if key.startswith("agents.use.")]
-        agents = list(dict.fromkeys([*agents, *(name for line in self._lines for entry in line.rows for name in entry.consults)]))
+        agents = list(dict.fromkeys([*agents, *(name for line in self._lines for entry in line.rows for name in entry["consults"])]))
         steps = self._settings.get("train.steps", "")
         return {
             "name": self.name,
@@ -396,12 +380,12 @@ class ViewedRun:
 
     def _all_notes(self) -> list[str]:
         notes = list(self._notes.values())
-        for growing, damaged in self._damaged.items():
+        for growing in self._files:
             name = growing.path.name
             if growing.fault:
                 notes.append(f"{name} cannot be read: {growing.fault}")
             # A line that is being written has no end yet.
-            lines = [*damaged, growing.lines + 1] if growing.rest and self.state != "running" else damaged
+            lines = [*growing.damaged, growing.lines + 1] if growing.rest and self.state != "running" else growing.damaged
             if lines:
                 which = ", ".join(f"line {number}" for number in lines[:NAMED]) + (", …" if len(lines) > NAMED else "")
                 what = "1 line could not be read and is" if len(lines) == 1 else f"{len(lines):,} lines could not be read and are"
@@ -447,10 +431,6 @@ WHOLE: Mapping[str, Callable[[Path], Any]] = {
     "summary.json": lambda path: rounded(SUMMARY.validate_json(path.read_bytes())),
 }
 """How the small files are read."""
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def _number(value: object) -> float | None:

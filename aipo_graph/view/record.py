@@ -9,7 +9,6 @@ import sys
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import model
 from aipo_graph.log import LoggedGroup
-from aipo_graph.types import Learned, Segment, Status
+from aipo_graph.types import Learned, Segment
 
 # --- the page: scripts and styles by their hashes, data as Base64 of gzip, nothing else allowed
 
@@ -213,18 +212,8 @@ LINES = re.compile(r"(?<=\n)|(?=<[|｜])")
 COLUMNS = ("logprobs", "ratios", "coefficients", "advantages")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What the index says of one trace."""
-
-    reward: float | None
-    status: Status
-    with_agents: bool
-    tokens: int
-    consults: Mapping[str, int]
-    error: str | None
-    advantage: float | None
-    """Mean over the tokens that were trained on."""
+TOLD = ("reward", "status", "with_agents", "tokens", "error", "consults", "advantage")
+"""What the index says of a trace; ``advantage``: the mean over the tokens that were trained on."""
 
 
 def rounded(value: Any) -> Any:
@@ -244,24 +233,23 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def rows(logged: LoggedGroup) -> tuple[Row, ...]:
-    """Of each trace of a line."""
+def rows(logged: LoggedGroup) -> list[dict[str, Any]]:
+    """Tells TOLD of each trace of a line."""
     found = []
     for index, trace in enumerate(logged.group.traces):
         learned = _learned(logged, index)
         advantages = [a for a in learned.advantages if a is not None and math.isfinite(a)] if learned else []
-        found.append(
-            Row(
-                reward=rounded(trace.reward),
-                status=trace.status,
-                with_agents=trace.with_agents,
-                tokens=sum(len(segment.token_ids) for segment in trace.segments),
-                consults=Counter(segment.author for segment in trace.segments if segment.source == "agent"),
-                error=trace.error,
-                advantage=rounded(sum(advantages) / len(advantages)) if advantages else None,
-            )
+        values = (
+            rounded(trace.reward),
+            trace.status,
+            int(trace.with_agents),
+            sum(len(segment.token_ids) for segment in trace.segments),
+            trace.error,
+            Counter(segment.author for segment in trace.segments if segment.source == "agent"),
+            rounded(sum(advantages) / len(advantages)) if advantages else None,
         )
-    return tuple(found)
+        found.append(dict(zip(TOLD, values, strict=True)))
+    return found
 
 
 def trace_of(logged: LoggedGroup, index: int, pieces: Pieces | None) -> dict[str, Any]:
