@@ -4,8 +4,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -20,7 +20,8 @@ from aipo_graph.api import AgentsLike, DataLike, GraphLike, RewardLike, Settings
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
 from aipo_graph.evaluation.report import MODES, UNNAMED, caption, compare, comparison, remarks, summarise, table
-from aipo_graph.evaluation.samples import Mode, Part, Store, Values, digest, protocol, settings
+from aipo_graph.evaluation.samples import Mode, Part, Values, begin, digest, protocol, read, settings
+from aipo_graph.log import hold
 from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Task
 from aipo_graph.workers import Report, Sampling, units
@@ -31,49 +32,7 @@ SIDE_SAMPLES = 4
 """Samples per problem of the kinds after the first, which are evaluated alone only."""
 
 
-class Evaluation(AbstractContextManager["Evaluation"]):
-    """An evaluation under way in worker processes: a context manager, so that none of them outlives its use."""
-
-    def __init__(
-        self, config: Config, task: Task, model: str, parts: Sequence[Part], k: Sequence[int], out: Path | None, preset: str, aside: bool
-    ) -> None:
-        self._config, self._model, self._parts, self._k, self._preset = config, model, parts, k, preset
-        self._settings = settings(config, model, parts)
-        self.folder = folder = out or Path("evaluations") / f"{Path(model).name}-{digest(self._settings)}"
-        self._store = Store(folder, self._settings, aside=aside)
-        try:
-            todo = units(parts, self._store.read(), 2 * config.engine.max_batch)
-            self.sampling = Sampling(config, task, parts, todo, self._store.path, whole=bool(preset))
-        except BaseException:
-            self._store.close()
-            raise
-
-    def result(self, report: Report | None = None) -> Values:
-        """Waits for the samples and writes evaluation.json.
-
-        Returns what it holds. Raises what a worker raised (an AipoError, or OSError for a full disk).
-        """
-        try:
-            self.sampling.finish(report)
-            samples = self._store.read()
-            values: Values = {"model": self._model, "k": list(self._k)}
-            values |= summarise(self._parts, samples, self._k, self._config.run.seed)
-            values["protocol"] = protocol(self._config, self._model, self._settings, self._preset)
-            cli.write_whole(self.folder / "evaluation.json", json.dumps(values, indent=1) + "\n")
-            return values
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Ends the workers. What they have sampled stays, and the next evaluation in the folder goes on from it."""
-        self.sampling.close()
-        self._store.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def start(
+def measure(
     config: Config,
     model: str | Path,
     out: Path | None = None,
@@ -85,11 +44,14 @@ def start(
     greedy_only: bool = False,
     preset: str = "",
     aside: bool = False,
-) -> Evaluation:
-    """Begins to evaluate in the background, or goes on with what ``out`` holds; ``.result()`` waits.
+    report: Report | None = None,
+) -> tuple[Values, Path]:
+    """Evaluates in worker processes, which end with the call, or goes on with what ``out`` holds.
+
+    Returns what evaluation.json holds, and its folder.
 
     Args:
-        model: a model directory, ``operators`` or a hub name. Its files must stay until the workers have loaded them.
+        model: a model directory, ``operators`` or a hub name.
         out: folder of samples.jsonl and evaluation.json; default: one of its own under ``evaluations/``.
         task: the config's, where it is open already.
         modes: of the first kind; default: both, or one where both are the same graph.
@@ -100,7 +62,7 @@ def start(
             ``rollout.max_tokens`` is refused.
         aside: where ``out`` holds samples of other settings, files or weights, keep them beside the new ones instead of refusing.
 
-    Raises AipoError in one line for settings or files that cannot be used.
+    Raises AipoError in one line for settings or files that cannot be used, and what a worker raised; OSError for a full disk.
     """
     config, found = with_model(config, str(model))
     if not config.evaluate.problems:
@@ -116,7 +78,18 @@ def start(
     if not modes or not set(modes) <= set(MODES):
         raise ConfigError(f"modes = {modes!r}: give some of {', '.join(MODES)}")
     parts = plan(config, task, kinds, modes, greedy_only)
-    return Evaluation(config, task, found, parts, k, out, preset, aside)
+    given = settings(config, found, parts)
+    folder = out or Path("evaluations") / f"{Path(found).name}-{digest(given)}"
+    with hold(folder, "evaluation", "--out"):
+        path = folder / "samples.jsonl"
+        begin(path, given, aside=aside)
+        todo = units(parts, read(path), 2 * config.engine.max_batch)
+        with closing(Sampling(config, task, parts, todo, path, whole=bool(preset))) as sampling:
+            sampling.finish(report)
+        values: Values = {"model": found, "k": list(k)} | summarise(parts, read(path), k, config.run.seed)
+        values["protocol"] = protocol(config, found, given, preset)
+        cli.write_whole(folder / "evaluation.json", json.dumps(values, indent=1) + "\n")
+    return values, folder
 
 
 def evaluate(
@@ -140,7 +113,7 @@ def evaluate(
     """Evaluates a policy on held-out problems: what evaluation.json holds, and the ``folder`` where it lies (docs/python.md).
 
     Objects reach no other process: with them this one samples, anew at each call. What is not named here may be an object or a path, and is
-    above what the config says, or is as for ``start``.
+    above what the config says, or is as for ``measure``.
 
     Args:
         model: a model directory, the folder of a run, ``operators`` or a hub name.
@@ -156,13 +129,13 @@ def evaluate(
     with configured(
         own_settings(model) if config is None else config, graph=graph, solo=solo, agents=agents, task=task, heldout=data, reward=reward
     ) as settings:
-        folder = None if out is None else Path(out)
+        place = None if out is None else Path(out)
         console = console or Console(soft_wrap=True, highlight=False)
-        with (
-            _served(settings, files.model(str(model)), console) as served,
-            start(served, model, folder, modes=modes, kinds=(kind,), k=k, greedy_only=greedy_only, preset=preset) as evaluation,
-        ):
-            return follow(evaluation, console) | {"folder": str(evaluation.folder)}
+        with _served(settings, files.model(str(model)), console) as served, progress(console) as report:
+            values, folder = measure(
+                served, model, place, modes=modes, kinds=(kind,), k=k, greedy_only=greedy_only, preset=preset, report=report
+            )
+        return values | {"folder": str(folder)}
 
 
 def own_settings(model: str | Path) -> Path:
@@ -320,25 +293,23 @@ def _served(config: Config, model: str, console: Console) -> AbstractContextMana
     return launched(config, model, Path(config.run.dir), console)
 
 
-def follow(evaluation: Evaluation, console: Console, policy: str = "") -> Values:
-    """Waits for the result, with a progress bar on a terminal and a line per tenth elsewhere, which name the ``policy`` if given."""
+@contextmanager
+def progress(console: Console, policy: str = "") -> Iterator[Report]:
+    """Says how far an evaluation is: by a bar on a terminal, a line per tenth elsewhere, which name the ``policy`` if given."""
     whose, shown = f"{policy} policy: " if policy else "", 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        row = bar.add_task(f"{whose}traces", total=evaluation.sampling.total)
+        row = bar.add_task(f"{whose}traces", total=None)
 
         def report(done: int, total: int, failed: int) -> None:
             nonlocal shown
-            bar.update(row, completed=done, description=whose + _failures(failed))
+            traces = f"traces ({failed} failed)" if failed else "traces"
+            bar.update(row, total=total, completed=done, description=whose + traces)
             if not console.is_terminal and 10 * done // total > shown:
                 shown = 10 * done // total
-                console.print(f"{whose}evaluated {done} of {total} {_failures(failed)}")
+                console.print(f"{whose}evaluated {done} of {total} {traces}")
 
-        return evaluation.result(report)
-
-
-def _failures(count: int) -> str:
-    return f"traces ({count} failed)" if count else "traces"
+        yield report
 
 
 if __name__ == "__main__":

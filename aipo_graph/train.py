@@ -29,7 +29,7 @@ from aipo_graph.engines.decoder import device_here
 from aipo_graph.engines.launch import launched, serve_text
 from aipo_graph.engines.vllm_api import sweep
 from aipo_graph.errors import AipoError, ConfigError, LostError, TrainError
-from aipo_graph.evaluate import follow, start
+from aipo_graph.evaluate import measure, progress
 from aipo_graph.evaluation.report import compare, trained_table, verdict
 from aipo_graph.evaluation.samples import Values, contents, model_contents, problems_digest
 from aipo_graph.learn import memory
@@ -245,8 +245,8 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
         evaluation, values = log.folder / "evaluation", dict[str, Values]()
 
         def evaluate(model: str | Path, name: str) -> Values:
-            with start(config, model, evaluation / name, task=task, kinds=task.kinds, aside=True) as under_way:
-                return follow(under_way, console, name)
+            with progress(console, name) as report:
+                return measure(config, model, evaluation / name, task=task, kinds=task.kinds, aside=True, report=report)[0]
 
         if evaluated:
             values["base"] = evaluate(path, "base")

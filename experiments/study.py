@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aipo_graph import cli, load
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TrainError
-from aipo_graph.evaluate import start
+from aipo_graph.evaluate import measure
 from aipo_graph.learn.learner import Learner
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.tasks.open import open_task
@@ -95,8 +95,7 @@ def result(run: Run, extra: Mapping[str, str]) -> Row:
         policy = train(config, folder)
     task = open_task(config)
     kinds = run.of.kinds or task.kinds
-    with start(config, policy, folder / "evaluation" / "trained", task=task, modes=run.of.modes, kinds=kinds, k=run.of.k) as evaluation:
-        found = evaluation.result()
+    found, _ = measure(config, policy, folder / "evaluation" / "trained", task=task, modes=run.of.modes, kinds=kinds, k=run.of.k)
     trained = {name: value for name, value in found.items() if name not in ("model", "protocol")}  # where it lay; the row says the rest
     rows = read_metrics(folder / "metrics.jsonl")
     kept = [name for name in CURVE if any(name in row for row in rows)]

@@ -18,11 +18,12 @@ import pytest
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TaskError
-from aipo_graph.evaluate import main, plan, start
+from aipo_graph.evaluate import main, measure, plan
 from aipo_graph.evaluation.report import bootstrap, pass_at_k, summarise
-from aipo_graph.evaluation.samples import Part, Sample, Store, model_digest
+from aipo_graph.evaluation.samples import Part, Sample, begin, model_digest
 from aipo_graph.evaluation.samples import settings as depends
 from aipo_graph.load import data
+from aipo_graph.log import hold
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Problem
 from aipo_graph.workers import units
@@ -42,8 +43,7 @@ def config(**sections: dict[str, Any]) -> Config:
 
 
 def result(config: Config, folder: Path, kinds: tuple[str, ...] = ("",)) -> dict[str, Any]:
-    with start(config, "operators", folder, kinds=kinds) as evaluation:
-        return evaluation.result()
+    return measure(config, "operators", folder, kinds=kinds)[0]
 
 
 # --- pass@k
@@ -205,14 +205,24 @@ def test_an_evaluation_killed_half_way_goes_on_to_the_same_samples(
     assert "knowledge calls" in shown
 
 
+class Left(Exception):
+    pass
+
+
 def test_leaving_an_evaluation_early_ends_its_workers_and_frees_its_folder(tmp_path: Path) -> None:
-    with start(config(), "operators", tmp_path):
-        workers = multiprocessing.active_children()
-        assert len(workers) == 2
+    workers: list[Any] = []
+
+    def leave(done: int, total: int, failed: int) -> None:
+        workers.extend(multiprocessing.active_children())
         with pytest.raises(ConfigError, match="evaluation .* is in use by process"):
-            start(config(), "operators", tmp_path)
+            result(config(), tmp_path)
+        raise Left
+
+    with pytest.raises(Left):
+        measure(config(), "operators", tmp_path, report=leave)
+    assert len(workers) == 2
     assert not any(process.is_alive() for process in workers)
-    start(config(), "operators", tmp_path).close()
+    hold(tmp_path, "evaluation", "--out").close()
 
 
 def test_what_a_worker_raises_is_raised_here(tmp_path: Path) -> None:
@@ -223,12 +233,13 @@ def test_what_a_worker_raises_is_raised_here(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_killed_is_one_clear_error(tmp_path: Path) -> None:
-    with start(config(), "operators", tmp_path) as evaluation:
+    def kill(done: int, total: int, failed: int) -> None:
         victim = multiprocessing.active_children()[0]
         assert victim.pid is not None
         os.kill(victim.pid, signal.SIGKILL)
-        with pytest.raises(AipoError, match=r"a worker ended with exit code -9 .* run the same command to go on"):
-            evaluation.result()
+
+    with pytest.raises(AipoError, match=r"a worker ended with exit code -9 .* run the same command to go on"):
+        measure(config(), "operators", tmp_path, report=kill)
     assert not multiprocessing.active_children()
 
 
@@ -317,8 +328,8 @@ def test_an_edited_task_is_another_evaluation(tmp_path: Path) -> None:
     task.write_text(task.read_text() + "# edited\n")
     now = depends(settings, str(data("operators")), [])
     with pytest.raises(ConfigError, match="holds an evaluation with graph, agent, prompt and data files = "):
-        Store(tmp_path, now)
-    Store(tmp_path, now, aside=True).close()
+        begin(tmp_path / "samples.jsonl", now)
+    begin(tmp_path / "samples.jsonl", now, aside=True)
     aside = [path for path in tmp_path.glob("samples-*.jsonl") if path.read_text().endswith("\n{}\n")]
     assert len(aside) == 1
     assert json.loads((tmp_path / "samples.jsonl").read_text())["settings"] == now

@@ -20,7 +20,7 @@ from aipo_graph import __version__, cli
 from aipo_graph import load as files
 from aipo_graph.config import FORMS, Config
 from aipo_graph.errors import ConfigError
-from aipo_graph.log import hold, records
+from aipo_graph.log import records
 from aipo_graph.tasks.datasets import BENCHMARKS, MAPPINGS, Layout
 from aipo_graph.tools.notation import LONGEST, compact, number, plain
 from aipo_graph.types import TRAINED, Problem
@@ -96,50 +96,32 @@ SAMPLE = TypeAdapter(Sample)
 Key = tuple[str, str, int]
 
 
-class Store:
-    """samples.jsonl of one evaluation: its settings in the first line, then a line per sample. Held by one process.
+def begin(path: Path, settings: Mapping[str, Any], *, aside: bool = False) -> None:
+    """Makes a file ready for the samples of these settings, which are its first line, and drops a half line at its end.
 
-    Raises ConfigError where another process has it, or it was made with other settings (the first differing key is named), unless
-    ``aside``: then those samples are kept beside it, and it starts anew.
+    Raises ConfigError where it was made with others (the first differing key is named), unless ``aside``: then those samples are kept
+    beside it, and it starts anew.
     """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, aside: bool = False) -> None:
-        self._lock = hold(folder, "evaluation", "--out")
-        self.path = folder / "samples.jsonl"
-        try:
-            self._check(to_json({"settings": settings}) + b"\n", aside)
-        except BaseException:
-            self._lock.close()
-            raise
-
-    def _check(self, header: bytes, aside: bool) -> None:
-        """Drops a half line at the end, then compares the first line with this evaluation's."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        first, _, rest = data[:whole].partition(b"\n")
-        try:
-            before, now = json.loads(first or b'{"settings": {}}')["settings"], json.loads(header)["settings"]
-            different = next((key for key in [*now, *before] if before.get(key) != now.get(key)), None)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{self.path}:1: not the first line of an evaluation; choose another --out") from error
-        if rest and different is None:
-            os.truncate(self.path, whole)
-            return
-        if rest and not aside:
-            raise ConfigError(
-                f"{self.path.parent} holds an evaluation with {different} = {before.get(different)!r}, not {now.get(different)!r}; "
-                "choose another --out, or delete it"
-            )
-        if rest:
-            self.path.rename(self.path.with_name(f"samples-{hashlib.sha256(first).hexdigest()[:8]}.jsonl"))
-        self.path.write_bytes(header)
-
-    def read(self) -> dict[Key, Sample]:
-        """The samples so far."""
-        return read(self.path)
-
-    def close(self) -> None:
-        self._lock.close()
+    header = to_json({"settings": settings}) + b"\n"
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    first, _, rest = data[:whole].partition(b"\n")
+    try:
+        before, now = json.loads(first or b'{"settings": {}}')["settings"], json.loads(header)["settings"]
+        different = next((key for key in [*now, *before] if before.get(key) != now.get(key)), None)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}:1: not the first line of an evaluation; choose another --out") from error
+    if rest and different is None:
+        os.truncate(path, whole)
+        return
+    if rest and not aside:
+        raise ConfigError(
+            f"{path.parent} holds an evaluation with {different} = {before.get(different)!r}, not {now.get(different)!r}; "
+            "choose another --out, or delete it"
+        )
+    if rest:
+        path.rename(path.with_name(f"samples-{hashlib.sha256(first).hexdigest()[:8]}.jsonl"))
+    path.write_bytes(header)
 
 
 def read(path: Path) -> dict[Key, Sample]:
