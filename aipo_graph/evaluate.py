@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -24,7 +24,7 @@ from aipo_graph.evaluation.samples import Mode, Part, Values, begin, digest, pro
 from aipo_graph.log import hold
 from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Task
-from aipo_graph.workers import Report, Sampling, units
+from aipo_graph.workers import Report, sample, units
 
 C = TypeVar("C", bound=Config)
 K = (1, 4, 16, 64)
@@ -84,8 +84,7 @@ def measure(
         path = folder / "samples.jsonl"
         begin(path, given, aside=aside)
         todo = units(parts, read(path), 2 * config.engine.max_batch)
-        with closing(Sampling(config, task, parts, todo, path, whole=bool(preset))) as sampling:
-            sampling.finish(report)
+        sample(config, task, parts, todo, path, report, whole=bool(preset))
         values: Values = {"model": found, "k": list(k)} | summarise(parts, read(path), k, config.run.seed)
         values["protocol"] = protocol(config, found, given, preset)
         cli.write_whole(folder / "evaluation.json", json.dumps(values, indent=1) + "\n")
@@ -131,9 +130,14 @@ def evaluate(
     ) as settings:
         place = None if out is None else Path(out)
         console = console or Console(soft_wrap=True, highlight=False)
-        with _served(settings, files.model(str(model)), console) as served, progress(console) as report:
+        with ExitStack() as stack:
+            if settings.engine.launch:
+                from aipo_graph.engines.launch import launched  # it waits for torch, which the other engines leave to the workers
+
+                settings = stack.enter_context(launched(settings, files.model(str(model)), Path(settings.run.dir), console))
+            report = stack.enter_context(progress(console))
             values, folder = measure(
-                served, model, place, modes=modes, kinds=(kind,), k=k, greedy_only=greedy_only, preset=preset, report=report
+                settings, model, place, modes=modes, kinds=(kind,), k=k, greedy_only=greedy_only, preset=preset, report=report
             )
         return values | {"folder": str(folder)}
 
@@ -283,14 +287,6 @@ def _read(argv: Sequence[str]) -> tuple[Command, Config, bool]:
         words += ["--config", command.file or str(own_settings(command.model))]
     command, options = cli.parse(words, Command, prog=PROG, doc=doc, overlay=overlay)
     return command, Config.model_validate({name: getattr(command, name) for name in Config.model_fields}), options.dry_run
-
-
-def _served(config: Config, model: str, console: Console) -> AbstractContextManager[Config]:
-    if not config.engine.launch:
-        return nullcontext(config)
-    from aipo_graph.engines.launch import launched  # it waits for torch, which the other engines leave to the workers
-
-    return launched(config, model, Path(config.run.dir), console)
 
 
 @contextmanager

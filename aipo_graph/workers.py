@@ -214,61 +214,50 @@ def units(parts: Sequence[Part], done: Mapping[Key, Sample], size: int) -> list[
     return left
 
 
-class Sampling:
-    """Worker processes that sample units until none is left; in the background until `finish` is called.
+def sample(
+    config: Config,
+    task: Task,
+    parts: Sequence[Part],
+    todo: Sequence[Unit],
+    path: Path,
+    report: Report | None = None,
+    *,
+    whole: bool = False,
+) -> None:
+    """Samples units until none is left, in processes that end with the call, and by themselves when this one does, however it does.
 
-    `close` ends the workers. They also end by themselves when this process does, however it does. Objects that a call gave reach no other
-    process: with them `finish` samples in this one.
+    Objects that a call gave reach no other process: with them this one samples. Raises what a worker raised, EngineError if one died.
 
     Args:
         whole: refuse a model whose context cannot hold the longest prompt and all of `rollout.max_tokens`.
     """
+    done, failed, total = 0, 0, sum(len(traces) for _, traces in todo)
 
-    def __init__(self, config: Config, task: Task, parts: Sequence[Part], todo: Sequence[Unit], path: Path, *, whole: bool = False) -> None:
-        self.total = sum(len(traces) for _, traces in todo)
-        self._done = self._failed = 0
-        self._workers: dict[Connection, Worker] = {}
-        self.here = bool(objects())
-        self._sample = functools.partial(_sample_all, config, task, parts, iter(todo), path, whole)
-        if self.here:
-            return
-        self._taken = FORKS.Value("q", 0)  # kept: it must outlive the workers' start
-        daemon = config.engine.kind != "vllm"  # a daemon may have no children; vLLM in the process has
-        try:
-            for _ in range(min(processes(config), len(todo))):
-                worker = Worker(_work, config, parts, todo, self._taken, path, whole, daemon=daemon)
-                self._workers[worker.pipe] = worker
-        except BaseException:
-            self.close()
-            raise
+    def tell(more: int, bad: int) -> None:
+        nonlocal done, failed
+        done, failed = done + more, failed + bad
+        if report:
+            report(done, total, failed)
 
-    def finish(self, report: Report | None = None) -> None:
-        """Waits for the workers. Raises what a worker raised, EngineError if one died."""
-
-        def tell(done: int, failed: int) -> None:
-            self._done += done
-            self._failed += failed
-            if report:
-                report(self._done, self.total, self._failed)
-
-        if self.here and self.total:
-            loops.run(self._sample(tell))
-        while self._workers:
-            for pipe in wait(list(self._workers)):
-                assert isinstance(pipe, Connection)
-                try:
-                    message = self._workers[pipe].receive()
-                except (AipoError, OSError):
-                    self.close()
-                    raise
+    if objects():
+        if total:
+            loops.run(_sample_all(config, task, parts, iter(todo), path, whole, tell))
+        return
+    taken = FORKS.Value("q", 0)
+    daemon = config.engine.kind != "vllm"  # a daemon may have no children; vLLM in the process has
+    with ExitStack() as stack:
+        workers: dict[Any, Worker] = {}
+        for _ in range(min(processes(config), len(todo))):
+            worker = Worker(_work, config, parts, todo, taken, path, whole, daemon=daemon)
+            stack.callback(worker.close)
+            workers[worker.pipe] = worker
+        while workers:
+            for pipe in wait(list(workers)):
+                message = workers[pipe].receive()
                 if message is None:
-                    self._workers.pop(pipe).close()
+                    del workers[pipe]
                 else:
                     tell(*message)
-
-    def close(self) -> None:
-        while self._workers:
-            self._workers.popitem()[1].close()
 
 
 def _work(config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, whole: bool, parent: Connection) -> None:

@@ -708,20 +708,20 @@ async def test_the_served_page_follows_the_run(tmp_path: Path) -> None:
             assert second.status == 200
             index = (await second.json())["runs"][0]
             assert index["traces"]["step"] == [1, 1, 2, 2]
-            told = await (await client.get("/page", params={"run": 0, "page": index["traces"]["group"][-1]})).json()
+            told = await (await client.get(f"/page/0/{index['traces']['group'][-1]}")).json()
             assert told["traces"][0]["step"] == 2
             log.resume_at(1)
             index = (await (await client.get("/index")).json())["runs"][0]
             assert index["traces"]["step"] == [1, 1]
-            assert (await client.get("/page", params={"run": 0, "page": 1})).status == 404
+            assert (await client.get("/page/0/1")).status == 404
 
 
 async def test_pages_that_there_are_not_are_404(tmp_path: Path) -> None:
     async with client_of(tiny(tmp_path)) as client:
         await client.get("/index")
-        assert (await client.get("/page?run=0&page=0")).status == 200
-        for query in ("run=0&page=3", "run=1&page=0", "run=0", "run=0&page=-1", "run=0&page=x", "run=0&page=" + "9" * 5000, "run=²&page=0"):
-            assert (await client.get(f"/page?{query}")).status == 404, query
+        assert (await client.get("/page/0/0")).status == 200
+        for place in ("0/3", "1/0", "0", "0/-1", "0/x", "0/" + "9" * 5000, "²/0", "0/0/0"):
+            assert (await client.get(f"/page/{place}")).status == 404, place
         assert (await client.get("/traces.jsonl")).status == 404
         assert (await client.post("/index", data=b"")).status == 405
 
@@ -729,13 +729,13 @@ async def test_pages_that_there_are_not_are_404(tmp_path: Path) -> None:
 async def test_other_names_are_refused_and_every_answer_is_guarded(tmp_path: Path) -> None:
     async with client_of(tiny(tmp_path)) as client:
         for host in ("evil.example", "evil.example:8050", "127.0.0.1.evil.example", "localhost.evil.example", "[::1", "a b"):
-            for path in ("/", "/index", "/page?run=0&page=0"):
+            for path in ("/", "/index", "/page/0/0"):
                 refused = await client.get(path, headers={"Host": host})
                 assert refused.status in (400, 403), host
                 assert "train-" not in await refused.text()
         for host in ("localhost:1", "127.0.0.1", "[::1]:8050", "192.168.1.2:8050"):
             assert (await client.get("/index", headers={"Host": host})).status == 200
-        for path, status in (("/", 200), ("/index", 200), ("/page?run=0&page=0", 200), ("/no", 404)):
+        for path, status in (("/", 200), ("/index", 200), ("/page/0/0", 200), ("/no", 404)):
             response = await client.get(path)
             assert response.status == status
             policy = response.headers["Content-Security-Policy"]

@@ -243,7 +243,7 @@ def compare(one: Path, two: Path) -> dict[str, Values]:
 def _rates(part: Part, samples: Sequence[Sample], k: Sequence[int]) -> dict[str, Rates]:
     """Each estimate's name -> its rates: problems with at least k scored samples for pass@k and maj@k, all scored ones for avg@n.
 
-    maj@1 is pass@1. Where answers are not what is boxed, or were not recorded, there is no maj@k.
+    maj@1 is pass@1. Where answers are not what is boxed there is no maj@k.
     """
     scored = _scored(samples)
 
@@ -255,7 +255,7 @@ def _rates(part: Part, samples: Sequence[Sample], k: Sequence[int]) -> dict[str,
     enough = [n for n in k if n <= part.samples]
     rates = {f"pass@{n}": passes(n) for n in enough}
     every = [s for found in scored.values() for s in found]
-    if any(s.answer for s in every) and all(s.answer or (s.answer == "" and not s.solved) for s in every):
+    if any(s.answer for s in every) and all(s.answer or not s.solved for s in every):
         rates |= {f"maj@{n}": {p: _majority(found, n) for p, found in scored.items() if len(found) >= n} for n in enough if n > 1}
     return rates | {f"avg@{part.samples}": solve_rates(samples)}
 
@@ -303,11 +303,10 @@ def _add_totals(values: Values, part: Part, found: Sequence[Sample]) -> None:
             "unsolved": _lengths([s for s in kept if not s.solved]),
         },
         "truncated": fmean(s.status == "length" for s in kept),
-        "answered": fmean(bool(s.answer) for s in kept) if all(s.answer is not None for s in kept) else None,
+        "answered": fmean(bool(s.answer) for s in kept),
     }
     if part.mode == "with_agents":
-        recorded = all(s.violation is not None for s in kept)
-        values["violations"] = fmean(bool(s.violation) for s in kept) if recorded else None
+        values["violations"] = fmean(s.violation for s in kept)
         values["leaks"] = _leaks([s for s in found if s.scored or s.status == "leaked"])
 
 
@@ -319,13 +318,10 @@ def _lengths(samples: Sequence[Sample]) -> Values | None:
     return {"mean": fmean(tokens), "median": float(np.median(tokens)), "p95": float(np.quantile(tokens, 0.95))}
 
 
-def _leaks(samples: Sequence[Sample]) -> Values | None:
-    """The shares of traces and of agents' replies in which a reply gave the answer away; None where it was not recorded."""
+def _leaks(samples: Sequence[Sample]) -> Values:
+    """The shares of traces and of agents' replies in which a reply gave the answer away."""
     replies = sum(calls for s in samples for calls, _ in s.consults.values())
-    found = [s.leaks for s in samples if s.leaks is not None]
-    if not found or len(found) < len(samples):
-        return None
-    return {"traces": fmean(leaks > 0 for leaks in found), "replies": sum(found) / replies if replies else 0.0}
+    return {"traces": fmean(s.leaks > 0 for s in samples), "replies": sum(s.leaks for s in samples) / replies if replies else 0.0}
 
 
 # --- tables, the line that says how the figures came about, and what a reader must know beside them

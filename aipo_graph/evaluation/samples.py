@@ -50,10 +50,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One line of samples.jsonl: what a trace came to. ``consults``: agent -> (calls, tokens of its replies).
-
-    The fields from ``answer`` on are None in lines that were written before there were such fields.
-    """
+    """One line of samples.jsonl: what a trace came to. ``consults``: agent -> (calls, tokens of its replies)."""
 
     part: str
     problem: str
@@ -64,11 +61,11 @@ class Sample:
     """Sampled by the policy."""
     consults: Mapping[str, tuple[int, int]]
     error: str | None = None
-    answer: str | None = None
+    answer: str = ""
     """What the policy boxed last, as `ballot` writes it; "" for no box."""
-    leaks: int | None = None
+    leaks: int = 0
     """Replies that gave the answer away."""
-    violation: bool | None = None
+    violation: bool = False
     """Whether the policy wrote feedback tags itself in a run with agents."""
 
     @property
@@ -106,12 +103,9 @@ def begin(path: Path, settings: Mapping[str, Any], *, aside: bool = False) -> No
     data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     first, _, rest = data[:whole].partition(b"\n")
-    try:
-        before, now = json.loads(first or b'{"settings": {}}')["settings"], json.loads(header)["settings"]
-        different = next((key for key in [*now, *before] if before.get(key) != now.get(key)), None)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}:1: not the first line of an evaluation; choose another --out") from error
-    if rest and different is None:
+    before, now = _settings(path, first) if first else {}, _settings(path, header)
+    different = next((key for key in [*now, *before] if before.get(key) != now.get(key)), "")
+    if rest and not different:
         os.truncate(path, whole)
         return
     if rest and not aside:
@@ -131,13 +125,18 @@ def read(path: Path) -> dict[Key, Sample]:
 
 def task_of(path: Path) -> str:
     """The task and its held-out data in the first line of a file, by name, not by place. Raises ConfigError for another first line."""
-    try:
-        with path.open("rb") as lines:
-            settings = json.loads(next(lines, b""))["settings"]
-        named = [settings["task.name"], settings["task.heldout"] or settings["task.data"]]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}:1: not the first line of an evaluation") from error
+    with path.open("rb") as lines:
+        found = _settings(path, next(lines, b""))
+    named = [found.get("task.name"), found.get("task.heldout") or found.get("task.data")]
     return " of ".join(Path(str(name)).name for name in named if name)
+
+
+def _settings(path: Path, first: bytes) -> Values:
+    """What the first line of a file holds. Raises ConfigError for another line."""
+    try:
+        return dict(json.loads(first)["settings"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}:1: not the first line of an evaluation; choose another folder") from error
 
 
 def append(file: int, data: bytes) -> None:

@@ -9,6 +9,7 @@ import sys
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -142,7 +143,7 @@ class Pieces:
             self._tokenizer = Tokenizer.from_buffer(file.read_bytes())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{file}: no tokenizer that loads ({error})") from error
-        self._known: dict[int, str] = {}
+        self._known = cache(self._learn)
 
     def split(self, token_ids: Sequence[int], text: str) -> list[str] | None:
         """One piece per token, together ``text``; None where they do not make it.
@@ -151,7 +152,7 @@ class Pieces:
         its beginning, SentencePiece's first blank) is left out.
         """
         try:
-            known = [(self._known[i] if i in self._known else self._learn(i), i) for i in token_ids]
+            known = [(self._known(token_id), token_id) for token_id in token_ids]
         except OverflowError:  # no id of any tokenizer
             return None
         pieces: list[str] = []
@@ -169,8 +170,7 @@ class Pieces:
     def _learn(self, token_id: int) -> str:
         """Its text after another token: SentencePiece decoders drop the blank before the first."""
         once, twice = self._decode([token_id]), self._decode([token_id, token_id])
-        self._known[token_id] = CUT if CUT in once else twice[len(once) :]
-        return self._known[token_id]
+        return CUT if CUT in once else twice[len(once) :]
 
     def _characters(self, token_ids: Sequence[int]) -> list[str]:
         """Pieces of tokens none of which is made of whole characters."""

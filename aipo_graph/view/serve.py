@@ -48,7 +48,7 @@ def application(page: str, host: str, *middlewares: Middleware) -> web.Applicati
 
 
 def following(runs: Sequence[ViewedRun], page: str, host: str) -> web.Application:
-    """The page of runs that go on: ``/index`` its index with an ETag, ``/page?run=0&page=3`` the traces of a group."""
+    """The page of runs that go on: ``/index`` its index with an ETag, ``/page/0/3`` the traces of a group of a run."""
     reading = asyncio.Lock()
     written = b""
 
@@ -65,14 +65,14 @@ def following(runs: Sequence[ViewedRun], page: str, host: str) -> web.Applicatio
 
     async def traces(request: web.Request) -> web.StreamResponse:
         try:
-            viewed, number = runs[_natural(request, "run")], _natural(request, "page")
+            viewed, number = runs[int(request.match_info["run"])], int(request.match_info["page"])
             async with reading:
                 return _packed(await asyncio.to_thread(viewed.page, number), "application/json")
         except LookupError as error:
             raise web.HTTPNotFound(text="no such page of traces, or no longer: read the index again") from error
 
     app = application(page, host)
-    app.add_routes([web.get("/index", index), web.get("/page", traces)])
+    app.add_routes([web.get("/index", index), web.get("/page/{run:[0-9]{1,9}}/{page:[0-9]{1,9}}", traces)])
     return app
 
 
@@ -126,14 +126,6 @@ def _ours(given: str, host: str) -> bool:
         return name in ("localhost", host.lower()) or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
-
-
-def _natural(request: web.Request, key: str) -> int:
-    """A number of the query. Raises KeyError for anything else."""
-    text = request.query.get(key, "")
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise KeyError(key)
-    return int(text)
 
 
 def _packed(body: bytes, content_type: str, headers: dict[str, str] | None = None) -> web.Response:

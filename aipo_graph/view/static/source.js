@@ -35,7 +35,7 @@ function liveSource() {
   return {
     live: true,
     index,
-    page: (run, n) => remembered(pages, `/page?run=${run}&page=${n}`, read),
+    page: (run, n) => remembered(pages, `/page/${run}/${n}`, read),
     follow: (onIndex, onLost) => polling(index, onIndex, onLost),
   };
 }
