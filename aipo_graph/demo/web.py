@@ -70,8 +70,6 @@ class Asking:
         self._rollouts = rollouts
         self._pieces = pieces
         self._problem = problem
-        self._running: list[asyncio.Task[Json]] = []
-        self._stopped = False
 
     def plan(self, modes: Sequence[bool], samples: int, seed: int) -> list[Json]:
         """The traces to be made, with the seeds that the terminal takes: the same settings show the same traces there.
@@ -85,25 +83,13 @@ class Asking:
             for number, (with_agents, sample) in enumerate(runs)
         ]
 
-    def stop(self) -> None:
-        """Ends the runs; what they made so far are their traces."""
-        self._stopped = True
-        for task in self._running:
-            task.cancel()
-
     async def make(self, planned: Json) -> Json:
-        """One trace, told as it is made. A fault of ours in it is its error; a bug in a graph's own code is raised."""
+        """One trace, told as it is made: cancelled, what it is so far. A fault of ours in it is its error; a bug in a graph's own code is
+        raised.
+        """
         made = [Trace(self._problem.id, int(planned["seed"]), planned["with_agents"], (), ())]
-        task = asyncio.create_task(self._run(planned, made))
-        self._running.append(task)
-        if self._stopped:
-            task.cancel()
-        await asyncio.wait([task])
-        shown = self._shown(planned, made[0], STOPPED) if task.cancelled() else task.result()
-        self._tell(planned, {"event": "trace", "trace": shown})
-        return shown
+        status = ""
 
-    async def _run(self, planned: Json, made: list[Trace]) -> Json:
         def visit(node: str) -> None:
             made[0] = replace(made[0], path=(*made[0].path, node))
             self._tell(planned, {"event": "node", "node": node})
@@ -120,14 +106,18 @@ class Asking:
             trace = await start(self._problem, seed=int(planned["seed"]), with_agents=planned["with_agents"], on_segments=append)
         except AipoError as error:
             trace = replace(made[0], status="failed", error=f"{type(error).__name__}: {error}")
+        except asyncio.CancelledError:
+            trace, status = made[0], STOPPED
         if not trace.trained:
             trace = replace(trace, path=made[0].path)  # with the node that failed
-        return self._shown(planned, trace)
+        shown = self._shown(planned, trace, status)
+        self._tell(planned, {"event": "trace", "trace": shown})
+        return shown
 
     def _tell(self, planned: Json, event: Json) -> None:
         self.events.put_nowait({"run": planned["number"], **event})
 
-    def _shown(self, planned: Json, trace: Trace, status: str = "") -> Json:
+    def _shown(self, planned: Json, trace: Trace, status: str) -> Json:
         """The trace as the viewer's components take it, and its vote."""
         box = last_box(trace.reply) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
         return {
@@ -188,7 +178,8 @@ class Server:
         self._pieces: Pieces | None = None
         with suppress(ConfigError):  # a model without a tokenizer.json
             self._pieces = open_pieces(Path(demo.policy.model), {"policy.model": demo.policy.model})
-        self._running: dict[str, tuple[Asking, asyncio.Task[None]]] = {}
+        self._running: dict[str, tuple[list[asyncio.Task[None]], asyncio.Task[None]]] = {}
+        """Thread -> the runs of the question, and what ends after them."""
 
     def app(self) -> web.Application:
         app = application(assemble("aipo_graph demo", SCRIPTS, STYLES, live=True), self._demo.host, said)
@@ -213,8 +204,9 @@ class Server:
     async def _end(self, thread: str) -> None:
         """Stops the runs of a question, and waits until what they made is kept; nothing where none runs."""
         if thread in self._running:
-            asking, work = self._running[thread]
-            asking.stop()
+            runs, work = self._running[thread]
+            for run in runs:
+                run.cancel()
             await asyncio.wait([work])
 
     async def _about(self, request: web.Request) -> web.Response:
@@ -275,9 +267,16 @@ class Server:
         asking = Asking(replace(self._rollouts, temperature=ask.temperature), problem, self._pieces)
         thread, planned = uuid4().hex, asking.plan(MODES[ask.mode], ask.samples, ask.seed)
         question = {**ask.model_dump(), "question": problem.question, "answer": problem.answer, "kind": problem.kind}
-        # A task of its own: a closed tab cancels this handler, and what was made until then is still to be kept.
-        work = asyncio.create_task(self._answer(thread, question, planned, asking))
-        self._running[thread] = asking, work
+        kept: Json = {"question": question, "planned": planned, "asked": datetime.now(UTC).isoformat(), "traces": []}
+        self._asked = dict([*self._asked.items(), (thread, kept)][-NEWEST:])
+
+        async def keep(planned: Json) -> None:
+            kept["traces"].append(await asking.make(planned))
+
+        # Tasks of their own: a closed tab cancels this handler, and what was made until then is still to be kept.
+        runs = [asyncio.create_task(keep(run)) for run in planned]
+        work = asyncio.create_task(self._answer(thread, runs, asking.events))
+        self._running[thread] = runs, work
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         try:
             await response.prepare(request)
@@ -288,23 +287,19 @@ class Server:
         except ConnectionResetError:
             pass
         finally:
-            asking.stop()
+            for run in runs:
+                run.cancel()
         return response
 
-    async def _answer(self, thread: str, question: Json, planned: list[Json], asking: Asking) -> None:
-        kept: Json = {"question": question, "planned": planned, "asked": datetime.now(UTC).isoformat(), "traces": []}
-        self._asked = dict([*self._asked.items(), (thread, kept)][-NEWEST:])
-
-        async def keep(planned: Json) -> None:
-            kept["traces"].append(await asking.make(planned))
-
+    async def _answer(self, thread: str, runs: Sequence[asyncio.Task[None]], events: asyncio.Queue[Json | None]) -> None:
         try:
-            await asyncio.gather(*map(keep, planned))
-            asking.events.put_nowait({"event": "end"})
+            await asyncio.gather(*runs)
+            events.put_nowait({"event": "end"})
         finally:
-            asking.stop()
+            for run in runs:
+                run.cancel()
             del self._running[thread]
-            asking.events.put_nowait(None)
+            events.put_nowait(None)
 
     def _read(self, question: str) -> Problem:
         """Raises Refused, ConfigError."""
