@@ -53,7 +53,6 @@ async def measure(runs: int) -> None:
         cell = jail.Jail(layer, 1)
         for name, source in ((layer, SOURCE), (f"{layer}, prelude", program(SOURCE, ""))):
             print(await line(name, functools.partial(cell.run, source, b"1\n"), runs))
-        cell.close()
 
 
 if __name__ == "__main__":

@@ -339,11 +339,8 @@ async def fare(cell, world, text):
 async def assault(layer):
     """Attack -> what is wrong; those without fault too."""
     cell = jail.Jail(layer, 1)
-    try:
-        with World() as world:
-            return {name: await fare(cell, world, text) for name, text in (REAL | REST).items()}
-    finally:
-        cell.close()
+    with World() as world:
+        return {name: await fare(cell, world, text) for name, text in (REAL | REST).items()}
 
 
 if __name__ == "__main__":

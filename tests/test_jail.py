@@ -29,16 +29,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the jail is Lin
 
 @pytest.fixture(scope="module", params=LAYERS or [pytest.param("L1", marks=LOCKED)])
 def cell(request):
-    cell = jail.Jail(request.param, 2)
-    yield cell
-    cell.close()
+    return jail.Jail(request.param, 2)
 
 
 @pytest.fixture(scope="module")
 def open_cell():
-    cell = jail.Jail("L0", 1)
-    yield cell
-    cell.close()
+    return jail.Jail("L0", 1)
 
 
 @pytest.fixture

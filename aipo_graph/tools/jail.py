@@ -82,9 +82,6 @@ class Jail:
                 await asyncio.sleep(0.01)
             raise
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
 
 @functools.cache
 def probe() -> tuple[Layer, str]:

@@ -96,7 +96,7 @@ class _Worker:
                     pipe.close()
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """A pool of worker processes, started when first needed, each replaced after ``max_calls`` calls.
 
     Independent of the event loop it is called from. A context manager; ``close`` may be called at any time, also twice.
@@ -164,9 +164,6 @@ class Workers:
         for worker in self._alive:
             worker.kill()
         self._forget()
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
