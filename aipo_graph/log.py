@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Self, TextIO, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TextIO, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -33,40 +33,18 @@ PLACES = ("run.name", "run.dir")
 """Where a run lies is nothing of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """The settings and the digests of the files that a run now goes on with, and what differs from those before."""
+class Changes(NamedTuple):
+    """In what a run now goes on otherwise than before."""
 
-    folder: Path
-    config: Config
-    files: Mapping[str, str]
     changed: Mapping[str, tuple[Any, Any]]
     """Setting or file -> its value or digest before and now."""
-    forced: tuple[str, ...]
+    forced: list[str]
     """Those of them that --force alone lets through."""
-    gone: tuple[str, ...]
+    gone: list[str]
     """Settings of an earlier version that there are no more."""
 
-    def record(self, step: int) -> list[str]:
-        """Writes what has changed after ``step`` to changes.jsonl and makes it the run's own. Returns a note for each change."""
-        if self.changed:
-            changed = {key: list(pair) for key, pair in self.changed.items()}
-            line = json.dumps({"step": step, "changed": changed, "forced": list(self.forced)})
-            with (self.folder / CHANGES).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        if self.files:
-            write_whole(self.folder / FILES, json.dumps(self.files, indent=1) + "\n")
-        if self.changed or self.gone:
-            write_whole(self.folder / CONFIG, write_yaml(self.config))
-        notes = [f"{key}, a setting of another version, is passed over" for key in self.gone]
-        for key, (before, now) in self.changed.items():
-            notes.append(f"{key} has changed" if key in self.files else f"{key} = {now!r} from here on, {before!r} before")
-        if "train.steps" in self.changed and self.config.optimizer.schedule == "cosine":
-            notes.append(f"the learning rate's cosine ends at step {self.config.train.steps} now: from here on it is another one")
-        return notes
 
-
-def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool) -> Begun:
+def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool) -> Changes | None:
     """Writes config.yaml and files.json of a new run, one without a checkpoint, or compares them with a begun one's.
 
     A setting that config.yaml lacks, since its version did not know it, had its default. Raises ConfigError in one line where something
@@ -76,7 +54,7 @@ def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool
     if not path.exists() or not any(folder.glob("checkpoints/step-*")):  # where nothing is learned yet nothing is lost
         write_whole(folder / FILES, json.dumps(files, indent=1) + "\n")
         write_whole(path, write_yaml(config))
-        return Begun(folder, config, files, {}, (), ())
+        return None
     # As it was done where no setting said so.
     before = flat(Config().model_dump(mode="json")) | {"loss.negative": 1.0} | flat(read_yaml(path)[0])
     now = flat(config.model_dump(mode="json"))
@@ -88,7 +66,7 @@ def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool
     refused = [key for key in changed if key in files or key in gone or not may_change(key)]
     if refused and not force:
         raise ConfigError(_refusal(folder, changed, refused, files))
-    return Begun(folder, config, files, changed, tuple(refused), tuple(gone))
+    return Changes(changed, refused, gone)
 
 
 def _refusal(folder: Path, changed: Mapping[str, tuple[Any, Any]], refused: list[str], files: Mapping[str, str]) -> str:
@@ -156,7 +134,7 @@ class RunLog:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self._live: _LiveView | None = None
         self._trackers: dict[str, Any] = {}
-        self._begun: Begun | None = None
+        self._changes: Changes | None = None
         self._broken: set[str] = set()
         self._alarmed: set[str] = set()
 
@@ -167,7 +145,7 @@ class RunLog:
         os.register_at_fork(after_in_child=self._lock.close)
         try:
             (self.folder / "checkpoints").mkdir(exist_ok=True)
-            self._begun = begin(self.folder, self.config, self._files, force=self._force)
+            self._changes = begin(self.folder, self.config, self._files, force=self._force)
             self._open_trackers()
         except BaseException:
             self.__exit__(None, None, None)
@@ -198,15 +176,31 @@ class RunLog:
         """The run goes on after ``step`` (0: from the start): what was logged past it, and a half-written line, are cut off. What has
         changed since is noted and recorded.
         """
-        if self._begun:
-            for note in self._begun.record(step):
-                self.note(note)
-            self._begun = None  # said and written once, however often a learner is lost and comes back
+        if self._changes:
+            self._record(step, *self._changes)
+            self._changes = None  # said and written once, however often a learner is lost and comes back
         self.pause()
         for name in ("metrics.jsonl", "traces.jsonl", "excluded.jsonl"):
             _cut(self.folder / name, step)
         if self._interactive:
             self._live = _LiveView(self.console, self.config.train.steps, step)
+
+    def _record(self, step: int, changed: Mapping[str, tuple[Any, Any]], forced: list[str], gone: list[str]) -> None:
+        """Writes what has changed after ``step`` to changes.jsonl, makes it the run's own, and notes each change."""
+        if changed:
+            line = json.dumps({"step": step, "changed": changed, "forced": forced})
+            with (self.folder / CHANGES).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        if self._files:
+            write_whole(self.folder / FILES, json.dumps(self._files, indent=1) + "\n")
+        if changed or gone:
+            write_whole(self.folder / CONFIG, write_yaml(self.config))
+        for key in gone:
+            self.note(f"{key}, a setting of another version, is passed over")
+        for key, (before, now) in changed.items():
+            self.note(f"{key} has changed" if key in self._files else f"{key} = {now!r} from here on, {before!r} before")
+        if "train.steps" in changed and self.config.optimizer.schedule == "cosine":
+            self.note(f"the learning rate's cosine ends at step {self.config.train.steps} now: from here on it is another one")
 
     def step(
         self,
