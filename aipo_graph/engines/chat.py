@@ -4,6 +4,7 @@ import importlib
 import os
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from pydantic import ConfigDict, SecretStr
 
 from aipo_graph.config import Config
 from aipo_graph.engines import vllm_api
-from aipo_graph.engines.facts import Facts, check_request
+from aipo_graph.engines.facts import Facts
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.engines.server import PROBE, TOKENS, Client, Refused, Unanswered
 from aipo_graph.errors import ConfigError, EngineError, install
@@ -253,7 +254,7 @@ async def _open_vllm(url: str, config: Config) -> BaseChatModel:
     except (LookupError, TypeError, StopIteration) as error:
         raise ConfigError(f"{url} is no vLLM server: it does not answer as one; start one with `vllm serve`") from error
     if not why:
-        return _over(_sampler(url, name, facts, context, config.agents.timeout / config.agents.attempts), facts, config)
+        return _over(_sampler(url, name, replace(facts, context=context), config.agents.timeout / config.agents.attempts), facts, config)
     if not facts.tokenizer.chat_template and FLAG in why:
         raise ConfigError(f"{why}, and a model without a chat template is reached with token ids alone; start it with that")
     return _open_provider(
@@ -281,14 +282,13 @@ def _over(sample: Generate, facts: Facts, config: Config) -> EngineChatModel:
     )
 
 
-def _sampler(url: str, name: str, facts: Facts, context: int, seconds: float) -> Generate:
+def _sampler(url: str, name: str, facts: Facts, seconds: float) -> Generate:
     """Tokens in and out of one server. A connection per request, so that nothing is left to close."""
 
     async def sample(
         prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
     ) -> Completion:
-        limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=facts.vocab_size, context=context)
-        parameters = vllm_api.sampling(facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
+        parameters = vllm_api.sampling(facts, prompt_ids, seed=seed, max_tokens=max_tokens, stop=stop, temperature=temperature)
         body = {"model": name, "token_ids": list(prompt_ids), "sampling_params": parameters}
         async with Client(url, seconds, LONGEST_ANSWER) as client:
             choice = (await client.call("POST", TOKENS, body, seconds=seconds))["choices"][0]
@@ -320,7 +320,7 @@ async def _no_logprobs(client: Client, name: str, facts: Facts) -> str:
     Of a single allowed token the probability is 1 in what is sampled from, and the model's own in raw logprobs.
     """
     ids = facts.tokenizer.encode(PROBE, add_special_tokens=False)
-    parameters = vllm_api.sampling(facts, seed=0, limit=1, stop=(), temperature=1.0) | {"allowed_token_ids": ids[:1]}
+    parameters = vllm_api.sampling(facts, ids, seed=0, max_tokens=1, stop=(), temperature=1.0) | {"allowed_token_ids": ids[:1]}
     try:
         answer = await client.call("POST", TOKENS, {"model": name, "token_ids": ids, "sampling_params": parameters})
     except Refused as error:

@@ -12,6 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from aipo_graph.config import Config
 from aipo_graph.engines import vllm_api
-from aipo_graph.engines.facts import Facts, check_request
+from aipo_graph.engines.facts import Facts
 from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.forward import first_line
 from aipo_graph.types import Completion, Stop
@@ -46,7 +47,7 @@ class Unanswered(EngineError):
     """No answer: refused connection, reset, timeout."""
 
 
-class Client:
+class Client(contextlib.AbstractAsyncContextManager["Client"]):
     """One server; ``longest`` bounds an answer's bytes."""
 
     def __init__(self, url: str, seconds: float, longest: int = 2**28) -> None:
@@ -57,9 +58,6 @@ class Client:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
             headers={"Authorization": f"Bearer {key}"} if key else None,
         )
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
@@ -273,13 +271,12 @@ class ServerEngine(Seats):
         *,
         nccl: bool,
         lora: bool,
-        context: int,
     ) -> None:
         super().__init__()
         self.eos_ids = facts.eos_ids
         self.version = 0
         self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank else "weights"
-        self.max_context = context
+        self.max_context = facts.context
         self._facts = facts
         self._clients = clients
         self._names = names
@@ -299,17 +296,19 @@ class ServerEngine(Seats):
         Raises ConfigError where a server does not fit, EngineError where it does not answer.
         """
         facts = Facts.read(config, model_path)
-        vllm_api.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
+        # Refused now, not in every trace.
+        vllm_api.sampling(facts, [0], seed=0, max_tokens=1, stop=(), temperature=config.rollout.temperature)
         async with contextlib.AsyncExitStack() as stack:
             different = dict.fromkeys(url.rstrip("/") for url in urls)
             clients = [await stack.enter_async_context(Client(url, config.rollout.timeout)) for url in different]
             found = [await check_server(client, config, facts) for client in clients]
             names = {client.url: name for client, (name, _, _) in zip(clients, found, strict=True)}
-            lengths = [int(settings["model_config"]["max_model_len"]) for _, _, settings in found]
             transfers = [(settings.get("weight_transfer_config") or {}).get("backend") for _, _, settings in found]
             nccl = all(backend == "nccl" for backend in transfers) and importlib.util.find_spec("vllm") is not None
             lora = any(settings.get("lora_config") for _, _, settings in found)
-            engine = cls(config, facts, clients, names, nccl=nccl, lora=lora, context=min(facts.context, *lengths))
+            lengths = [int(settings["model_config"]["max_model_len"]) for _, _, settings in found]
+            facts = replace(facts, context=min(facts.context, *lengths))
+            engine = cls(config, facts, clients, names, nccl=nccl, lora=lora)
             stack.callback(engine._files.close)
             foreign = [client for client, (_, fresh, _) in zip(clients, found, strict=True) if not fresh]
             await engine._reload(foreign, model_path, 0)
@@ -325,8 +324,7 @@ class ServerEngine(Seats):
         ``temperature`` 0 is greedy, with logprobs at 1. The ids stay as sampled, also where a stop string ends inside the last one.
         Raises EngineError.
         """
-        limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=self._facts.vocab_size, context=self.max_context)
-        parameters = vllm_api.sampling(self._facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
+        parameters = vllm_api.sampling(self._facts, prompt_ids, seed=seed, max_tokens=max_tokens, stop=stop, temperature=temperature)
         client = self.choose(self._clients)
         adapter, version = self._adapter, self.version
         self._in_use[adapter] += 1
@@ -344,7 +342,6 @@ class ServerEngine(Seats):
         return vllm_api.completion(self._facts, choice["token_ids"] or (), logprobs, choice["finish_reason"], versions)
 
     async def _ask(self, client: Client, adapter: str | None, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
-        parameters = parameters | {"detokenize": bool(parameters.get("stop"))}
         body = {"model": adapter or self._names[client.url], "token_ids": list(prompt_ids), "sampling_params": parameters}
         return await client.sample(TOKENS, body)
 
@@ -354,8 +351,7 @@ class ServerEngine(Seats):
         return agreed({client.url: answer for client, answer in zip(self._clients, answers, strict=True)}, self._dtype, self.version)
 
     async def _score(self, client: Client, token_ids: Sequence[int]) -> tuple[float, ...]:
-        parameters = vllm_api.scoring(len(token_ids))
-        check_request(token_ids, 1, 0.0, vocab_size=self._facts.vocab_size, context=self.max_context)
+        parameters = vllm_api.scoring(self._facts, token_ids)
         if self._lora:
             return tuple(await asyncio.gather(*(self._score_next(client, token_ids[:t], token_ids[t]) for t in range(1, len(token_ids)))))
         entries = (await self._ask(client, None, token_ids, parameters))["prompt_logprobs"]

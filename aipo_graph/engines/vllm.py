@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from aipo_graph.config import Config
 from aipo_graph.engines import vllm_api
-from aipo_graph.engines.facts import Facts, check_request
+from aipo_graph.engines.facts import Facts
 from aipo_graph.errors import ConfigError, EngineError, install
 from aipo_graph.forward import first_line
 from aipo_graph.types import Completion, Stop
@@ -51,7 +51,8 @@ class VllmEngine:
         facts, cuda = Facts.read(config, model_path), vllm_api.on_cuda(config)
         if cuda and config.run.device not in ("auto", "cuda", "cuda:0"):
             raise ConfigError(f"run.device = {config.run.device}: vLLM takes the first GPU; use cuda, and choose with CUDA_VISIBLE_DEVICES")
-        vllm_api.sampling(facts, seed=0, limit=1, stop=(), temperature=config.rollout.temperature)  # refused now, not in every trace
+        # Refused now, not in every trace.
+        vllm_api.sampling(facts, [0], seed=0, max_tokens=1, stop=(), temperature=config.rollout.temperature)
         for name, value in _environment(cuda, shared=bool(config.cluster.address)).items():
             os.environ.setdefault(name, value)  # vLLM reads them when it is imported
         vllm = _vllm()
@@ -87,10 +88,9 @@ class VllmEngine:
         self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
     ) -> Completion:
         """As ``ServerEngine.generate``."""
-        limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=self._facts.vocab_size, context=self.max_context)
-        parameters = vllm_api.sampling(self._facts, seed=seed, limit=limit, stop=stop, temperature=temperature)
+        parameters = vllm_api.sampling(self._facts, prompt_ids, seed=seed, max_tokens=max_tokens, stop=stop, temperature=temperature)
         adapter, version = self._adapter, self.version
-        output = (await self._ask(prompt_ids, parameters | {"detokenize": bool(parameters["stop"])})).outputs[0]
+        output = (await self._ask(prompt_ids, parameters)).outputs[0]
         logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs or (), strict=True)]
         versions = [(0, version)]
         if adapter is None and self.takes == "weights":
@@ -98,9 +98,7 @@ class VllmEngine:
         return vllm_api.completion(self._facts, output.token_ids, logprobs, output.finish_reason, versions)
 
     async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
-        parameters = vllm_api.scoring(len(token_ids))
-        check_request(token_ids, 1, 0.0, vocab_size=self._facts.vocab_size, context=self.max_context)
-        output = await self._ask(token_ids, parameters)
+        output = await self._ask(token_ids, vllm_api.scoring(self._facts, token_ids))
         return tuple(entry.logprob for entry in vllm_api.prompt_scores(token_ids, output.prompt_logprobs))
 
     async def _ask(self, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from aipo_graph.config import Config
 from aipo_graph.engines.decoder import torch_device
-from aipo_graph.engines.facts import Facts
+from aipo_graph.engines.facts import Facts, check_request
 from aipo_graph.errors import ConfigError, EngineError
 from aipo_graph.forward import first_line
 from aipo_graph.types import Completion, Stop
@@ -49,11 +49,14 @@ def max_rank(rank: int) -> int:
     return fitting[0]
 
 
-def sampling(facts: Facts, *, seed: int, limit: int, stop: tuple[Stop, ...], temperature: float) -> dict[str, Any]:
+def sampling(
+    facts: Facts, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...], temperature: float
+) -> dict[str, Any]:
     """vLLM's sampling parameters, all that shape the distribution said: its defaults come from the model's generation config.
 
-    Raises EngineError for a stop or a temperature that vLLM cannot honour.
+    Raises ContextError, EngineError for a prompt that the model cannot have, a stop or a temperature that vLLM cannot honour.
     """
+    limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=facts.vocab_size, context=facts.context)
     if not all(stop):
         raise EngineError(f"stop holds an empty entry: {stop!r}; leave it out")
     strings = [entry for entry in stop if isinstance(entry, str)]
@@ -75,17 +78,19 @@ def sampling(facts: Facts, *, seed: int, limit: int, stop: tuple[Stop, ...], tem
         "logprobs": 0,
         "stop": strings,
         "stop_token_ids": sorted(facts.eos_ids.union(*sequences)),
+        "detokenize": bool(strings),
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
     }
 
 
-def scoring(count: int) -> dict[str, Any]:
-    """Parameters that score a prompt of ``count`` tokens. Raises EngineError where there is nothing to score."""
-    if count < 2:
-        raise EngineError(f"{count} tokens have no logprobs; give at least 2")
-    return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+def scoring(facts: Facts, token_ids: Sequence[int]) -> dict[str, Any]:
+    """Parameters that score these tokens. Raises EngineError where there is nothing to score."""
+    if len(token_ids) < 2:
+        raise EngineError(f"{len(token_ids)} tokens have no logprobs; give at least 2")
+    check_request(token_ids, 1, 0.0, vocab_size=facts.vocab_size, context=facts.context)
+    return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 
 
 def completion(
