@@ -17,10 +17,11 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from langchain_core.callbacks import AsyncCallbackHandler
-from pydantic import Field, ValidationError
+from pydantic import Field
+from pydantic_core import from_json
 
 from aipo_graph import __version__
-from aipo_graph.cli import printable
+from aipo_graph.cli import printable, validated
 from aipo_graph.config import Section
 from aipo_graph.demo import MOST_SAMPLES, Demo, Questions
 from aipo_graph.draw import picture
@@ -156,14 +157,6 @@ class Ask(Section):
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
-
-
-class Refused(AipoError):
-    """What was asked cannot be done: one line, and the page's field that it is about."""
-
-    def __init__(self, message: str, field: str = "question") -> None:
-        super().__init__(message)
-        self.field = field
 
 
 class Server:
@@ -302,14 +295,14 @@ class Server:
             events.put_nowait(None)
 
     def _read(self, question: str) -> Problem:
-        """Raises Refused, ConfigError."""
+        """Raises ConfigError."""
         question = question.strip()
         if not question:
-            raise Refused(f"the question is empty: type one such as {self._questions.example}")
+            raise ConfigError(f"the question is empty: type one such as {self._questions.example}")
         engine: Any = self._rollouts.engine
         context: int = engine.max_context
         if len(self._rollouts.tokenizer.plain(question, context)[0]) >= context:
-            raise Refused(f"the question fills the model's context of {context} tokens: shorten it")
+            raise ConfigError(f"the question fills the model's context of {context} tokens: shorten it")
         return self._questions.read(question)
 
 
@@ -323,21 +316,19 @@ async def said(request: web.Request, handler: Handler) -> web.StreamResponse:
             raise web.HTTPUnsupportedMediaType(reason="the body must be application/json")
         return await handler(request)
     except AipoError as error:
-        told, status = {"error": printable(str(error)), "field": getattr(error, "field", "question")}, 400
+        text, status = printable(str(error)), 400
     except web.HTTPException as error:
-        told, status = {"error": error.reason, "field": "question"}, error.status
-    return web.json_response(told, status=status)
+        text, status = error.reason, error.status
+    field = next((name for name in Ask.model_fields if text.startswith(f"{name} = ")), "question")
+    return web.json_response({"error": text, "field": field}, status=status)
 
 
 def read(body: str) -> Ask:
-    """The JSON of a request. Raises Refused, naming the field."""
+    """The JSON of a request. Raises ConfigError, which begins with the field that is wrong."""
     try:
-        return Ask.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else "question"
-        what = first["msg"].replace("Input should be ", "must be ")
-        raise Refused(f"{field} = {str(first['input'])[:60]}: {what}", field) from error
+        return validated(Ask, from_json(body))
+    except ValueError as error:
+        raise ConfigError(f"the request is no JSON: {error}") from error
 
 
 async def send(response: web.StreamResponse, event: Json) -> None:
