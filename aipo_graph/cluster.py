@@ -36,8 +36,7 @@ from aipo_graph.engines.chat import open_chats
 from aipo_graph.engines.decoder import device_here
 from aipo_graph.engines.facts import Facts
 from aipo_graph.engines.server import Seats, agreed
-from aipo_graph.errors import AipoError, ConfigError, EngineError, LostError, TrainError, install
-from aipo_graph.forward import first_line
+from aipo_graph.errors import AipoError, ConfigError, EngineError, LostError, TrainError, first_line, install
 from aipo_graph.learn.batch import Batch
 from aipo_graph.learn.learner import Learner
 from aipo_graph.rollout.collect import Draw, Rollouts, dealt, gather

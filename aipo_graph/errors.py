@@ -47,6 +47,11 @@ class TrainError(AipoError):
     """Training cannot go on: too many failed traces, nothing to learn from, or several bad steps in a row."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, for a line of ours."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 def install(extra: str) -> str:
     """The command that installs what an extra needs, wherever this package came from: a clone, a wheel or an index.
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from aipo_graph.errors import ConfigError, EngineError
+from aipo_graph.errors import ConfigError, EngineError, first_line
 
 CAP = re.compile(r"att\w*(soft_?cap|logit_?cap)")
 """Config keys of a bound on attention scores (Gemma 2), which sdpa leaves out."""
@@ -27,10 +27,6 @@ EXACT = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Rounding: the most by which the log-probabilities of two ways to compute one forward differ."""
 WORK = {"cpu": 2**36, "cuda": 2**45}
 """Multiplications that a check at the start may cost a forward: seconds."""
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -55,16 +51,6 @@ def read_weights(path: str | Path, dtype: str, config: PretrainedConfig | None =
     if missing := sorted(report["missing_keys"]):  # would be left at random values
         raise EngineError(f"policy.model: the weights of {str(path)!r} lack {len(missing)} tensors, {missing[0]} among them")
     return model
-
-
-def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Raises ConfigError where the directory or hub name has no tokenizer."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"policy.model: {str(path)!r} has no tokenizer that loads ({first_line(error)}); save one beside the model"
-        ) from error
 
 
 def scaled_from(config: PretrainedConfig) -> int | None:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -18,10 +19,10 @@ from langchain_core.messages import (
     ToolCall,
     ToolMessage,
 )
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from aipo_graph import calls
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import ConfigError, first_line
 from aipo_graph.types import derive_seed
 
 THINK, END_THINK = "<think>", "</think>"
@@ -53,6 +54,19 @@ DATE = DAY.strftime("%d %b %Y")
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """Text of token ids, control tokens included, nothing tidied."""
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Raises ConfigError where the directory or hub name has no tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"policy.model: {str(path)!r} has no tokenizer that loads ({first_line(error)}); save one beside the model"
+        ) from error
+    if isinstance(tokenizer.chat_template, str):  # an editor's byte order mark would open every prompt
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
+    return tokenizer
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int] = ()) -> frozenset[int]:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aipo_graph.config import Config
 from aipo_graph.engines.local import LocalEngine
+from aipo_graph.messages import read_tokenizer
 from aipo_graph.rollout import Agent
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.collect import Rollouts, open_graph
@@ -174,7 +175,7 @@ def sampling(folder: Path, tokenizer: PreTrainedTokenizerFast, helpers: Iterable
         config,
         engine,
         Exact(),
-        Tokenizer.load(folder, named, engine.eos_ids),
+        Tokenizer(read_tokenizer(folder), named, engine.eos_ids),
         open_graph("graphs/aipo.py:build"),
         open_graph("graphs/solo.py:build"),
         named,

@@ -72,6 +72,22 @@ def prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(VOCAB) for _ in range(draw.randint(1, longest))] for _ in range(count)]
 
 
+def inputs_of(model: Any) -> list[tuple[int, int]]:
+    """Rows and tokens of each forward with the engine's cache, from now on."""
+    found: list[tuple[int, int]] = []
+
+    def note(model: Any, args: Any, given: dict[str, Any]) -> None:
+        if "past_key_values" in given:
+            found.append(tuple(given["input_ids"].shape))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return found
+
+
+def prefilled(fed: list[tuple[int, int]]) -> int:
+    return sum(rows * tokens for rows, tokens in fed if tokens > 1)
+
+
 @torch.no_grad()
 def plain_logprobs(model: Any, prompt: Sequence[int], completion: Completion, temperature: float = 1.0) -> torch.Tensor:
     row = torch.tensor([*prompt, *completion.token_ids])
@@ -101,7 +117,7 @@ async def test_logprobs_equal_a_plain_forward_for_rows_that_join_at_different_ti
 async def test_a_run_that_asks_again_with_a_reply_keeps_its_cache_and_its_logprobs() -> None:
     model = tiny()
     engine = engine_of(model, max_batch=6)
-    lengths = []
+    fed, lengths = inputs_of(model), []
 
     async def converse(index: int, tokens: list[int]) -> None:
         with engine.run(str(index)):
@@ -113,10 +129,10 @@ async def test_a_run_that_asks_again_with_a_reply_keeps_its_cache_and_its_logpro
                 lengths.append(len(tokens))
 
     await asyncio.gather(*(converse(index, prompt) for index, prompt in enumerate(prompts(6))))
-    assert engine.prefill_tokens < sum(lengths) / 2
-    alone = engine.prefill_tokens
+    alone = prefilled(fed)
+    assert alone < sum(lengths) / 2
     await asyncio.gather(*(converse(index, prompt) for index, prompt in enumerate(prompts(12))))  # more runs than slots
-    assert engine.prefill_tokens > alone
+    assert prefilled(fed) > 2 * alone
 
 
 async def test_tokens_depend_on_prompt_and_seed_only() -> None:
@@ -369,15 +385,16 @@ async def test_a_cancelled_request_leaves_and_the_others_go_on() -> None:
         with engine.run("impatient"):
             await engine.generate([4], seed=1, max_tokens=CONTEXT)
 
+    fed = inputs_of(engine.model)
     task = asyncio.ensure_future(impatient())
     patient = asyncio.ensure_future(engine.generate([1, 2, 3], seed=4, max_tokens=60))
-    while engine.sampled_tokens < 80:
+    while len(fed) < 10:
         await asyncio.sleep(0)
     task.cancel()
     assert (await patient).token_ids == expected.token_ids
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert engine.sampled_tokens < 60 + 60 + 60
+    assert sum(rows for rows, _ in fed) < 100  # of 60 steps
     with engine.run("held"):  # nobody samples while this run is silent, so the request can only time out
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.create_task(bare(engine), context=contextvars.Context()), 0.02)

@@ -22,11 +22,11 @@ from transformers import (
 
 from aipo_graph.config import Config, Loss
 from aipo_graph.errors import ConfigError, EngineError, TrainError
-from aipo_graph.forward import read_tokenizer
 from aipo_graph.learn import model as model_module
 from aipo_graph.learn.batch import POLICY, Batch, pack
 from aipo_graph.learn.learner import Learner, learning_rate
 from aipo_graph.learn.model import applies_head_only, load_model, token_logprobs
+from aipo_graph.messages import read_tokenizer
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "initializer_range": 0.3}
 MODELS = {

@@ -12,6 +12,7 @@ from aipo_graph.cli import read_yaml
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, GraphError
 from aipo_graph.load import data, find, load, model, shipped
+from aipo_graph.messages import read_tokenizer
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.open import open_task
@@ -155,7 +156,7 @@ def read(path: Path) -> object:
     if path.suffix == ".yaml":
         return read_yaml(path)
     if path.suffix == ".jinja":
-        return Tokenizer.load(path.parent).chat.render([HumanMessage("1+1?")])
+        return Tokenizer(read_tokenizer(path.parent)).chat.render([HumanMessage("1+1?")])
     return open_task(Config.model_validate({"task": {"name": "dataset", "data": str(path)}})).heldout(99)
 
 

@@ -23,6 +23,7 @@ from tiny_models import tiny
 from aipo_graph.config import Config, Loss
 from aipo_graph.errors import AipoError
 from aipo_graph.learn import model as model_module
+from aipo_graph.learn import shards
 from aipo_graph.learn.batch import Batch, pack
 from aipo_graph.learn.learner import Learner
 from aipo_graph.learn.model import load_model
@@ -181,8 +182,8 @@ def process(folder: Path, rank: int, barrier: Any) -> None:
         lent, scalar = tiny_model(), tiny_model()
         lent.model.layers[1].mlp = lent.model.layers[0].mlp
         scalar.model.layers[0].gain = torch.nn.Parameter(torch.tensor(1.0))
-        found["lent"] = error(lambda: model_module.shard(lent, torch.device("cpu")))
-        found["scalar"] = error(lambda: model_module.shard(scalar, torch.device("cpu")))
+        found["lent"] = error(lambda: shards.shard(lent, torch.device("cpu"), model_module.row_logprobs))
+        found["scalar"] = error(lambda: shards.shard(scalar, torch.device("cpu"), model_module.row_logprobs))
         found["missing"] = error(lambda: learner(folder, "nowhere", {}))
     for name in ROWS:
         found[name] = row(folder, name)

@@ -14,13 +14,12 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from aipo_graph.config import Config
-from aipo_graph.errors import ConfigError, EngineError
+from aipo_graph.errors import ConfigError, EngineError, first_line
 from aipo_graph.forward import (
     EXACT,
     MISFITS,
     affordable,
     borders,
-    first_line,
     gap,
     own_logprobs,
     probe_rows,
@@ -115,7 +114,6 @@ class Decoder:
             raise self._refusal(f"it has {sorted(kinds - LAYERS)} layers{SERVER}")
         self._slides = "sliding_attention" in kinds or not kinds
         self._mixed = "sliding_attention" in kinds  # such models take one mask per kind
-        self._layers = [_Slots() for _ in range(text.num_hidden_layers)]
         use_exact_attention(model)
         self._check()
         self.reset()
@@ -125,7 +123,7 @@ class Decoder:
 
     def reset(self) -> None:
         """Forgets every slot."""
-        self._layers = [_Slots() for _ in self._layers]
+        self._layers = [_Slots() for _ in range(self._text.num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
 
     @torch.inference_mode()

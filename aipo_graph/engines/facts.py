@@ -9,8 +9,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from aipo_graph.config import Config
 from aipo_graph.errors import ContextError, EngineError
-from aipo_graph.forward import read_config, read_tokenizer, scaled_from
-from aipo_graph.messages import turn_end
+from aipo_graph.forward import read_config, scaled_from
+from aipo_graph.messages import read_tokenizer, turn_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Facts:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
+    """Token ids that end a text: those of generation config, model config and tokenizer, and that which ends a reply in the template."""
     vocab_size: int
     context: int
     """Longest prompt plus completion: the model's own, or ``engine.max_context`` where that is less."""
@@ -31,17 +32,13 @@ class Facts:
             generation = GenerationConfig.from_pretrained(model_path).eos_token_id
         except OSError:  # a model directory need not have one
             generation = None
-        context = context_of(config, model, model_path)
-        return cls(model_path, model, tokenizer, ends(tokenizer, model, generation), int(model.get_text_config().vocab_size), context)
+        text = model.get_text_config()
+        named = (generation, text.eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer))
+        ends = frozenset(token for ids in named for token in ([ids] if isinstance(ids, int) else ids or ()))
+        return cls(model_path, model, tokenizer, ends, int(text.vocab_size), _context(config, model, model_path))
 
 
-def ends(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, generation: int | Sequence[int] | None) -> frozenset[int]:
-    """Token ids that end a text: those of generation config, model config and tokenizer, and that which ends a reply in the template."""
-    named = (generation, model.get_text_config().eos_token_id, tokenizer.eos_token_id, turn_end(tokenizer))
-    return frozenset(token for ids in named for token in ([ids] if isinstance(ids, int) else ids or ()))
-
-
-def context_of(config: Config, model: PretrainedConfig, model_path: str) -> int:
+def _context(config: Config, model: PretrainedConfig, model_path: str) -> int:
     """Raises EngineError where the model names no context, ``engine.max_context`` is longer than it, or a row's positions would depend on
     the rows beside it.
     """

@@ -2,11 +2,10 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +13,9 @@ import torch
 
 from aipo_graph.config import Config
 from aipo_graph.engines.decoder import Decoder, device_here, draw
-from aipo_graph.engines.facts import check_request, context_of, ends
-from aipo_graph.errors import EngineError
-from aipo_graph.forward import first_line, read_tokenizer, read_weights
+from aipo_graph.engines.facts import Facts, check_request
+from aipo_graph.errors import EngineError, first_line
+from aipo_graph.forward import read_weights
 from aipo_graph.messages import decode
 from aipo_graph.types import Completion, Stop
 
@@ -40,15 +39,10 @@ class Stops:
         self._decode = decode
         self._vocab = range(vocab_size)
         self._pieces: list[str] = []
-        self._rules: dict[tuple[Stop, ...], StopRule] = {}
+        self.rule = cache(self._rule)
 
-    def rule(self, stop: tuple[Stop, ...]) -> StopRule:
+    def _rule(self, stop: tuple[Stop, ...]) -> StopRule:
         """Raises EngineError for an empty entry."""
-        if stop not in self._rules:
-            self._rules[stop] = self._compile(stop)
-        return self._rules[stop]
-
-    def _compile(self, stop: tuple[Stop, ...]) -> StopRule:
         if not all(stop):
             raise EngineError(f"stop holds an empty entry: {stop!r}; leave it out")
         strings = tuple(entry for entry in stop if isinstance(entry, str))
@@ -94,7 +88,6 @@ _current: ContextVar[Party | None] = ContextVar("party", default=None)
 class Barrier:
     def __init__(self) -> None:
         self._parties: set[Party] = set()
-        self._idle: set[Party] = set()
         self._news = asyncio.Event()
         self.events = 0
 
@@ -106,7 +99,6 @@ class Barrier:
     @contextlib.contextmanager
     def enter(self, party: Party) -> Iterator[None]:
         self._parties.add(party)
-        self._idle.add(party)
         self._tell()
         token = _current.set(party)
         try:
@@ -114,22 +106,12 @@ class Barrier:
         finally:
             _current.reset(token)
             self._parties.discard(party)
-            self._idle.discard(party)
             self._tell()
 
-    def hold(self, party: Party | None) -> None:
-        """One more request of the party, and of the run that it is a consult of, is in the engine."""
+    def count(self, party: Party | None, requests: int) -> None:
+        """So many more requests of the party, and of the run that it is a consult of, are in the engine."""
         while party is not None:
-            party.pending += 1
-            self._idle.discard(party)
-            party = party.parent
-        self._tell()
-
-    def release(self, party: Party | None) -> None:
-        while party is not None:
-            party.pending -= 1
-            if not party.pending and party in self._parties:
-                self._idle.add(party)
+            party.pending += requests
             party = party.parent
         self._tell()
 
@@ -137,16 +119,12 @@ class Barrier:
         self.events += 1
         self._news.set()
 
-    def bind(self) -> None:
-        """Serves the running event loop from now on."""
-        self._news = asyncio.Event()
-
     async def settle(self) -> None:
         """Returns when every request that can arrive without a further step has arrived."""
         quiet = 0
         while quiet < QUIET_TURNS:
-            while self._idle:
-                self._news.clear()
+            while not all(party.pending for party in self._parties):
+                self._news = asyncio.Event()  # of the loop that runs now
                 await self._news.wait()
             seen = self.events
             await asyncio.sleep(0)
@@ -227,10 +205,6 @@ class LocalEngine:
         self.version = 0
         self.takes: Literal["weights", "adapter"] = "weights"
         self.in_flight = False
-        self.sampled_tokens = 0
-        self.prefill_tokens = 0
-        self.seconds = 0.0
-        """Spent in forwards and sampling, not waiting."""
         self._decoder = Decoder(model, max_context)
         self.model = self._decoder.model
         self.device = self._decoder.device
@@ -244,12 +218,14 @@ class LocalEngine:
     @classmethod
     def load(cls, config: Config, model_path: str) -> "LocalEngine":
         """The policy at ``model_path`` (directory or hub name) on ``run.device``. Raises ConfigError, EngineError if it does not load."""
-        tokenizer = read_tokenizer(model_path)
-        model = read_weights(model_path, config.policy.dtype).to(device_here(config))
-        engine, context = config.engine, context_of(config, model.config, model_path)
-        eos = ends(tokenizer, model.config, model.generation_config.eos_token_id)
+        facts, engine = Facts.read(config, model_path), config.engine
         return cls(
-            model, eos, partial(decode, tokenizer), max_batch=engine.max_batch, deterministic=engine.deterministic, max_context=context
+            read_weights(model_path, config.policy.dtype, facts.config).to(device_here(config)),
+            facts.eos_ids,
+            partial(decode, facts.tokenizer),
+            max_batch=engine.max_batch,
+            deterministic=engine.deterministic,
+            max_context=facts.context,
         )
 
     async def generate(
@@ -265,10 +241,9 @@ class LocalEngine:
         uniforms = np.random.Generator(np.random.Philox(key=seed)).random(limit).tolist()
         party, future = self._barrier.current, asyncio.get_running_loop().create_future()
         row = _Row(prompt, seed, limit, self._stops.rule(stop), temperature, uniforms, party, future)
-        self._barrier.hold(party)
+        self._barrier.count(party, 1)
         self._waiting.append(row)
         if self._loop is None or self._loop.done():
-            self._barrier.bind()
             self._loop = asyncio.create_task(self._serve())
             self._loop.add_done_callback(self._ended)
         try:
@@ -378,7 +353,7 @@ class LocalEngine:
     def _release(self, row: _Row) -> None:
         if row.held:
             row.held = False
-            self._barrier.release(row.party)
+            self._barrier.count(row.party, -1)
 
     def _drop_cancelled(self) -> None:
         self._waiting = [row for row in self._waiting if not row.future.done()]
@@ -436,13 +411,11 @@ class LocalEngine:
 
         A joiner's last token is left to the common step, so that all sampling happens there.
         """
-        start = time.perf_counter()
         while joiners and (need := len(joiners[-1].prompt) - 1 - joiners[-1].cached):
             close = sum(2 * (len(row.prompt) - 1 - row.cached) >= need for row in joiners)
             count = max(1, min(close, PREFILL_TOKENS // need))
             joiners, group = joiners[:-count], joiners[-count:]
             new = [list(row.prompt[row.cached : -1]) for row in group]
-            self.prefill_tokens += sum(map(len, new))
             # The padding's columns are overwritten by the row's own tokens before anything sees them.
             padded = [ids + [0] * (need - len(ids)) for ids in new]
             self._decoder.forward([row.slot for row in group], padded, [row.cached for row in group])
@@ -458,8 +431,6 @@ class LocalEngine:
         for row, token, logprob in zip(rows, ids, logprobs, strict=True):
             row.sampled.append(token)
             row.logprobs.append(logprob)
-        self.sampled_tokens += len(rows)
-        self.seconds += time.perf_counter() - start
 
     def _finish(self, rows: list[_Row]) -> None:
         """Resolves the rows that are done; their columns stay until their run comes back or ends."""

@@ -23,8 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from aipo_graph.config import Config
 from aipo_graph.engines import vllm_api
 from aipo_graph.engines.facts import Facts
-from aipo_graph.errors import ConfigError, EngineError
-from aipo_graph.forward import first_line
+from aipo_graph.errors import ConfigError, EngineError, first_line
 from aipo_graph.types import Completion, Stop
 
 ATTEMPTS = 3

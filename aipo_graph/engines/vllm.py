@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 from aipo_graph.config import Config
 from aipo_graph.engines import vllm_api
 from aipo_graph.engines.facts import Facts
-from aipo_graph.errors import ConfigError, EngineError, install
-from aipo_graph.forward import first_line
+from aipo_graph.errors import ConfigError, EngineError, first_line, install
 from aipo_graph.types import Completion, Stop
 
 

@@ -19,8 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from aipo_graph.config import Config
 from aipo_graph.engines.decoder import torch_device
 from aipo_graph.engines.facts import Facts, check_request
-from aipo_graph.errors import ConfigError, EngineError
-from aipo_graph.forward import first_line
+from aipo_graph.errors import ConfigError, EngineError, first_line
 from aipo_graph.types import Completion, Stop
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from aipo_graph.config import Config, Loss
 from aipo_graph.errors import ConfigError, TrainError
-from aipo_graph.forward import read_tokenizer
 from aipo_graph.learn import checkpoint, lora, shards
 from aipo_graph.learn.batch import AGENT, POLICY, ROUNDING, Batch, fault
 from aipo_graph.learn.loss import Sums, aipo_loss, forms, merge, summarise
@@ -26,8 +25,8 @@ from aipo_graph.learn.model import (
     far_rows,
     load_model,
     packs,
+    row_logprobs,
     save_model,
-    shard,
     token_logprobs,
 )
 from aipo_graph.load import own
@@ -112,14 +111,14 @@ class Learner:
         if policy.lora_rank:  # vLLM takes no adapters of fused experts
             self.adapted = lora.attach(self.model, policy, derive_seed(config.run.seed, "lora"), experts=config.engine.kind == "local")
         self.frozen = None if self.adapted is None else shards.from_first(self._frozen)
-        shard(self.model, self.device)
+        shards.shard(self.model, self.device, row_logprobs)
         choose_attention(self.model, policy.dtype)
         self.reference: PreTrainedModel | None = None
         if config.loss.kl_weight > 0:
             self.reference = self.model
             if self.adapted is None:
                 self.reference = load_model(model_path, dtype=policy.dtype, device=device).requires_grad_(False)
-                shard(self.reference, self.device)
+                shards.shard(self.reference, self.device, row_logprobs)
                 choose_attention(self.reference, policy.dtype)
         if config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -389,11 +388,10 @@ class Learner:
         save_model(
             self.model,
             self.weights(),
-            shards.on_first(lambda: read_tokenizer(self.model_path)),
             directory,
             dtype=self.config.policy.dtype,
-            adapter=self.adapted,
             source=str(self.model_path),
+            adapter=self.adapted,
         )
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from aipo_graph.config import Config
-from aipo_graph.forward import first_line
+from aipo_graph.errors import first_line
 from aipo_graph.learn import lora
 from aipo_graph.learn.model import CHUNK
 

@@ -12,16 +12,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from aipo_graph.errors import ConfigError, TrainError
+from aipo_graph.errors import ConfigError, TrainError, first_line
 from aipo_graph.forward import (
     EXACT,
     MISFITS,
     affordable,
     borders,
-    first_line,
     own_logprobs,
     probe_rows,
     read_config,
@@ -74,17 +73,17 @@ def choose_attention(model: PreTrainedModel, dtype: str) -> None:
 def save_model(
     model: PreTrainedModel,
     weights: Iterable[tuple[str, Tensor]],
-    tokenizer: PreTrainedTokenizerBase | None,
     directory: str | Path,
     *,
     dtype: str,
+    source: str,
     adapter: Any = None,
-    source: str = "",
 ) -> None:
-    """A Hugging Face model directory in ``dtype``, there whole or not at all; with ``adapter/`` beside the merged weights for LoRA.
+    """A Hugging Face model directory in ``dtype`` with the tokenizer of ``source``, the model that was trained, there whole or not at all;
+    with ``adapter/`` beside the merged weights for LoRA.
 
     A generation config that sets up sampling and leaves it off, which some models ship and transformers refuses to write, turns it on.
-    ``source``: the model that the adapter belongs to. Of several ranks the first writes. Raises ConfigError where the directory cannot be
+    Of several ranks the first writes. Raises ConfigError where the directory cannot be
     written.
     """
     directory, first = Path(directory), shards.world()[0] == 0
@@ -104,8 +103,7 @@ def save_model(
                 config = copy.deepcopy(model.config)
                 config.dtype = dtype  # save_pretrained names that of the master weights
                 config.save_pretrained(temporary)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(temporary)
+                AutoTokenizer.from_pretrained(source).save_pretrained(temporary)
                 if adapted is not None:
                     lora.save(adapter, adapted, temporary / "adapter", source)
         except (OSError, ValueError, SafetensorError) as error:
@@ -196,11 +194,6 @@ def token_logprobs(
             shards.settle(model)
         return found
     return row_logprobs(model, token_ids, mask, temperature, packed)
-
-
-def shard(model: PreTrainedModel, device: torch.device) -> None:
-    """Over the ranks, if there are several. Raises ConfigError for a model that cannot be sharded."""
-    shards.shard(model, device, row_logprobs)
 
 
 def row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float, packed: bool) -> tuple[Tensor, Tensor]:

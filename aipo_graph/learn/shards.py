@@ -17,8 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from aipo_graph.errors import AipoError, ConfigError
-from aipo_graph.forward import first_line
+from aipo_graph.errors import AipoError, ConfigError, first_line
 
 FAULTS = (AipoError, OSError, SafetensorError)
 """What work on rank 0 alone may raise, and all ranks then do."""

@@ -22,7 +22,7 @@ from langsmith import tracing_context
 from aipo_graph.config import Config
 from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, RequestError, TaskError
 from aipo_graph.load import call, find, load, model, nearest, own_place
-from aipo_graph.messages import THOUGHTS, after_reasoning
+from aipo_graph.messages import THOUGHTS, after_reasoning, read_tokenizer
 from aipo_graph.rollout.agents import Agent, Clock, Prompts
 from aipo_graph.rollout.chat import ChatRun, Misfit, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
@@ -141,7 +141,7 @@ class Rollouts:
             config,
             engine,
             task,
-            Tokenizer.load(model(config.policy.model), agents, engine.eos_ids, thinking=config.policy.thinking),
+            Tokenizer(read_tokenizer(model(config.policy.model)), agents, engine.eos_ids, thinking=config.policy.thinking),
             open_graph(config.rollout.graph),
             open_graph(config.rollout.solo),
             agents,

@@ -1,12 +1,11 @@
 """The consult protocol as text, and between text and token ids: prompts in, helpers' replies in, sampled ids never re-tokenized."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from aipo_graph.errors import ConfigError
 from aipo_graph.messages import ChatFormat, blank, decode, settings, special_ids, turn_end
 from aipo_graph.types import Reply, Segment
 
@@ -92,20 +91,6 @@ class Tokenizer:
             Segment("context", FEEDBACK, tuple(tokenizer.encode(tag, add_special_tokens=False)), text=tag) for tag in tags(FEEDBACK)
         )
 
-    @classmethod
-    def load(cls, model: str | Path, agents: Iterable[str] = (), eos_ids: Iterable[int] = (), *, thinking: bool = False) -> "Tokenizer":
-        """The tokenizer of a model directory or hub name. Raises ConfigError if there is none."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            if isinstance(tokenizer.chat_template, str):  # an editor's byte order mark would open every prompt
-                tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
-            return cls(tokenizer, agents, eos_ids, thinking=thinking)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(
-                f"{model}: no usable tokenizer ({reason}); policy.model must hold tokenizer.json beside the weights"
-            ) from error
-
     def decode(self, token_ids: Sequence[int]) -> str:
         return decode(self._tokenizer, token_ids)
 
@@ -151,14 +136,12 @@ class Tokenizer:
 
         A prompt file explains the tags, so the text is taken as it is: what it quotes from others is neutralised before.
         """
-        if self._tokenizer.chat_template is None:
-            ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
-            bos = self._tokenizer.bos_token_id
-            return Segment("context", author, ids if bos is None else (bos, *ids), text=text, thread=thread)
-        messages = [{"role": "user", "content": text}]
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings(self._thinking))
-        ids = tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
-        return Segment("context", author, ids, text=str(rendered), thread=thread)
+        bos, template = self._tokenizer.bos_token_id, self._tokenizer.apply_chat_template
+        if self._tokenizer.chat_template is not None:
+            messages, bos = [{"role": "user", "content": text}], None
+            text = str(template(messages, tokenize=False, add_generation_prompt=True, **settings(self._thinking)))
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return Segment("context", author, tuple(ids if bos is None else [bos, *ids]), text=text, thread=thread)
 
     def wrap(self, reply: Reply, author: str, thread: str = "main", limit: int | None = None) -> tuple[Segment, ...]:
         """A helper's reply as three segments: the opening tag, the words (source `agent`), the closing tag.
@@ -174,8 +157,4 @@ class Tokenizer:
         else:
             ids, text = self.plain(reply.text, limit)
             words = Segment("agent", author, ids, text, thread=thread)
-        return (self._tag(self._open, thread), words, self._tag(self._close, thread))
-
-    @staticmethod
-    def _tag(segment: Segment, thread: str) -> Segment:
-        return segment if thread == "main" else Segment("context", segment.author, segment.token_ids, segment.text, thread=thread)
+        return (replace(self._open, thread=thread), words, replace(self._close, thread=thread))

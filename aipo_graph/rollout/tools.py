@@ -14,7 +14,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, ConfigDict, create_model
 from pydantic.errors import PydanticUserError
 
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import ConfigError, first_line
 
 Tool = Callable[..., Any] | BaseTool
 """A function, async or plain (which runs in a thread), an object that can be called, or a LangChain tool. What it returns becomes text.
@@ -39,8 +39,7 @@ def shown(agent: str, tool: Tool) -> BaseTool:
             raise ValueError(f"its parameter {hidden[0]!r} is one that a graph injects; take it out")
         json.dumps(schema)
     except (TypeError, ValueError, NameError, PydanticUserError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"agent {agent!r}: its tool {_name(tool)} cannot be shown to a model: {reason}") from error
+        raise ConfigError(f"agent {agent!r}: its tool {_name(tool)} cannot be shown to a model: {first_line(error)}") from error
     return made
 
 
@@ -122,7 +121,7 @@ def _schema(tool: BaseTool) -> dict[str, Any]:
     try:
         found: dict[str, Any] = convert_to_openai_tool(tool)["function"]["parameters"]
     except PydanticUserError as error:
-        raise ValueError(f"a parameter has a type that JSON does not know ({str(error).partition(chr(10))[0]}); take it out") from error
+        raise ValueError(f"a parameter has a type that JSON does not know ({first_line(error)}); take it out") from error
     return {"properties": {}} | found
 
 
