@@ -700,12 +700,11 @@ class Workers:
     """Makes groups in the cluster's workers: with engines in them all make each call together; over samplers each goes to the least busy.
 
     Args:
-        rollouts: this process's own, which draws.
+        rollouts: this process's own.
     """
 
     def __init__(self, cluster: Cluster, rollouts: Rollouts) -> None:
         self.engine: Any = rollouts.engine
-        self.draw, self.probe_ids = rollouts.draw, rollouts.probe_ids
         self._cluster, self._rollouts = cluster, rollouts
         self._limit = 2 * rollouts.config.rollout.timeout + PLACE  # a trace has a limit of its own; grading comes on top
 

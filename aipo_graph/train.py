@@ -37,8 +37,7 @@ from aipo_graph.learn.batch import pack
 from aipo_graph.learn.learner import Learner
 from aipo_graph.log import RunLog, read_metrics
 from aipo_graph.rollout.collect import Rollouts
-from aipo_graph.rollout.metrics import exclusions, rollout_metrics
-from aipo_graph.rollout.stream import Stream
+from aipo_graph.rollout.stream import Stream, exclusions, rollout_metrics
 from aipo_graph.tasks.open import open_task, problems_of
 from aipo_graph.types import Engine, Task, TraceGroup
 from aipo_graph.workers import Workers, processes
@@ -91,7 +90,12 @@ async def loop(
                 try:
                     metrics |= await asyncio.to_thread(_learn, config, learner.step, batch)
                 except TrainError as error:
-                    raise TrainError(f"{error}{_violations(metrics)}") from error
+                    if metrics["violations"] > 0.5:  # traces with agents are worth nothing since the policy wrote the helpers' part
+                        raise TrainError(
+                            f"{error}; {metrics['violations']:.0%} of the last step's traces with agents got 0 since the policy wrote a "
+                            "reply's tags itself (violations): say in its prompt that it must stop at a request"
+                        ) from error
+                    raise
                 stepped = time.monotonic()
                 await stream.load_weights(learner)
                 ended = time.monotonic()
@@ -126,16 +130,6 @@ def _learn(config: Config, method: Callable[..., Any], *arguments: Any) -> Any:
 def _finished(config: Config, version: int, tokens: float) -> bool:
     """Whether a run is at its end, which later settings may have moved."""
     return version >= config.train.steps or 0 < config.train.tokens <= tokens
-
-
-def _violations(metrics: Mapping[str, float]) -> str:
-    """What to say of a step whose traces with agents are worth nothing since the policy wrote the helpers' part."""
-    if not metrics["violations"] > 0.5:
-        return ""
-    return (
-        f"; {metrics['violations']:.0%} of the last step's traces with agents got 0 since the policy wrote a reply's tags itself "
-        "(violations): say in its prompt that it must stop at a request"
-    )
 
 
 def _all_helped_failed(groups: Sequence[TraceGroup]) -> bool:
@@ -265,10 +259,12 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             gc.collect()  # the learner's memory is the evaluation's, which is another process
             torch.cuda.empty_cache()
             values["trained"] = evaluate(log.folder / "policy", "trained")
-        if not known or len(read_metrics(log.folder / "metrics.jsonl")) > len(before):
+        rows = read_metrics(log.folder / "metrics.jsonl")
+        if not known or len(rows) > len(before):
             seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
             known = {"wall_seconds": round(seconds, 1)}
-        log.summary(known | summary(log.folder, values))  # a finished run may have been evaluated otherwise
+        tokens = {source: sum(row[f"tokens/{source}"] for row in rows) for source in ("policy", "agent")}
+        log.summary(known | {"steps": len(rows), "train_tokens": tokens} | values)  # a finished run may have been evaluated otherwise
         if evaluated:
             console.print(trained_table(values["base"], values["trained"]))
             for line in verdict(compare(evaluation / "base", evaluation / "trained"), values["base"]["kind"]):
@@ -343,17 +339,8 @@ async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: An
             log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs
         stack.callback(gc.unfreeze)
-        yield Stream(cluster.sampling(rollouts) if cluster else stack.enter_context(Workers(rollouts, path)), config)
-
-
-def summary(folder: Path, values: Mapping[str, Values]) -> dict[str, Any]:
-    """What summary.json holds beside the wall time: the evaluations of base and trained policy, and the tokens sampled for training."""
-    rows = read_metrics(folder / "metrics.jsonl")
-    return {
-        "steps": len(rows),
-        "train_tokens": {"policy": sum(row["tokens/policy"] for row in rows), "agent": sum(row["tokens/agent"] for row in rows)},
-        **values,
-    }
+        workers = cluster.sampling(rollouts) if cluster else stack.enter_context(Workers(rollouts, path))
+        yield Stream(rollouts, workers.run_groups)
 
 
 def check(config: Config) -> None:

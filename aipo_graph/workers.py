@@ -143,8 +143,6 @@ class Workers(ExitStack):
 
     def __init__(self, rollouts: "Rollouts", path: str) -> None:
         super().__init__()
-        self.engine: Any = rollouts.engine
-        self.draw, self.probe_ids = rollouts.draw, rollouts.probe_ids
         self._rollouts = rollouts
         self._versions: dict[Worker, int] = {}  # of the weights in each
         self._threads = self.enter_context(ThreadPoolExecutor(processes(rollouts.config)))  # which wait; those of the loop have work
@@ -164,9 +162,10 @@ class Workers(ExitStack):
                 worker.pipe.send_bytes(sent)
             return worker.receive()
 
-        weights, version = None, self.engine.version
+        engine: Any = self._rollouts.engine
+        weights, version = None, engine.version
         if self._versions[worker] != version:
-            weights = {name: tensor.cpu() for name, tensor in self.engine.model.state_dict().items()}
+            weights = {name: tensor.cpu() for name, tensor in engine.model.state_dict().items()}
         sent = pickle.dumps(([draw.index for draw in draws], weights, version))  # by itself a pipe would share the tensors' memory
         self._versions[worker] = version
         found = await asyncio.get_running_loop().run_in_executor(self._threads, asked)

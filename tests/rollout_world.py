@@ -186,7 +186,7 @@ def sampling(folder: Path, tokenizer: PreTrainedTokenizerFast, helpers: Iterable
 
 async def run_step(rollouts: Rollouts, number: int, drawn: int) -> Step:
     """One training step alone, from training problem ``drawn`` on."""
-    async with aclosing(Stream(rollouts, rollouts.config).steps(number, number + 1, drawn)) as steps:
+    async with aclosing(Stream(rollouts, rollouts.run_groups).steps(number, number + 1, drawn)) as steps:
         return await anext(steps)
 
 

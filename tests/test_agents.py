@@ -32,7 +32,7 @@ from aipo_graph.errors import AgentError, ConfigError, RequestError, ToolError
 from aipo_graph.rollout import Agent
 from aipo_graph.rollout.agents import BREAK_AFTER, LONGEST, LONGEST_QUERY, MOST_CALLS, Prompts, is_transient, retry_after
 from aipo_graph.rollout.collect import open_agents
-from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.stream import rollout_metrics
 from aipo_graph.rollout.tokens import quoted
 from aipo_graph.types import Request, TraceGroup, derive_seed
 

@@ -39,7 +39,7 @@ from aipo_graph.messages import ChatFormat
 from aipo_graph.rollout import Graph, PolicyChatModel
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.rollout.collect import Rollouts, gather, open_graph
-from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.stream import rollout_metrics
 from aipo_graph.rollout.tokens import Tokenizer
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Completion, Problem, Stop, Trace, TraceGroup

@@ -16,7 +16,7 @@ from rich.console import Console
 from aipo_graph.config import Config, Run
 from aipo_graph.errors import ConfigError
 from aipo_graph.log import LoggedGroup, RunLog, read_metrics, read_traces
-from aipo_graph.rollout.metrics import exclusions, rollout_metrics
+from aipo_graph.rollout.stream import exclusions, rollout_metrics
 from aipo_graph.types import Learned, Problem, Segment, Trace, TraceGroup
 
 LEARNED = Learned((None, -0.1), (None, 1.0), (None, 0.5), (None, 2.0))

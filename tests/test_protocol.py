@@ -16,7 +16,7 @@ from test_tokens import LOOKALIKES, SPECIALS, TAGS, hostile
 from aipo_graph.rollout import Context, State, agent_node, by_request, parse_request, policy_node
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.rollout.graph import Budget
-from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.stream import rollout_metrics
 from aipo_graph.types import Problem, Segment, TraceGroup
 from examples.operators import pretrain
 

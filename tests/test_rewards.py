@@ -19,7 +19,7 @@ from test_chat_graph import agent, build
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError, TaskError
-from aipo_graph.rollout.metrics import rollout_metrics
+from aipo_graph.rollout.stream import rollout_metrics
 from aipo_graph.tasks import rewards
 from aipo_graph.tasks.open import open_task
 from aipo_graph.tasks.rewards import PLACES, Rewards

@@ -24,8 +24,7 @@ from aipo_graph.learn.batch import pack
 from aipo_graph.load import model
 from aipo_graph.rollout import Agent, Context, State, agent_node, by_confidence, by_request, policy_node
 from aipo_graph.rollout.collect import Rollouts, answer_text, gather, open_agents, open_graph
-from aipo_graph.rollout.metrics import rollout_metrics
-from aipo_graph.rollout.stream import Stream
+from aipo_graph.rollout.stream import Stream, rollout_metrics
 from aipo_graph.tasks import operators
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup, derive_seed
 from examples.operators import pretrain
@@ -140,7 +139,7 @@ class Scaler:
 
 async def consume(rollouts: Rollouts, steps: int) -> list[tuple[TraceGroup, ...]]:
     assert isinstance(rollouts.engine, LocalEngine)
-    learner, stream, seen = Scaler(rollouts.engine), Stream(rollouts, rollouts.config), []
+    learner, stream, seen = Scaler(rollouts.engine), Stream(rollouts, rollouts.run_groups), []
     async for step in stream.steps(0, steps, 0):
         seen.append(step.groups)
         await asyncio.to_thread(learner.step)
@@ -206,7 +205,7 @@ async def test_questions_that_are_too_long_are_passed_over(root: Path) -> None:
 
 async def test_leaving_a_stream_early_stops_the_step_ahead() -> None:
     rollouts = on_operators(rollout=SMALL["rollout"] | {"max_lag": 1})
-    steps = Stream(rollouts, rollouts.config).steps(0, 9, 0)
+    steps = Stream(rollouts, rollouts.run_groups).steps(0, 9, 0)
     await anext(steps)
     await steps.aclose()
     assert len(asyncio.all_tasks()) <= 2  # this test and at most the engine's loop, which has nothing left to do

@@ -11,11 +11,11 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from rollout_world import Scribe, settings
 
+from aipo_graph.config import Config
 from aipo_graph.errors import GraphError
 from aipo_graph.learn.batch import pack
 from aipo_graph.rollout.collect import Draw
-from aipo_graph.rollout.metrics import rollout_metrics
-from aipo_graph.rollout.stream import Step, Stream
+from aipo_graph.rollout.stream import Step, Stream, rollout_metrics
 from aipo_graph.types import Problem, Segment, Trace, TraceGroup
 from examples.operators import pretrain
 
@@ -28,6 +28,7 @@ class Source:
     """Groups that take a random number of event-loop turns, each token under the weights of its own moment. ``ending`` says of each problem
     whether it has a signal."""
 
+    config: Config
     engine: Scribe
     rng: random.Random
     ending: Ending
@@ -83,8 +84,8 @@ async def consume(seed: int, ending: Ending, *, start: int = 0, steps: int, draw
     rng = random.Random(seed)
     config = settings(rollout={"traces": 2, **rollout}, run={"device": "cpu", "checkpoint_every": 3})
     engine = Scribe(RAW, lambda text: "", version=start, in_flight=in_flight)
-    source, learner = Source(engine, rng, ending), Counter(rng, start)
-    stream, seen, passed = Stream(source, config), [], 0
+    source, learner = Source(config, engine, rng, ending), Counter(rng, start)
+    stream, seen, passed = Stream(source, source.run_groups), [], 0
     async with asyncio.timeout(60):
         await stream.load_weights(learner)
         async for step in stream.steps(start, start + steps, drawn):
@@ -178,6 +179,7 @@ async def test_an_error_ends_what_is_under_way_at_once() -> None:
 
     engine = Scribe(RAW, lambda text: "", in_flight=True)
     config = settings(rollout={"problems": 4, "max_lag": 1})
+    source = Failing(config, engine, random.Random(0), lambda index: "signal")
     with pytest.raises(GraphError, match="a bug in a graph"):
-        await anext(Stream(Failing(engine, random.Random(0), lambda index: "signal"), config).steps(0, 3, 0))
+        await anext(Stream(source, source.run_groups).steps(0, 3, 0))
     assert len(asyncio.all_tasks()) == 1

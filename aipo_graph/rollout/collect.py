@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from aipo_graph.messages import THOUGHTS, after_reasoning, read_tokenizer
 from aipo_graph.rollout.agents import Agent, Clock, Prompts
 from aipo_graph.rollout.chat import ChatRun, Misfit, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
-from aipo_graph.rollout.inputs import Inputs, apart, fresh_stores, in_messages, said, start
+from aipo_graph.rollout.inputs import Inputs, apart, fresh_stores, in_messages, said, unsolved
 from aipo_graph.rollout.ledger import Ledger
 from aipo_graph.rollout.tokens import FEEDBACK, Tokenizer, parse_request, writes_feedback
 from aipo_graph.rollout.tools import check_alone
@@ -210,7 +210,8 @@ class Rollouts:
             scores = {**trace.scores, **await self._rewards(given)}
         except TaskError as error:
             return replace(trace, status="failed", error=f"TaskError: {error}")
-        if with_agents and self.agents and any(writes_feedback(text) for text in policy_texts(trace)):
+        own = ("".join(s.text if s.source == "policy" else "\n" for s in row) for row in trace.rows())
+        if with_agents and self.agents and any(map(writes_feedback, own)):
             scores |= {"reward": 0.0, "violation": 1.0}
         return self._mark_leaks(replace(trace, scores=scores), problem)
 
@@ -237,7 +238,7 @@ class Rollouts:
             seed=seed,
             temperature=self.temperature,
         )
-        graph = self._graph(with_agents)
+        graph = self.graph if with_agents else self.solo
         chat = self._chat(ledger, seed, alone=not with_agents) if in_messages(graph) else None
         segments: tuple[Segment, ...] = ()
         state: Mapping[str, Any] = {}
@@ -314,9 +315,6 @@ class Rollouts:
         scores = {name: float(getattr(chat, name)) for name in counted}
         return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason, reply), state
 
-    def _graph(self, with_agents: bool) -> Graph:
-        return self.graph if with_agents else self.solo
-
     def _chat(self, ledger: Ledger, seed: int, *, alone: bool) -> ChatRun:
         return ChatRun(
             ledger,
@@ -330,14 +328,15 @@ class Rollouts:
         )
 
     def _stream(
-        self, graph: Graph, given: tuple[dict[str, Any], ...], problem: Problem, context: Context, chat: ChatRun | None
+        self, graph: Graph, given: Sequence[dict[str, Any]], problem: Problem, context: Context, chat: ChatRun | None
     ) -> AsyncIterator[Any]:
         """The run's chunks. A graph of messages gets the question as a human message, and not our context but its own schema's."""
         state, own, configurable = given
         settings: RunnableConfig = {"recursion_limit": self.config.rollout.max_supersteps, "configurable": configurable}
         modes: list[StreamMode] = ["updates", "values"]
         if chat is None:
-            return graph.astream(start(problem) | state, settings, context=context, stream_mode=modes)
+            begun = {"problem": unsolved(problem), "segments": ()}
+            return graph.astream(begun | state, settings, context=context, stream_mode=modes)
         settings["callbacks"] = [chat]
         return graph.astream(state, settings, context=own, stream_mode=modes)
 
@@ -440,20 +439,11 @@ async def dealt(draws: Sequence[Draw], makers: Sequence[MakeGroups]) -> list[Tra
     return [found[i % len(found)][i // len(found)] for i in range(len(draws))]
 
 
-def policy_texts(trace: Trace) -> list[str]:
-    """The text of each unbroken run of policy segments."""
-    runs = (run for row in trace.rows() for source, run in groupby(row, key=lambda s: s.source) if source == "policy")
-    return ["".join(s.text for s in run) for run in runs]
-
-
 def final_text(segments: Sequence[Segment]) -> str:
     """What the policy wrote last, after any helper's words: the only text in which an answer counts."""
-    sampled = [i for i, s in enumerate(segments) if s.source == "policy"]
-    if not sampled:
-        return ""
-    row = [s for s in segments if s.thread == segments[sampled[-1]].thread]
-    start = max((i + 1 for i, s in enumerate(row) if s.source != "policy"), default=0)
-    return "".join(s.text for s in row[start:])
+    thread = next((s.thread for s in reversed(segments) if s.source == "policy"), None)
+    run = takewhile(lambda s: s.source == "policy", (s for s in reversed(segments) if s.thread == thread))
+    return "".join(s.text for s in reversed([*run]))
 
 
 def answer_text(segments: Sequence[Segment], ends: Sequence[str] = ()) -> str:

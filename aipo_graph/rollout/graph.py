@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import dropwhile, groupby, takewhile
 from typing import Annotated, Any, Protocol
 
 from langgraph.graph import END
@@ -104,10 +104,8 @@ def last_policy_segment(state: State, thread: str | None = None) -> Segment:
 def last_words(state: State, thread: str | None = None) -> str:
     """The text of the newest run of policy segments, of one thread or of the newest one's: a request may span several segments."""
     thread = last_policy_segment(state, thread).thread
-    row = [s for s in state["segments"] if s.thread == thread]
-    end = max(i + 1 for i, s in enumerate(row) if s.source == "policy")
-    start = max((i + 1 for i, s in enumerate(row[:end]) if s.source != "policy"), default=0)
-    return "".join(s.text for s in row[start:end])
+    newest = dropwhile(lambda s: s.source != "policy", (s for s in reversed(state["segments"]) if s.thread == thread))
+    return "".join(s.text for s in reversed([*takewhile(lambda s: s.source == "policy", newest)]))
 
 
 def _transcript(state: State, thread: str, neutralise: Callable[[str], str]) -> str:

@@ -38,11 +38,10 @@ def in_messages(graph: Graph) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """`rollout.inputs` of one graph: name -> field of the problem, by where the name is."""
+    """`rollout.inputs` of one graph."""
 
-    state: Mapping[str, str]
-    context: Mapping[str, str]
-    configurable: Mapping[str, str]
+    fields: Mapping[str, Mapping[str, str]]
+    """Name -> field of the problem, by where the name is: in the state, the context or the configurable values."""
 
     @classmethod
     def open(cls, inputs: Mapping[str, str], graph: Graph, path: str, *, partly: bool = False) -> "Inputs":
@@ -66,28 +65,21 @@ class Inputs:
             )
         if in_messages(graph) and "messages" in keys:
             places["state"] = {"messages": "", **places["state"]}
-        return cls(**places)
+        return cls(places)
 
-    def of(self, problem: Problem) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def of(self, problem: Problem) -> list[dict[str, Any]]:
         """State, context and configurable values of a problem, copies that a graph may change. Raises ConfigError for a field it lacks."""
-        places = (self.state, self.context, self.configurable)
-        state, context, configurable = ({name: _value(problem, field) for name, field in each.items()} for each in places)
-        return state, context, configurable
+        return [{name: _value(problem, field) for name, field in names.items()} for names in self.fields.values()]
 
     def warnings(self, problem: Problem) -> list[str]:
         """A line for each field that, by its name or in this problem, gives the answer away."""
-        every = [*self.state.items(), *((f"context.{k}", v) for k, v in self.context.items())]
-        every += [(f"configurable.{name}", field) for name, field in self.configurable.items()]
         return [
-            f"rollout.inputs.{name} = {field!r} may give the answer away: the graph, its tools and a tracer see it"
-            for name, field in every
+            f"rollout.inputs.{'' if place == 'state' else f'{place}.'}{name} = {field!r} may give the answer away: "
+            "the graph, its tools and a tracer see it"
+            for place, names in self.fields.items()
+            for name, field in names.items()
             if field == "answer" or (field not in FIELDS and gives_away(problem, field, problem.meta.get(field)))
         ]
-
-
-def start(problem: Problem) -> dict[str, Any]:
-    """What a graph of segments starts from."""
-    return {"problem": unsolved(problem), "segments": ()}
 
 
 def said(state: Mapping[str, Any], key: str) -> str | None:
