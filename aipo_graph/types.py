@@ -240,27 +240,21 @@ class Engine(Protocol):
 
     def run(self, key: str) -> AbstractContextManager[None]:
         """Entered around each graph run, so that an engine can wait for all runs before it forms a batch."""
-        ...
 
     def busy(self) -> AbstractContextManager[None]:
         """Entered around each consult: the run will ask again."""
-        ...
 
     async def load_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """Takes new weights by name. Raises EngineError if they do not fit, or, unless ``in_flight``, while a request is served."""
-        ...
 
     async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """log p(token t | tokens < t) for t = 1, 2, … at temperature 1 under the weights in use: shows whether a load took effect."""
-        ...
 
     async def sleep(self) -> None:
         """Gives memory back to the learner until the next `load_weights`; nothing is being served. May do nothing."""
-        ...
 
     async def close(self) -> None:
         """Ends what the engine started."""
-        ...
 
 
 class Task(Protocol):
@@ -271,13 +265,10 @@ class Task(Protocol):
 
     def train(self, index: int) -> Problem:
         """The index-th training problem, index = 0, 1, 2, …: deterministic, never ending, so that one integer is the data cursor."""
-        ...
 
     def heldout(self, count: int, kind: str = "") -> list[Problem]:
         """Up to ``count`` evaluation problems of one kind (default: the task's main one); never overlapping training."""
-        ...
 
     @property
     def reward(self) -> Any:
         """What a trace is worth, where `task.reward` names nothing else: a function, or several by name (docs/rewards.md)."""
-        ...

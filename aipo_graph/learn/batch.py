@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from aipo_graph.config import Loss
 from aipo_graph.errors import GraphError, TrainError
@@ -142,8 +143,8 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
     Raises GraphError for a policy token that was sampled under weights before version ``oldest``: `rollout.max_lag` is a promise.
     """
     counts = Counter(traces=0, untrained=0, bad_reward=0, bad_logprob=0, bad_agent_tokens=0, credited_tokens=0)
-    rows: list[tuple[tuple[Segment, ...], float]] = []
-    rewards: list[float] = []  # of the rows
+    rows: list[tuple[tuple[Segment, ...], float, float]] = []
+    """Each with its trace's advantage and reward."""
     for group in groups:
         faults = [fault(trace) for trace in group.traces]
         values = advantages(
@@ -157,9 +158,8 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
         counts["traces"] += len(faults)
         for trace, reason, value in zip(group.traces, faults, values, strict=True):
             if reason is None:
-                rows += [(row, value) for row in trace.rows()]
-                rewards += [trace.reward] * (len(rows) - len(rewards))
-    batch = _tensors(rows, counts, _credits([row for row, _ in rows], rewards, loss.advantage) if loss.agent == "credit" else {})
+                rows += [(row, value, trace.reward) for row in trace.rows()]
+    batch = _tensors(rows, counts, _credits(rows, loss.advantage) if loss.agent == "credit" else {})
     if found := [version for version in batch.versions.tolist() if 0 <= version < oldest]:
         raise GraphError(f"a policy token of weights {min(found)} in a batch that takes none before {oldest} (rollout.max_lag); report it")
     return batch
@@ -172,20 +172,20 @@ def _consults(row: Sequence[Segment]) -> list[tuple[str, str]]:
     return [((ASKED.search(words) or [words])[0], reply) for words, reply in pairs]
 
 
-def _credits(rows: Sequence[Sequence[Segment]], rewards: Sequence[float], estimator: str) -> dict[int, float]:
+def _credits(rows: Sequence[tuple[tuple[Segment, ...], float, float]], estimator: str) -> dict[int, float]:
     """The advantage of single replies, by the id of their segment: those in traces that earn less than the mean of all that asked the same,
     where the traces that got the reply earn more than it. Compared word for word, with the policy's own replies among them.
 
     The mean over n traces is one of few: it counts n / (n + 1).
     """
-    consults = [_consults(row) for row in rows]
+    consults = [_consults(row) for row, _, _ in rows]
     earned = defaultdict[str | tuple[str, str], list[float]](list)
-    for asked, reward in zip(consults, rewards, strict=True):
+    for asked, (_, _, reward) in zip(consults, rows, strict=True):
         for consult in set(asked):
             earned[consult].append(reward)
             earned[consult[0]].append(reward)
     found = {}
-    for row, asked, reward in zip(rows, consults, rewards, strict=True):
+    for asked, (row, _, reward) in zip(consults, rows, strict=True):
         for segment, consult in zip((s for s in row if s.source == "agent"), asked, strict=False):
             n, mean, peers = len(earned[consult]), fmean(earned[consult]), earned[consult[0]]
             if reward < fmean(peers) < mean and differ(peers):
@@ -193,22 +193,15 @@ def _credits(rows: Sequence[Sequence[Segment]], rewards: Sequence[float], estima
     return found
 
 
-def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str], credits: Mapping[int, float]) -> Batch:
-    authors = tuple(dict.fromkeys(segment.author for row, _ in rows for segment in row))
+def _tensors(rows: Sequence[tuple[tuple[Segment, ...], float, float]], counts: Counter[str], credits: Mapping[int, float]) -> Batch:
+    authors = tuple(dict.fromkeys(segment.author for row, _, _ in rows for segment in row))
     if len(authors) > 127:
         raise TrainError(f"a batch has segments of {len(authors)} authors; the most is 127 graph nodes")
     index = {name: i for i, name in enumerate(authors)}
-    lengths = [sum(len(s.token_ids) for s in row) for row, _ in rows]
-    width = max(lengths, default=0)
 
     def table(values: Callable[[Segment], Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
-        padded = []
-        for (row, _), length in zip(rows, lengths, strict=True):
-            line: list[float] = []
-            for segment in row:
-                line += values(segment)
-            padded.append(line + [fill] * (width - length))
-        return torch.tensor(padded, dtype=dtype).reshape(len(rows), width)
+        lines = [torch.tensor([value for segment in row for value in values(segment)], dtype=dtype) for row, _, _ in rows]
+        return pad_sequence(lines, batch_first=True, padding_value=fill) if lines else torch.zeros(0, 0, dtype=dtype)
 
     source = table(lambda s: [SOURCES[s.source]] * len(s.token_ids), CONTEXT, torch.int8)
     mask = table(lambda s: [s.source != "context" and not s.masked] * len(s.token_ids), False, torch.bool)
@@ -218,14 +211,14 @@ def _tensors(rows: list[tuple[tuple[Segment, ...], float]], counts: Counter[str]
     counts["bad_agent_tokens"] = int((bad & mask).sum())
     mask &= ~bad
     behaviour[bad] = math.nan
-    value = torch.tensor([a for _, a in rows], dtype=torch.float32)[:, None]
+    value = torch.tensor([advantage for _, advantage, _ in rows], dtype=torch.float32)[:, None]
     credit = table(lambda s: [credits.get(id(s), 0.0)] * len(s.token_ids), 0.0, torch.float32) if credits else torch.zeros(())
     credited = mask & (value <= 0) & (credit > 0)
     counts["credited_tokens"] = int(credited.sum())
-    versions = [min((s.version for s in row if s.source == "policy"), default=-1) for row, _ in rows]
+    versions = [min((s.version for s in row if s.source == "policy"), default=-1) for row, _, _ in rows]
     return Batch(
         token_ids=table(lambda s: s.token_ids, 0, torch.int64),
-        lengths=torch.tensor(lengths, dtype=torch.int64),
+        lengths=torch.tensor([sum(len(s.token_ids) for s in row) for row, _, _ in rows], dtype=torch.int64),
         mask=mask,
         source=source,
         author=table(lambda s: [index[s.author]] * len(s.token_ids), 0, torch.int8),

@@ -34,8 +34,8 @@ from aipo_graph.types import Learned, Trace, TraceGroup, derive_seed
 
 # --- what an update makes of each token: for people who look at traces
 
-Columns = tuple[list[float | None], ...]
-"""Of one row, by token: logprobs, ratios, advantages, coefficients."""
+Row = Iterator[tuple[float | None, ...]]
+"""Of each of a row's tokens: logprob, ratio, advantage, coefficient."""
 
 
 def rows_of(groups: Sequence[TraceGroup]) -> int:
@@ -43,7 +43,7 @@ def rows_of(groups: Sequence[TraceGroup]) -> int:
     return sum(len(trace.threads) for group in groups for trace in group.traces if fault(trace) is None)
 
 
-def columns(logprobs: Tensor, batch: Batch, loss: Loss, budget: int) -> Iterator[Columns]:
+def learned_rows(logprobs: Tensor, batch: Batch, loss: Loss, budget: int) -> Iterator[Row]:
     """One of each row of ``batch``, from the learner's ``logprobs``, f32 [B, T]. Coefficients are read off the loss's own gradient."""
     leaf = logprobs.detach().requires_grad_()
     with torch.enable_grad():
@@ -54,25 +54,16 @@ def columns(logprobs: Tensor, batch: Batch, loss: Loss, budget: int) -> Iterator
     scale = torch.where(agent, batch.agent_tokens / loss.agent_weight if loss.agent_weight else 0.0, float(batch.policy_tokens))
     unit = torch.where(agent, 1.0, batch.advantages) if loss.agent == "echo" else batch.advantages
     values = (logprobs, (logprobs - behaviour).exp(), batch.advantages, 0.0 - leaf.grad * scale / unit)  # 0.0, and never -0.0
-    shown = [torch.where(batch.mask & value.isfinite(), value, math.nan).tolist() for value in values]
-    for row, length in enumerate(batch.lengths.tolist()):
-        yield tuple([None if math.isnan(x) else float(f"{x:.4g}") for x in value[row][:length]] for value in shown)
+    shown = torch.stack([torch.where(batch.mask & value.isfinite(), value, math.nan) for value in values], -1)
+    for row, length in zip(shown, batch.lengths.tolist(), strict=True):
+        yield (tuple(None if math.isnan(x) else float(f"{x:.4g}") for x in token) for token in row[:length].tolist())
 
 
-def by_trace(groups: Sequence[TraceGroup], rows: Sequence[Columns]) -> list[tuple[Learned | None, ...]]:
-    """The rows that `pack` made of the groups, put back into each trace's order of tokens; None for a trace that it left out."""
-    rest = iter(rows)
-    return [tuple(_learned(trace, rest) if fault(trace) is None else None for trace in group.traces) for group in groups]
-
-
-def _learned(trace: Trace, rows: Iterator[Columns]) -> Learned:
-    threads = {name: [iter(column) for column in columns] for name, columns in zip(trace.threads, rows, strict=False)}
-    parts: tuple[list[float | None], ...] = ([], [], [], [])
-    for segment in trace.segments:
-        for part, column in zip(parts, threads[segment.thread], strict=True):
-            part += islice(column, len(segment.token_ids))
-    logprobs, ratios, advantages, coefficients = map(tuple, parts)
-    return Learned(logprobs, ratios, advantages, coefficients)
+def _learned(trace: Trace, rows: Iterator[Row]) -> Learned:
+    """The rows that `pack` made of a trace, in its own order of tokens."""
+    threads = dict(zip(trace.threads, rows, strict=False))
+    tokens = [token for segment in trace.segments for token in islice(threads[segment.thread], len(segment.token_ids))]
+    return Learned(*zip(*tokens, strict=True))
 
 
 # --- the learner
@@ -181,7 +172,8 @@ class Learner:
         chosen = batch.select(torch.arange(rows_of(groups)))
         logprobs = self._logprobs(chosen)
         self._clear_cache()  # here too: the step itself may have nothing to do
-        return by_trace(groups, list(columns(logprobs, chosen, self.config.loss, self.config.rollout.max_tokens)))
+        rows = learned_rows(logprobs, chosen, self.config.loss, self.config.rollout.max_tokens)
+        return [tuple(_learned(trace, rows) if fault(trace) is None else None for trace in group.traces) for group in groups]
 
     def _update(self, batch: Batch, sums: Sums) -> tuple[Sums, dict[str, float], str | None, Tensor]:
         """One optimizer step. Returns the sums so far, gradient norm and learning rate, why it was skipped, if it was, and this rank's
