@@ -321,7 +321,7 @@ class _Ruler:
         raise ContextError("measured")
 
     @contextmanager
-    def run(self, key: str) -> Iterator[None]:
+    def run(self, key: str = "") -> Iterator[None]:
         yield
 
     busy = run

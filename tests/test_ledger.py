@@ -13,10 +13,12 @@ from langgraph.runtime import Runtime
 from langgraph.types import Overwrite, RetryPolicy
 from rollout_world import sampling, with_graph
 
-from aipo_graph.errors import AgentError, GraphError
+from aipo_graph.errors import AgentError, ConfigError, GraphError
+from aipo_graph.evaluation.samples import Part
 from aipo_graph.rollout import Agent, Context, State, append, policy_node
 from aipo_graph.rollout.collect import Graph, Rollouts, gather
 from aipo_graph.types import Problem, Request, Segment, Trace
+from aipo_graph.workers import _check_context
 from examples.operators import pretrain
 
 Node = Callable[[State, Runtime[Context]], Awaitable[Any]]
@@ -190,6 +192,14 @@ async def test_fan_out_on_two_threads_repeats_bit_for_bit(rollouts: Rollouts) ->
         plan, critic = (row[-1] for row in trace.rows())
         assert (plan.author, critic.author) == ("plan", "critic")
         assert plan.token_ids != critic.token_ids
+
+
+async def test_a_prompt_after_a_consult_is_measured(tmp_path: Path) -> None:
+    """An evaluation that follows a protocol asks for the longest prompt, of a graph that consults before it samples, too."""
+    rollouts = sampling(tmp_path, pretrain.tokenizer(), [], rollout={"max_tokens": 600})
+    graph = chain(late(write, random.Random(0)))
+    with pytest.raises(ConfigError, match=r"is 512 tokens, the longest prompt has \d+ and rollout.max_tokens is 600"):
+        await _check_context(with_graph(rollouts, graph), [Part("", "with_agents", 1, (PROBLEM,))])
 
 
 async def test_a_failed_superstep_loses_its_siblings_without_blame(rollouts: Rollouts) -> None:
