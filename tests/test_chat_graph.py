@@ -692,9 +692,17 @@ async def test_a_tool_that_raises_fails_its_trace_alone(tmp_path: Path) -> None:
     async def tool(state: MessagesState) -> Any:
         raise KeyError("no such city")
 
-    trace = await run(build(tmp_path, messages_graph({"say": say, "tool": tool}, [(START, "say"), ("say", "tool")])))
-    assert (trace.status, trace.trained, trace.error) == ("failed", False, "KeyError: 'no such city'")
-    assert [s.source for s in trace.segments] == ["context", "policy"]
+    async def both(state: MessagesState) -> Any:
+        await say(state)
+        await tool(state)
+
+    for graph in (
+        messages_graph({"say": say, "tool": tool}, [(START, "say"), ("say", "tool")]),
+        messages_graph({"both": both}, [(START, "both")]),
+    ):
+        trace = await run(build(tmp_path, graph))
+        assert (trace.status, trace.trained, trace.error) == ("failed", False, "KeyError: 'no such city'")
+        assert [s.source for s in trace.segments] == ["context", "policy"]
 
 
 async def test_a_graph_that_waits_for_a_person_ends_the_run(tmp_path: Path) -> None:

@@ -269,10 +269,8 @@ class Rollouts:
         except TimeoutError as error:
             late = f"more than {self.config.rollout.timeout:g} s (rollout.timeout)"
             status, reason = "timeout", late if limit.expired() else f"a node ran into its own time-out: {error}"
-        except OutOfTokens:
-            status, segments = "length", chat.settle() if chat else segments
-        except Misfit:
-            segments = chat.settle() if chat else segments
+        except (OutOfTokens, Misfit) as end:
+            status = "length" if isinstance(end, OutOfTokens) else "done"
         except ContextError as error:
             segments = chat.settle() if chat else segments
             status, reason = ("length" if any(s.source == "policy" for s in segments) else "failed"), f"ContextError: {error}"
@@ -297,7 +295,7 @@ class Rollouts:
                     raise GraphError(f"the graph raised {what}; see its nodes and routes") from error
                 raise
             status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error)[:300].split())}"
-        if chat and ended:
+        if chat:
             segments = chat.settle()
         ledger.check(segments, complete=ended)
         if status == "done":
