@@ -44,11 +44,12 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: torch.device
     EngineError where its weights cannot be loaded.
     """
     config = shards.from_first(lambda: read_config(path))
-    whole = shards.on_first(lambda: read_weights(path, dtype, config))
-    if whole is None:
+    kept: list[Any] = []  # on the first rank alone: too much to send
+    shards.from_first(lambda: kept.append(read_weights(path, dtype, config)))
+    if not kept:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-    return (whole if shards.world()[1] > 1 else whole.to(device)).eval()
+    return (kept[0] if shards.world()[1] > 1 else kept[0].to(device)).eval()
 
 
 def fast_attention(device: torch.device, dtype: str) -> str | None:

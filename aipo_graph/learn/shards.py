@@ -46,13 +46,6 @@ def from_first(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def on_first(work: Callable[[], T]) -> T | None:
-    """The same where the others have no use for the result, or it is too large to send: they get None."""
-    kept: list[T] = []
-    from_first(lambda: kept.append(work()))
-    return kept[0] if kept else None
-
-
 def gathered(value: T) -> list[T]:
     """Each rank's value, by rank."""
     values = [value] * world()[1]
