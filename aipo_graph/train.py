@@ -261,7 +261,7 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             values["trained"] = evaluate(log.folder / "policy", "trained")
         rows = read_metrics(log.folder / "metrics.jsonl")
         if not known or len(rows) > len(before):
-            seconds = time.monotonic() - started + sum(row["seconds/sample"] + row["seconds/learn"] for row in before)
+            seconds = time.monotonic() - started + sum(row[f"seconds/{part}"] for row in before for part in ("sample", "learn", "publish"))
             known = {"wall_seconds": round(seconds, 1)}
         tokens = {source: sum(row[f"tokens/{source}"] for row in rows) for source in ("policy", "agent")}
         log.summary(known | {"steps": len(rows), "train_tokens": tokens} | values)  # a finished run may have been evaluated otherwise

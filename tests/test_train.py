@@ -117,6 +117,9 @@ def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path,
     """With other limits, too. It is the undisturbed run up to there, and what was found of the earlier policy is kept beside."""
     folder = tmp_path / "runs" / "quickstart"
     shutil.copytree(undisturbed, folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["seconds/publish"] = 1000.0  # of some large policy
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run(tmp_path, train__steps=7, train__micro_batch_tokens=2048, **EVALUATED | {"evaluate__samples": 2})
     assert done.returncode == 0, done.stderr
     assert {line for line in done.stdout.splitlines() if line.startswith("note: ")} == {
@@ -127,7 +130,9 @@ def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path,
         "note: goes on after step 6",
     }
     assert timeless(folder)[:6] == timeless(undisturbed)
-    assert json.loads((folder / "summary.json").read_text())["steps"] == len(timeless(folder)) == 7
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == len(timeless(folder)) == 7
+    assert summary["wall_seconds"] > 1000
     assert json.loads((folder / "changes.jsonl").read_text())["step"] == 6
     for part in ("base", "trained"):
         assert len(list((folder / "evaluation" / part).glob("samples*.jsonl"))) == 2
