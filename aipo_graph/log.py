@@ -272,7 +272,10 @@ class RunLog:
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._interactive:
-            line = plain_line(step, self.config.train.steps, metrics)
+            # One short line, for files and pipes; metrics.jsonl has the rest.
+            steps = self.config.train.steps
+            shown = [entry for entry in HEADLINE if entry[1] in metrics and (entry[1] != "failed" or metrics["failed"])]
+            line = f"step {step:>{len(str(steps))}}/{steps}: " + ", ".join(f"{label} {metrics[key]:{form}}" for label, key, form in shown)
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
             return
         self._live = self._live or _LiveView(self.console, self.config.train.steps, step)
@@ -355,12 +358,6 @@ def hold(folder: Path, what: str, option: str) -> TextIO:
 
 
 # --- what a person sees
-
-
-def plain_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
-    """One short line per step, for files and pipes; metrics.jsonl has the rest."""
-    shown = [entry for entry in HEADLINE if entry[1] in metrics and (entry[1] != "failed" or metrics["failed"])]
-    return f"step {step:>{len(str(steps))}}/{steps}: " + ", ".join(f"{label} {metrics[key]:{form}}" for label, key, form in shown)
 
 
 HEADLINE = (

@@ -80,7 +80,7 @@ class VllmEngine:
         except (ValueError, RuntimeError, OSError) as error:
             raise EngineError(f"vLLM does not start with the policy {model_path!r}: {first_line(error)}") from error
         engine = cls(config, facts, llm, cuda=cuda)
-        await engine._label(0)
+        await llm.update_weight_version(engine._labels.of(0))
         return engine
 
     async def generate(
@@ -151,15 +151,12 @@ class VllmEngine:
                 await self._llm.wake_up(["kv_cache"])
                 self._asleep = False
             await self._llm.reset_prefix_cache(reset_running_requests=self.in_flight)
-            await self._label(version)
+            await self._llm.update_weight_version(label)
             if self.in_flight:
                 await self._llm.resume_generation()
         except (ValueError, RuntimeError, _vllm().exceptions.VLLMServerError) as error:
             raise EngineError(f"weights {version} were not taken by vLLM: {first_line(error)}; send the same model") from error
         self.version = version
-
-    async def _label(self, version: int) -> None:
-        await self._llm.update_weight_version(self._labels.of(version))
 
     async def _switch(self, name: str, weights: Iterable[tuple[str, Any]]) -> None:
         path = await asyncio.to_thread(self._files.write, name, weights)
