@@ -292,8 +292,7 @@ def _sampler(url: str, name: str, facts: Facts, seconds: float) -> Generate:
         body = {"model": name, "token_ids": list(prompt_ids), "sampling_params": parameters}
         async with Client(url, seconds, LONGEST_ANSWER) as client:
             choice = (await client.call("POST", TOKENS, body, seconds=seconds))["choices"][0]
-        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        return vllm_api.completion(facts, choice["token_ids"], logprobs, choice["finish_reason"], [(0, 0)])
+        return vllm_api.answered(facts, choice, [(0, 0)])
 
     return sample
 

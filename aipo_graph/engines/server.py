@@ -337,8 +337,7 @@ class ServerEngine(Seats):
         if adapter is None and self.takes == "weights":
             spans = choice["weight_versions"] or ()
             versions = [(span["start"], self._labels.version(span["version"])) for span in spans] or versions
-        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        return vllm_api.completion(self._facts, choice["token_ids"] or (), logprobs, choice["finish_reason"], versions)
+        return vllm_api.answered(self._facts, choice, versions)
 
     async def _ask(self, client: Client, adapter: str | None, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
         body = {"model": adapter or self._names[client.url], "token_ids": list(prompt_ids), "sampling_params": parameters}

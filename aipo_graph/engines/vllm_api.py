@@ -103,6 +103,12 @@ def completion(
     return Completion(tuple(token_ids), tuple(logprobs), "stop" if stopped else "length", first, tuple(later))
 
 
+def answered(facts: Facts, choice: Mapping[str, Any], versions: Sequence[tuple[int, int]]) -> Completion:
+    """The same as a server's answer has it, which says neither tokens nor logprobs of a request that it aborted."""
+    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ()]
+    return completion(facts, choice["token_ids"] or (), logprobs, choice["finish_reason"], versions)
+
+
 def prompt_scores(token_ids: Sequence[int], entries: Sequence[Mapping[Any, Any] | None]) -> Iterable[Any]:
     """Each token's own entry among vLLM's prompt logprobs, which have none for the first token. Keys are ids, or ids as text."""
     for token, entry in zip(token_ids[1:], entries[1:], strict=True):
