@@ -3,12 +3,13 @@
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import started
 from playwright.sync_api import Browser, sync_playwright
+from started import run_module
 from warm import warm
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -53,9 +54,10 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def warm_python() -> str:
-    """A stand-in (warm.py) for this Python; what tests start from then on is forked from it, too."""
-    return started.python()
+def warm_python() -> Iterator[str]:
+    """A stand-in (warm.py) for this Python."""
+    with warm(sys.executable, ("preloaded",)) as python:
+        yield python
 
 
 VLLM = ("vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker")
@@ -105,7 +107,7 @@ def _trained(folder: Path, name: str, **settings: object) -> Path:
         "evaluate.problems": 2, "evaluate.problems_with_agents": 2, "evaluate.samples": 1, "engine.workers": 1,
     }  # fmt: skip
     words = [word for key, value in {**small, "run.name": name, **settings}.items() for word in (f"--{key}", str(value))]
-    done = started.run_module("aipo_graph.train", words, folder)
+    done = run_module("aipo_graph.train", words, folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / name
 

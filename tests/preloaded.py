@@ -1,4 +1,4 @@
-"""What processes of the tests have imported before they fork: all but the commands themselves, which then run as ``__main__``."""
+"""What started.py's processes have imported before they fork: all but the commands themselves, which then run as ``__main__``."""
 
 import sys
 from importlib import import_module

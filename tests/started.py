@@ -1,30 +1,49 @@
 """`python -m MODULE` in a process of its own, forked from one that has imported what they all need: seconds less for each."""
 
-import atexit
-import contextlib
 import functools
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from multiprocessing import spawn
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess, SpawnProcess
+from multiprocessing.popen_forkserver import Popen
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-import warm
+import pytest
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["preloaded"])
+forkserver.set_forkserver_preload = lambda names: None  # type: ignore[assignment]  # what the package would, `preloaded` does
 
 
-@functools.cache
-def python() -> str:
-    """A stand-in for this Python, to the end of this process; what multiprocessing spawns here is forked from it, too."""
-    stack = contextlib.ExitStack()
-    atexit.register(stack.close)
-    found = stack.enter_context(warm.warm(sys.executable, ("preloaded",)))
-    spawn.set_executable(found)
-    return found
+class _Forked(Popen):
+    """A process from the server, in its parent's environment and with its signal mask, as if spawned."""
+
+    def _launch(self, process: Any) -> None:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        process._target = functools.partial(_inherit, dict(os.environ), mask, process._target)
+        with pytest.MonkeyPatch.context() as patch:  # the server is told nothing of sys.path, and leaves out what it cannot import
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+            super()._launch(process)
+
+
+def _inherit(environment: dict[str, str], mask: set[signal.Signals], target: Callable[..., object], *args: object, **named: object) -> None:
+    assert "preloaded" in sys.modules
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]  # what this one spawns is from the same server
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    target(*args, **named)
+
+
+SpawnProcess._Popen = ForkServerProcess._Popen = staticmethod(_Forked)
 
 
 class Started:
@@ -32,12 +51,10 @@ class Started:
 
     def __init__(self, module: str, words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> None:
         self.out, self.err = (cwd.parent / f"{cwd.name}.{name}" for name in ("out", "err"))
-        address = str(Path(python()).with_name("socket"))
-        with open(os.devnull) as nothing, self.out.open("w") as out, self.err.open("w") as err:
-            files = {number: file.fileno() for number, file in enumerate((nothing, out, err))}
-            environment, blocked = {**os.environ, **(env or {})}, signal.pthread_sigmask(signal.SIG_BLOCK, ())
-            self.pid, self._connection = warm.ask(address, ["-m", module, *words], str(cwd), environment, blocked, files)
-        self._code: int | None = None
+        self._process = _CONTEXT.Process(target=_main, args=(module, list(words), str(cwd), str(self.out), str(self.err), dict(env or {})))
+        self.out.write_text("")
+        self._process.start()
+        self.pid = self._process.pid
 
     def __enter__(self) -> Self:
         return self
@@ -47,23 +64,14 @@ class Started:
             self.end()
 
     def poll(self) -> int | None:
-        with contextlib.suppress(TimeoutError, BlockingIOError):
-            return self._ended(0)
-        return None
+        return self._process.exitcode
 
     def wait(self, timeout: float = 300) -> int:
-        try:
-            return self._ended(timeout)
-        except TimeoutError:
-            os.kill(self.pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired(self.out.name, timeout) from None
-
-    def _ended(self, timeout: float) -> int:
-        if self._code is None:
-            self._connection.settimeout(timeout)
-            self._code = warm.exit_code(self._connection)
-            self._connection.close()
-        return self._code
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired(self.out.name, timeout)
+        return self._process.exitcode
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Sends it the signal and waits."""
@@ -85,3 +93,13 @@ def run_module(module: str, words: Sequence[str], cwd: Path, env: Mapping[str, s
     started = Started(module, words, cwd, env)
     code = started.wait()
     return subprocess.CompletedProcess([module, *words], code, started.out.read_text(), started.err.read_text())
+
+
+def _main(module: str, words: list[str], cwd: str, out: str, err: str, env: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.update(env)
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
+    sys.argv[1:] = words
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

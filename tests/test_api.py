@@ -27,7 +27,6 @@ from aipo_graph.errors import AipoError, ConfigError, GraphError, TrainError
 from aipo_graph.log import read_traces
 from aipo_graph.rollout import Context, State
 
-pytestmark = pytest.mark.usefixtures("warm_python")
 ROWS = [{"question": f"{a}*{b}?", "answer": str(a * b)} for a in range(2, 9) for b in range(2, 9)]
 SMALL: dict[str, dict[str, Any]] = {
     "run": {"device": "cpu", "trackers": ()},

@@ -35,8 +35,6 @@ SETTINGS: dict[str, Any] = {
     "evaluate": {"problems": PROBLEMS, "problems_with_agents": 4, "samples": SAMPLES},
 }
 
-pytestmark = pytest.mark.usefixtures("warm_python")
-
 
 def config(**sections: dict[str, Any]) -> Config:
     return Config.model_validate({name: SETTINGS.get(name, {}) | sections.get(name, {}) for name in {*SETTINGS, *sections}})

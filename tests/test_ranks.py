@@ -29,7 +29,6 @@ from aipo_graph.learn.learner import Learner
 from aipo_graph.learn.model import load_model
 from aipo_graph.load import model as find_model
 
-pytestmark = pytest.mark.usefixtures("warm_python")
 LIMIT = 500
 """Seconds after which the processes are killed: many times what they take."""
 MICRO = 50

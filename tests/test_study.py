@@ -71,9 +71,7 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(
-    warm_python: str, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The point of it all, in small: helpers' words are learned with aipo and not when masked, and with them what the policy does alone."""
     monkeypatch.chdir(root)
     short = {

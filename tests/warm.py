@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import spawn
 from pathlib import Path
 
@@ -95,13 +95,7 @@ def serve(folder: str, modules: Sequence[str]) -> Callable[[], object]:
 
 
 def become(
-    files: Sequence[int],
-    paths: Sequence[str],
-    words: list[str],
-    folder: str,
-    environment: Mapping[str, str],
-    blocked: Sequence[int],
-    numbers: Sequence[int],
+    files: Sequence[int], paths: Sequence[str], words: list[str], folder: str, environment: Mapping[str, str], numbers: Sequence[int]
 ) -> Callable[[], object]:
     """Makes this process what Python with these words would be. What is left to call."""
     high = [fcntl.fcntl(file, fcntl.F_DUPFD, max(numbers) + 1) for file in files]
@@ -111,7 +105,6 @@ def become(
         os.dup2(file, number)
         os.close(file)
     os.setsid()
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -146,44 +139,33 @@ def end(main: Callable[[], object]) -> None:
     os._exit(code)
 
 
-def ask(
-    address: str, words: Sequence[str], folder: str, environment: Mapping[str, str], blocked: Iterable[int], files: Mapping[int, int]
-) -> tuple[int, socket.socket]:
-    """Starts a process with these signals blocked and these files of ours (its number of each: ours). Its number, and what tells its end;
-    it is killed when that is closed."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
-    request = json.dumps([list(words), folder, dict(environment), list(blocked), list(files)]).encode()
-    socket.send_fds(connection, [len(request).to_bytes(8, "big")], list(files.values()))
-    connection.sendall(request)
-    return int.from_bytes(connection.recv(8), "big"), connection
-
-
-def exit_code(connection: socket.socket) -> int:
-    """Waits for it."""
-    return os.waitstatus_to_exitcode(int.from_bytes(connection.recv(8), "big"))
-
-
 def stand_in(address: str, words: list[str]) -> None:
     """Asks for the process, and ends as it does. With options that isolate it, or in a form not known here, it is Python itself."""
     asked = list(itertools.dropwhile(lambda word: word in ("-B", "-u"), words))
     if not asked or (asked[0].startswith("-") and asked[0] not in ("-c", "-m")):
         os.execv(sys.executable, [sys.executable, *words])
     passed = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, passed)
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
     python = str(Path(address).with_name("python"))
     asked = [word.replace(f'"py_executable": "{sys.executable}"', f'"py_executable": "{python}"') for word in asked]
-    files = [file for file in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{file}")]
-    pid, connection = ask(address, asked, os.getcwd(), os.environ, blocked, {file: file for file in files})
+    files = [
+        file for file in map(int, os.listdir("/proc/self/fd")) if file != connection.fileno() and os.path.exists(f"/proc/self/fd/{file}")
+    ]
+    request = json.dumps([asked, os.getcwd(), dict(os.environ), files]).encode()
+    socket.send_fds(connection, [len(request).to_bytes(8, "big")], files)
+    connection.sendall(request)
     for file in files:
         os.close(file)
+    pid = int.from_bytes(connection.recv(8), "big")
 
     def forward() -> None:
         while True:
             os.kill(pid, signal.sigwait(passed))
 
     threading.Thread(target=forward, daemon=True).start()
-    code = exit_code(connection)
+    code = os.waitstatus_to_exitcode(int.from_bytes(connection.recv(8), "big"))
     if code < 0:
         with contextlib.suppress(OSError):  # of SIGKILL it is that already
             signal.signal(-code, signal.SIG_DFL)
