@@ -254,10 +254,10 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
                 return
             if cluster:
                 learner.close()
-            del learner
-        if evaluated:
-            gc.collect()  # the learner's memory is the evaluation's, which is another process
+            del learner  # its memory is the evaluation's, which is another process, or the caller's
+            gc.collect()
             torch.cuda.empty_cache()
+        if evaluated:
             values["trained"] = evaluate(log.folder / "policy", "trained")
         rows = read_metrics(log.folder / "metrics.jsonl")
         if not known or len(rows) > len(before):

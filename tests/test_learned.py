@@ -84,6 +84,15 @@ def test_a_trace_left_out_has_none_and_an_equal_group_no_coefficient(tmp_path: P
     assert other.advantages[2] != 0
 
 
+def test_a_trace_in_which_nothing_was_written_has_no_tokens(tmp_path: Path) -> None:
+    silent = trace(reward=0.0)
+    [[one, nothing, other]] = learned(tmp_path, [group(trace(*written()), silent, trace(*written(), reward=0.0))])
+    assert nothing == Learned((), (), (), ())
+    assert one is not None
+    assert other is not None
+    assert one.logprobs == other.logprobs
+
+
 def test_threads_are_put_back_between_each_other(tmp_path: Path) -> None:
     main, side = written(HELP), tuple(segment(s.source, *s.token_ids, logprobs=s.logprobs, thread="side") for s in written())
     mixed = trace(main[0], side[0], main[1], side[1], main[2], side[2], main[3], with_agents=True)

@@ -63,7 +63,7 @@ def _learned(trace: Trace, rows: Iterator[Row]) -> Learned:
     """The rows that `pack` made of a trace, in its own order of tokens."""
     threads = dict(zip(trace.threads, rows, strict=False))
     tokens = [token for segment in trace.segments for token in islice(threads[segment.thread], len(segment.token_ids))]
-    return Learned(*zip(*tokens, strict=True))
+    return Learned(*zip(*tokens, strict=True)) if tokens else Learned((), (), (), ())
 
 
 # --- the learner

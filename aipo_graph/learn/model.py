@@ -84,8 +84,7 @@ def save_model(
     with ``adapter/`` beside the merged weights for LoRA.
 
     A generation config that sets up sampling and leaves it off, which some models ship and transformers refuses to write, turns it on.
-    Of several ranks the first writes. Raises ConfigError where the directory cannot be
-    written.
+    Of several ranks the first writes. Raises ConfigError where the directory cannot be written.
     """
     directory, first = Path(directory), shards.world()[0] == 0
     state = {name: tensor.to("cpu", getattr(torch, dtype) if tensor.is_floating_point() else None) for name, tensor in weights if first}
