@@ -60,7 +60,13 @@ def warm_python() -> Iterator[str]:
         yield python
 
 
-VLLM = ("vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker")
+VLLM = (
+    "vllm_quiet",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+)
 
 
 @pytest.fixture(scope="session")

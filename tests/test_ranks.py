@@ -44,6 +44,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "phi3": lambda: tiny("phi3", **LONGROPE),
     "experts": lambda: tiny("qwen3_moe"),
 }
+CLOSE = 1e-5
+"""Weights after two or three steps at a rate of 1e-3, over ranks and by one process: Adam divides by gradients as small as rounding."""
 BF16 = {"policy": {"dtype": "bfloat16"}}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "shipped": ("operators", {}),
@@ -247,7 +249,7 @@ def test_two_ranks_equal_one_process(found: Found, name: str) -> None:
     first, second, alone = (by_process[name] for by_process in found)
     assert apart(first["gradients"], alone["gradients"]) <= 1e-6
     if name != "gpt2":  # its key biases have no gradient but rounding, which Adam divides by itself
-        assert apart(first["weights"], alone["weights"]) <= 1e-5
+        assert apart(first["weights"], alone["weights"]) <= CLOSE
     assert apart(first["weights"], second["weights"]) == 0
     assert max(float(tensor.abs().max()) for tensor in alone["gradients"].values()) > 1e-2
     assert (first["metrics"], first["learned"], first["probe"]) == (second["metrics"], second["learned"], second["probe"])
@@ -273,10 +275,10 @@ def test_a_checkpoint_goes_on_over_any_number_of_ranks(found: Found, kind: str) 
         for by_process, exact in zip(found, (source == "two", source == "two", source == "one"), strict=True):
             resumed = by_process[f"resumed {kind} from {source}"]
             assert resumed["cursor"] == {"at": 2}
-            assert apart(resumed["weights"], straight["weights"]) <= (0 if exact else 1e-6)
+            assert apart(resumed["weights"], straight["weights"]) <= (0 if exact else CLOSE)
             assert not exact or resumed["metrics"] == straight["metrics"]
     for by_process in found:
-        assert apart(by_process[f"three {kind}"]["weights"], two["weights"]) <= 1e-6
+        assert apart(by_process[f"three {kind}"]["weights"], two["weights"]) <= CLOSE
 
 
 def test_a_flipped_bit_in_one_ranks_file_costs_that_checkpoint(found: Found) -> None:
@@ -295,12 +297,12 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint_only(found: Found, folder:
 def test_weights_adapter_and_export_are_whole_under_their_names(found: Found, folder: Path, kind: str) -> None:
     two, _, one = (by_process[f"saved {kind}"] for by_process in found)
     assert list(two["weights"]) == list(one["weights"])
-    assert apart(two["weights"], one["weights"]) <= 1e-6
+    assert apart(two["weights"], one["weights"]) <= CLOSE
     assert apart(dict(load_model(folder / "two" / f"{kind}-policy").named_parameters()), two["weights"]) == 0
     config = (folder / "two" / f"{kind}-policy" / "config.json").read_text()
     assert config == (folder / "one" / f"{kind}-policy" / "config.json").read_text()
     if kind == "lora":
-        assert apart(load_file(folder / "two" / "lora-policy" / "adapter" / "adapter_model.safetensors"), one["adapter"]) <= 1e-6
+        assert apart(load_file(folder / "two" / "lora-policy" / "adapter" / "adapter_model.safetensors"), one["adapter"]) <= CLOSE
 
 
 def test_what_cannot_be_done_is_one_line_on_every_rank(found: Found) -> None:
