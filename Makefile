@@ -37,10 +37,11 @@ vllm: .venv-vllm/.ready  ## Create .venv-vllm, where the real vLLM runs on the C
 	@touch $@
 
 browser:  ## Install Chromium, which the tests of pages and the screenshots run in
-	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	@for name in chromium-headless-shell chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	[ "$$(id -u)" = 0 ] || sudo=sudo; \
 	if command -v apt-get >/dev/null && { [ -z "$$sudo" ] || command -v sudo >/dev/null; }; then \
-	    $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends chromium; \
+	    $$sudo apt-get update -qq; install="$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends"; \
+	    $$install chromium-headless-shell || $$install chromium; \
 	else \
 	    echo "error: no Chromium found; install your system's package chromium, or Google Chrome" >&2; exit 1; \
 	fi

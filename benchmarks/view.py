@@ -210,7 +210,7 @@ def command(argv: list[str]) -> None:
     parser.add_argument("--run", type=Path, help="a run's folder to measure instead")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     given = parser.parse_args(argv)
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell"))), None)
     if chromium is None:
         raise ConfigError("no Chromium on this machine; install one (Debian: apt-get install chromium)")
     with tempfile.TemporaryDirectory() as name:

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--other", help="a second run, for the dashboard and the comparison")
     parser.add_argument("--chat", help="a run of a graph of messages with a helper")
     given = parser.parse_args()
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell"))), None)
     if chromium is None:
         sys.exit("error: no Chromium; install it: make browser")
     with TemporaryDirectory() as name, sync_playwright() as playwright:

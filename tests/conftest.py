@@ -97,7 +97,8 @@ def vllm_server(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """The machine's Chromium, headless. Not for a module with asynchronous tests: Playwright's loop runs as long as the browser."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")  # the first takes a third of the others' time
+    path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         line = "no Chromium: run `make browser`"
         pytest.fail(line) if os.environ.get("CI_BROWSER") == "1" else pytest.skip(line)

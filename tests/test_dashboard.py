@@ -121,7 +121,7 @@ def point(page: Page, step: int, *keys: str) -> None:
 
 
 def agrees(text: str, value: float | None) -> bool:
-    """Whether a text of four digits (three with a power of ten, rounded from the page's four) or of a percentage's tenths is this value's."""
+    """Whether a text of four digits (three before a power of ten, of the page's four) or of a percentage's tenths is this value's."""
     if text == "–" or value is None:
         return text == "–" and value is None
     number = float(text.strip("%").replace("−", "-").replace(",", ""))
