@@ -142,10 +142,14 @@ def test_what_depends_on_the_order_of_sets_wants_a_fixed_one(monkeypatch: pytest
         ("countdown", "9**9**9**9"),
     ],
 )
-async def test_hostile_answers_are_wrong_ones_and_nothing_else(name: str, answer: str, tmp_path: Path) -> None:
+async def test_hostile_answers_are_wrong_ones_and_nothing_else(
+    name: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, path = task({name: {}}), tmp_path / "made"
     problem = found.train(0)
-    assert (await found.reward(problem, f"\\boxed{{{answer.format(path=path)}}}"))["reward"] < 1
+    with monkeypatch.context() as patch:
+        patch.setattr(gym, "CPU_SECONDS", 3.0)  # one of them takes all that it may have
+        assert (await found.reward(problem, f"\\boxed{{{answer.format(path=path)}}}"))["reward"] < 1
     assert not path.exists()
     assert (await found.reward(problem, f"\\boxed{{{problem.answer}}}"))["reward"] == 1
 

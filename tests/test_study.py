@@ -76,7 +76,7 @@ def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: P
     monkeypatch.chdir(root)
     short = {
         "train.steps": 6, "train.epochs": 4, "train.minibatches": 8, "optimizer.warmup_steps": 20, "run.dir": tmp_path / "runs",
-        "run.trackers": "[]", "evaluate.problems": 32, "evaluate.problems_with_agents": 4, "evaluate.samples": 4,
+        "run.trackers": "[]", "evaluate.problems": 24, "evaluate.problems_with_agents": 2, "evaluate.samples": 2,
     }  # fmt: skip
     words = [
         "--only",

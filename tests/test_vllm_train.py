@@ -25,9 +25,9 @@ TINY = {
     "rollout.problems": 4,
     "rollout.traces": 4,
     "rollout.max_tokens": 128,
-    "train.steps": 4,
-    "evaluate.problems": 4,
-    "evaluate.problems_with_agents": 4,
+    "train.steps": 3,
+    "evaluate.problems": 2,
+    "evaluate.problems_with_agents": 2,
     "evaluate.samples": 1,
     "engine.workers": 1,
 }
@@ -51,7 +51,7 @@ def test_training_through_the_server(vllm_server: str, embedded: Any, tmp_path: 
     server = {"engine__kind": "server", "engine__urls": json.dumps([vllm_server]), "engine__max_context": CONTEXT}
     through = train(tmp_path, policy__lora_rank=rank, rollout__max_lag=lag, **server)
     rows = read_metrics(through / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["sync_gap_max"] <= 1e-3 for row in rows)
     if not lag:
         assert all(row["mismatch_max"] <= 1e-3 for row in rows if "mismatch_max" in row)
@@ -60,7 +60,7 @@ def test_training_through_the_server(vllm_server: str, embedded: Any, tmp_path: 
     groups, damaged = read_traces(through / "traces.jsonl")
     versions = {s.version for logged in groups for trace in logged.group.traces for s in trace.segments if s.source == "policy"}
     assert damaged == 0
-    assert versions == {0, 1, 2, 3} if not lag else max(versions) >= 2
+    assert versions == {0, 1, 2} if not lag else max(versions) >= 1
     summary = json.loads((through / "summary.json").read_text())
     # Greedy decoding draws nothing: what the base policy solves is the same on either engine.
     for mode in ("alone", "with_agents"):
