@@ -1,5 +1,6 @@
 """What all tests share. One torch thread per process, set before anything imports torch: more are slower beside other load."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-from started import run_module
+from started import SHARED, run_module, share
 from warm import warm
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -47,6 +48,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Side by side, all fork from the same two processes, which import while tests are collected."""
+    if config.option.numprocesses or SHARED in os.environ:
+        share()
+    if config.option.numprocesses:
+        servers = contextlib.ExitStack()
+        os.environ["WARM_PYTHON"] = servers.enter_context(warm(sys.executable, ("preloaded",)))
+        config.add_cleanup(servers.close)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
@@ -56,6 +67,9 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def warm_python() -> Iterator[str]:
     """A stand-in (warm.py) for this Python."""
+    if path := os.environ.get("WARM_PYTHON"):
+        yield path
+        return
     with warm(sys.executable, ("preloaded",)) as python:
         yield python
 

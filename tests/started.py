@@ -20,6 +20,7 @@ import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["preloaded"])
+SHARED = "TESTS_FORKSERVER"
 forkserver.set_forkserver_preload = lambda names: None  # type: ignore[assignment]  # what the package would, `preloaded` does
 
 
@@ -29,9 +30,7 @@ class _Forked(Popen):
     def _launch(self, process: Any) -> None:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         process._target = functools.partial(_inherit, dict(os.environ), mask, process._target)
-        with pytest.MonkeyPatch.context() as patch:  # the server is told nothing of sys.path, and leaves out what it cannot import
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-            super()._launch(process)
+        super()._launch(process)
 
 
 def _inherit(environment: dict[str, str], mask: set[signal.Signals], target: Callable[..., object], *args: object, **named: object) -> None:
@@ -43,6 +42,24 @@ def _inherit(environment: dict[str, str], mask: set[signal.Signals], target: Cal
     target(*args, **named)
 
 
+def _run_server(run: Callable[[], None] = forkserver._forkserver.ensure_running) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # it is told nothing of sys.path, and leaves out what it cannot import
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        run()
+
+
+def share() -> None:
+    """Makes the processes that this one starts (`pytest -n`) fork from its server, whose imports run while they collect tests."""
+    server = forkserver._forkserver
+    if SHARED in os.environ:
+        server._forkserver_address, server._forkserver_alive_fd = os.environ[SHARED], os.open(os.devnull, os.O_RDONLY)  # type: ignore[attr-defined]
+        server.ensure_running = lambda: None  # type: ignore[method-assign]
+    else:
+        server.ensure_running()
+        os.environ[SHARED] = server._forkserver_address  # type: ignore[attr-defined]
+
+
+forkserver._forkserver.ensure_running = _run_server  # type: ignore[method-assign]
 SpawnProcess._Popen = ForkServerProcess._Popen = staticmethod(_Forked)
 
 

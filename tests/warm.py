@@ -30,20 +30,23 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def warm(python: str | Path, modules: Sequence[str], environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """The path of the stand-in, which works as long as the context."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The path of the stand-in, which works as long as the context. What it runs first waits for the imports."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         stand_in, address = Path(folder, "python"), Path(folder, "socket")
         stand_in.write_text(f'#!/bin/sh\nexec {shlex.join([str(python), "-IS", __file__, str(address)])} "$@"\n')
         stand_in.chmod(0o755)
-        code = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; import warm; warm.end(warm.serve({folder!r}, {list(modules)!r}))"
-        with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as server:
-            assert server.stdout is not None
-            assert server.stdout.readline(), "nothing to fork from"
+        listener.bind(str(address))
+        listener.listen(64)
+        serving = f"warm.serve({listener.fileno()}, {folder!r}, {list(modules)!r})"
+        code = f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; import warm; warm.end({serving})"
+        given = {"env": environment, "pass_fds": (listener.fileno(),)}
+        with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, **given) as server:
+            listener.close()
             yield str(stand_in)
             server.communicate()
 
 
-def serve(folder: str, modules: Sequence[str]) -> Callable[[], object]:
+def serve(listening: int, folder: str, modules: Sequence[str]) -> Callable[[], object]:
     """Forks at every request until its standard input ends. Returns in the forked process, with what to run there; not in its own."""
     sys.modules["ray"] = None  # type: ignore[assignment]  # it reads its settings when it is imported, each process its own
     for name in modules:
@@ -53,11 +56,8 @@ def serve(folder: str, modules: Sequence[str]) -> Callable[[], object]:
     paths = [path for path in sys.path[1:] if path not in given]
     sys.executable = f"{folder}/python"
     spawn.set_executable(sys.executable)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(f"{folder}/socket")
-    listener.listen(64)
+    listener = socket.socket(fileno=listening)
     gc.freeze()
-    print("ready", flush=True)
     waiting = selectors.DefaultSelector()
     waiting.register(0, selectors.EVENT_READ)
     waiting.register(listener, selectors.EVENT_READ)
@@ -159,6 +159,8 @@ def stand_in(address: str, words: list[str]) -> None:
     for file in files:
         os.close(file)
     pid = int.from_bytes(connection.recv(8), "big")
+    if not pid:
+        sys.exit("nothing to fork from")
 
     def forward() -> None:
         while True:
