@@ -159,10 +159,12 @@ def _asleep(pid: int, proc: int) -> bool:
     states = set()
     try:
         folder = _open(f"{pid}/task", proc)
-        for thread in os.listdir(folder):
-            with os.fdopen(_open(f"{thread}/stat", folder), "rb") as file:  # a thread's name, its own choice, need not be text
-                states.add(file.read().rpartition(b")")[2].split()[0])
-        os.close(folder)
+        try:
+            for thread in os.listdir(folder):
+                with os.fdopen(_open(f"{thread}/stat", folder), "rb") as file:  # a thread's name, its own choice, need not be text
+                    states.add(file.read().rpartition(b")")[2].split()[0])
+        finally:
+            os.close(folder)
     except OSError:  # one of them has just ended
         return False
     return not states & {b"R", b"D"}
