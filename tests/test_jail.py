@@ -213,7 +213,7 @@ async def kill_the_program(cell, call, seen, before):
     while not call.done():
         for pid in descendants() - before - seen:
             with contextlib.suppress(psutil.NoSuchProcess):  # what is left of the run before
-                if psutil.Process(pid).ppid() != os.getpid() and psutil.Process(pid).cpu_times().user > 0.05:
+                if psutil.Process(pid).ppid() != os.getpid() and sum(psutil.Process(pid).cpu_times()[:2]) > 0.1:
                     seen.add(pid)
                     return os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(0.01)
