@@ -99,6 +99,6 @@ async def test_code_in_a_claim_never_runs_in_the_worker_either(tmp_path):
     for code in (text, f'f"{{{text}}}"', f"sin.eval.__globals__['__builtins__']['exec'](\"{text}\")", rf"\text{{{text}}}", f"x_{{{text}}}"):
         # Past the filter: what would happen if it were not there.
         with contextlib.suppress(sandbox.InputFault):
-            await sandbox.SHARED.run(symbolic._parsed, code, timeout=2)
+            await sandbox.SHARED.run(symbolic._holds, code, "=", "1", timeout=2)
         assert (await symbolic.check(f"{code} = 1")).startswith("cannot check")
     assert not canary.exists()

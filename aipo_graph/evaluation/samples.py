@@ -83,7 +83,7 @@ def ballot(answer: str | None) -> str:
     """
     text = compact(plain((answer or "")[: 2 * LONGEST]))
     if written := number(text):
-        text = str(written.value)
+        text = str(written[0])
     elif letter := _LETTER.fullmatch(text):
         text = letter[1]
     return text if len(text) <= LONGEST_ANSWER else f"{text[:40]}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"

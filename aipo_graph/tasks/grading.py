@@ -6,18 +6,16 @@ Equal texts and integers are compared here; all else by `tools.symbolic` in a wo
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
 from aipo_graph.errors import TaskError, ToolError
 from aipo_graph.tools import sandbox
-from aipo_graph.tools.notation import LONGEST, Number, number, plain
+from aipo_graph.tools.notation import LONGEST, number, plain
 
-CPU_SECONDS = 1.0
 LONGEST_READ = 1 << 17
 """Characters at the end of a text that are searched for the gold answer: more than any budget of tokens lets one write."""
-_BOX = re.compile(r".*\\(?:boxed|fbox)\s*\{", re.DOTALL)
-_INTEGER = re.compile(r"[-+]?\d+", re.ASCII)
 
 
 def last_box(text: str) -> str | None:
@@ -26,7 +24,7 @@ def last_box(text: str) -> str | None:
     >>> last_box(r"so \boxed{1}, no: \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    depth, start = 1, match.end() if (match := _BOX.match(text)) else len(text)
+    depth, start = 1, match.end() if (match := re.match(r".*\\(?:boxed|fbox)\s*\{", text, re.DOTALL)) else len(text)
     for brace in re.finditer(r"\\.|[{}]", text[start : start + 8 * LONGEST], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
@@ -44,14 +42,14 @@ async def equal(answer: str, gold: str, workers: sandbox.Workers = sandbox.SHARE
         raise TaskError("the gold answer is empty: correct the data set")
     if not answer or answer == gold or max(len(answer), len(gold)) > 2 * LONGEST:
         return answer == gold
-    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
+    if re.fullmatch(r"[-+]?\d+ [-+]?\d+", f"{answer} {gold}", re.ASCII):
         return int(answer) == int(gold)
     failed = f"the grader failed on the gold answer {gold[:80]!r}"
     return bool(await judged(failed, _verdict, answer, gold, str(rounded_digits), workers=workers))
 
 
 async def judged(
-    failed: str, verdict: Callable[..., Any], *given: str, workers: sandbox.Workers = sandbox.SHARED, seconds: float = CPU_SECONDS
+    failed: str, verdict: Callable[..., Any], *given: str, workers: sandbox.Workers = sandbox.SHARED, seconds: float = 1.0
 ) -> float:
     """What a worker says of an untrusted text: 0 where the text breaks it. Raises TaskError, which begins with ``failed``, where we do."""
     try:
@@ -77,9 +75,7 @@ def _verdict(answer: str, gold: str, rounded: str) -> bool:
     return same(plain(answer), plain(gold), int(rounded))
 
 
-# A pattern whose every branch begins with a letter is fast on any text.
-_WORDS = "|".join(rf"{word}(?<!\w{word})" for word in ("is", "are", "get", "gives", "equals", "makes", "answer"))
-_STATED = rf"(?:[=:]|->|\\to|boxed\s?\{{|{_WORDS})\s?+[\\{{(]*+\s?+"
+_STATED = r"(?:[=:]|->|\\to|boxed\s?\{|\b(?:is|are|get|gives|equals|makes|answer))\s?+[\\{(]*+\s?+"
 _DRESSING = re.compile(
     r"\$|\*\*|\\(?:[,!;:]|left|right|(?:text|math)[a-z]*|[dt]?(?=frac)| (?=\d{3}(?!\d)))|\{,\}(?=\d{3}(?!\d))"
     r"|[,~\xa0\u2009\u202f](?<=\d.)(?=\d{3}(?!\d))"
@@ -103,24 +99,17 @@ def _stated(gold: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """Patterns of a text that states a gold answer, which none does that is empty, and of one that it stands in; each reply asks."""
     gold = (last_box(gold) or only(gold))[:LONGEST]
     target = form if re.fullmatch(r"[\w .,/-]+", form := plain(gold), re.ASCII) else _DRESSING.sub("", gold).strip()
-    spelled = _spelled(target, number(form))
+    if written := number(form):
+        top, bottom = abs(written[0].numerator), written[0].denominator
+        whole, _, rest = (f"{Decimal(top) / bottom:f}" if bottom > 1 else str(top)).partition(".")
+        decimal = rf"{whole.lstrip('0') or '0?'}\.{rest}0*" if rest else rf"{whole}(?:\.0*)?"
+        # A minus after a word or a bracket is one of a difference.
+        sign = r"(?<![\w)}])(?<![\w)}] )-" if written[0] < 0 else r"(?:(?<!-)|(?<=[\w)}]-)|(?<=[\w)}] -))"
+        spelled = rf"(?<![\w.,/]){sign}(?:{decimal}|{top}\s?/\s?{bottom}|frac\s?\{{{top}\}}\{{{bottom}\}})(?![\w/]|[.,]\d)"
+    else:  # as it stands, however it is spaced
+        tokens = re.findall(r"\\[A-Za-z]+|[A-Za-z0-9]+|\S", target)
+        spelled = r"(?<![\w\\])" + r"\s?".join(map(re.escape, tokens)) + r"(?!\w)"
     if len(target.lstrip("-")) > 2:
         return (found := re.compile(spelled, re.ASCII | re.IGNORECASE)), found
     result = rf"{_STATED}{spelled}(?!\s?[-+*/^=])|\A[\s([{{]*{spelled}[\s)\]}}.]*\Z" if target else r"(?!)"
     return re.compile(result, re.ASCII), re.compile(spelled, re.ASCII)
-
-
-def _spelled(target: str, written: Number | None) -> str:
-    """A pattern of how a text may write it: a number as a decimal or a fraction, anything else as it stands, however it is spaced."""
-    if written is None:
-        tokens = re.findall(r"\\[A-Za-z]+|[A-Za-z0-9]+|\S", target)
-        return r"(?<![\w\\])" + r"\s?".join(map(re.escape, tokens)) + r"(?!\w)"
-    top, bottom = abs(written.value.numerator), written.value.denominator
-    forms = [rf"{top}\s?/\s?{bottom}", rf"frac\s?\{{{top}\}}\{{{bottom}\}}"]
-    places = next((n for n in range(20) if 10**n % bottom == 0), None)
-    if places is not None:
-        whole, rest = divmod(top * 10**places // bottom, 10**places)
-        forms.append(rf"{whole or '0?'}\.{rest:0{places}}0*" if rest else rf"{whole}(?:\.0*)?")
-    # A minus after a word or a bracket is one of a difference.
-    sign = r"(?<![\w)}])(?<![\w)}] )-" if written.value < 0 else r"(?:(?<!-)|(?<=[\w)}]-)|(?<=[\w)}] -))"
-    return rf"(?<![\w.,/]){sign}(?:{'|'.join(forms)})(?![\w/]|[.,]\d)"
