@@ -14,8 +14,7 @@ from aipo_graph.errors import TaskError, ToolError
 from aipo_graph.tools import sandbox
 from aipo_graph.tools.notation import LONGEST, number, plain
 
-LONGEST_READ = 1 << 17
-"""Characters at the end of a text that are searched for the gold answer: more than any budget of tokens lets one write."""
+LONGEST_READ = 1 << 17  # characters at the end of a text that are searched for the gold answer: more than any budget lets one write
 
 
 def last_box(text: str) -> str | None:

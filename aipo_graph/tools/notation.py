@@ -27,7 +27,7 @@ _GAP = r"(?:(?:\\(?:mathord|text[a-z]*))?\{[, ]\}|'|\s)+"
 _BLOCK = r"\s*\{[^{}]*\}"
 Rules = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 _COMMANDS: Rules = [
-    (r"(?:US)?\\?[$£€¢¥₩₹₽]|\\euro|\\pounds", ""), (r"^\s*(\*\*?|__?)(.+)\1\W*$", r"\2"),
+    (r"(?:US)?\\?[$£€¢¥₩₹₽]|\\(?:euro|pounds)(?![A-Za-z])", ""), (r"^\s*(\*\*?|__?)(.+)\1\W*$", r"\2"),
     (r"\\(?:left|right|middle|[Bb]igg?[lr]?)(?![A-Za-z])\s?\.?|(?<=\d,)\\[,:;!]\s?(?=\d{3}(?!\d))|(?<!\\)\\[!/]", ""),
     (rf"\\(?:(?:text)?color(?:box)?|raisebox)\s*(?:\[[^\]]*\])?{_BLOCK}|\\(?:fcolorbox|fontsize){_BLOCK}{_BLOCK}", ""),
     # Switches of font, size and style, and what takes space.

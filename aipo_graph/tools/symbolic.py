@@ -5,7 +5,7 @@ Expressions are parsed by math-verify's parser: no text reaches ``sympify`` or `
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -133,7 +133,7 @@ def same(answer: str, gold: str, rounded: int) -> bool:
     return like and len(answers) == len(golds) and all(same(a, b, rounded) for a, b in zip(answers, golds, strict=True))
 
 
-def _paired(ones: Sequence[Any], twos: Sequence[Any], like: Callable[[Any, Any], bool]) -> bool:
+def _paired(ones: Collection[Any], twos: Collection[Any], like: Callable[[Any, Any], bool]) -> bool:
     """Whether each has its like on the other side."""
     table = [[like(one, two) for two in twos] for one in ones]
     return all(map(any, table)) and all(map(any, zip(*table, strict=True)))
@@ -178,12 +178,10 @@ def _region(text: str) -> tuple[str, Any] | None:
     return ("", parse(text).doit()) if isinstance(parse(text), sympy.Set) and not names else None
 
 
-def _relations(text: str) -> Sequence[Any]:
+def _relations(text: str) -> Collection[Any]:
     """The relations between numbers in a chain; none of anything else."""
-    found = parse(text)
-    links = found.args if isinstance(found, sympy.And) else (found,)
-    sides = [side for each in links for side in (each.args if isinstance(each, Relational) else [None])]
-    return links if all(isinstance(side, sympy.Expr) for side in sides) else ()
+    links = sympy.And.make_args(parse(text))
+    return links if all(isinstance(each, Relational) and not each.has(sympy.Set, sympy.Tuple) for each in links) else ()
 
 
 def _same_tree(one: Any, two: Any) -> bool:
@@ -238,15 +236,13 @@ def _without_unit(text: str) -> tuple[str, Any]:
     ):
         return text, None
     unit, over = sympy.Integer(1), 1
-    for word, exponent in re.findall(r"(/|[A-Za-zμΩÅ°%]+)\.?(?:\^\{(-?\d)\})?", match[3]):
+    for slash, word, exponent in re.findall(r"(/?)\s*([A-Za-zμΩÅ°%]+)\.?(?:\^\{(-?\d)\})?", match[3]):
         names = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
         known = next((_UNITS[name] for name in names if name in _UNITS), None)
-        if word == "/":
-            over = -1
-        elif known is None and (len(word) == 1 or not match[2] or number(match[1]) is None):
+        if known is None and (len(word) == 1 or not match[2] or number(match[1]) is None):
             return text, None
-        else:
-            unit *= (known or sympy.Symbol(names[-1])) ** (over * int(exponent or 1))
+        over = -1 if slash else over
+        unit *= (known or sympy.Symbol(names[-1])) ** (over * int(exponent or 1))
     return match[1].strip(), unit
 
 
