@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}  # read when it is imported
 
 
-collect_ignore = ["vllm_quiet.py"]
+collect_ignore = ["hasty.py", "vllm_quiet.py"]
 TOGETHER = (
     ("vllm_server", "vllm_train", "vllm_in_process", "chat_agents"),
     ("view", "view_browser", "dashboard", "docs"),

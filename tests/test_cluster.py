@@ -299,7 +299,7 @@ def test_a_lost_node_costs_its_processes_only_and_a_lost_head_ends_the_run(warm_
         other = tmp_path / "other"
         other.mkdir()
         (other / "slow.py").write_text(SLOW)
-        driver = start(other, address, rollout__graph="slow.py:build", train__steps=50)
+        driver = Started("hasty", words(address, rollout__graph="slow.py:build", train__steps=50), other)
         driver.wait_for("\nstep +1/")
         os.kill(int(head), signal.SIGKILL)
         assert driver.wait() == 2
