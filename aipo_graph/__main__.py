@@ -1,6 +1,5 @@
 """`aipo-graph COMMAND`, or `python -m aipo_graph COMMAND`: the commands under one name."""
 
-import gc
 import sys
 
 from aipo_graph import cli
@@ -23,10 +22,7 @@ def command(argv: list[str]) -> None:
     elif name not in COMMANDS:
         raise ConfigError(f"no command {name!r}{nearest(name, COMMANDS)}")
     else:
-        gc.disable()  # as for python -m aipo_graph.COMMAND
-        run = load(COMMANDS[name])
-        gc.enable()
-        run(argv[1:])
+        load(COMMANDS[name])(argv[1:])
 
 
 def main() -> int:
