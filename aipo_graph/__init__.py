@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # The Hub's and vLLM's usage reports, read when they are imported: nothing leaves this machine unasked. A value of the user's own stays.
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# By default a thread that waits for torch's others keeps its core busy for milliseconds, although one of them, or another program, may need
+# it. Read when torch is imported; a value of the user's own stays.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if sys.argv[:1] == ["-m"] and any(option == "-m" and name.startswith(f"{__name__}.") for option, name in pairwise(sys.orig_argv)):
     # A command starts; cli.main undoes both. A quarter of the start would go into looking for garbage among what is imported, and Ctrl-C
     # would show a traceback of it.
