@@ -1,6 +1,7 @@
 """What all tests share. One torch thread per process, set before anything imports torch: more are slower beside other load."""
 
 import contextlib
+import gc
 import os
 import secrets
 import shutil
@@ -19,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}  # read when it is imported
-
+gc.set_threshold(50_000)  # of what thousands of tests are made of, none is garbage
 
 collect_ignore = ["hasty.py", "vllm_quiet.py"]
 TOGETHER = (
