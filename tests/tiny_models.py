@@ -127,15 +127,20 @@ def outcome(kind: str) -> tuple[str, str, str]:
         known = {"with a cache its logprobs move": "with a cache its logprobs move", "cannot be learned:": "sees later tokens"}
         return "no: " + next((short for words, short in known.items() if words in text), f"{who} refuses")
 
-    found = []
-    steps = {"its forward": lambda model: check_rows(model, "float32"), "peft": adapted, "its cache": lambda model: Decoder(model, CONTEXT)}
-    for who, step in steps.items():
+    found, model = [], tiny(kind)
+    steps = {
+        "its forward": lambda: check_rows(model, "float32"),
+        "its cache": lambda: Decoder(model, CONTEXT),
+        "peft": lambda: adapted(model),
+    }
+    for who, step in steps.items():  # only the last changes the model
         try:
-            said = step(tiny(kind))
+            said = step()
             found.append(said if isinstance(said, str) else "yes")
         except AipoError as error:
             found.append(line(error, who))
-    return found[0], found[1] if found[0] == "yes" else "no", found[2] if found[0] == "yes" else "no"
+    trains, embedded, adapts = found
+    return trains, adapts if trains == "yes" else "no", embedded if trains == "yes" else "no"
 
 
 def listed() -> dict[str, tuple[str, ...]]:

@@ -108,7 +108,7 @@ def without_commas(text: str) -> str:
 
 _NUMBER = re.compile(
     r"(?a)([-+]?) ?(?:(?:(\d+) )? ?(-?\d+) ?/ ?(-?0*[1-9]\d*)"
-    r"|(?=\.?\d)(\d*)\.?(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\})?(?:[eE]([-+]?\d{1,3}))?)"
+    r"|(?=\d|\.[\d\\])(\d*)\.?(\d*)(?:\\(?:overline|bar|dot)\{(\d+)\})?(?:[eE]([-+]?\d{1,3}))?)"
 )
 
 

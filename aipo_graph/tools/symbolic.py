@@ -87,6 +87,7 @@ _NAMED_UNITS = {name: unit for name, unit in vars(units).items() if type(unit) i
     "mph": units.mile / units.hour, "kph": units.km / units.hour, "kmh": units.km / units.hour, "cc": units.cm**3, "mi": units.mile,
     "in": units.inch, "min": units.minute, "hr": units.hour, "sec": units.second, "Ω": units.ohm, "Å": units.angstrom,
     "°": units.degree, "%": units.percent, "unit": sympy.Symbol("unit"), "Wh": units.watt * units.hour, "week": 7 * units.day,
+    "metre": units.meter, "litre": units.liter, "lb": units.pound,
 }  # fmt: skip
 _UNITS = {prefix + name: sympy.Integer(10) ** power * unit
           for prefixes, power in _PREFIXES.items() for prefix in prefixes.split(" ") for name, unit in _NAMED_UNITS.items()}  # fmt: skip
@@ -232,7 +233,10 @@ def _without_unit(text: str) -> tuple[str, Any]:
     if (
         match is None
         or (match[3] == "°" and re.search(r"\\[a-z]{3}(?<!\\fra)|cis", match[1]))  # of the argument
-        or (re.fullmatch("[A-Za-zμ]", match[3]) and (not match[2] or re.search(r"(?<![\\A-Za-z])[A-Za-z]", match[1])))  # 5m, 2x m
+        or (  # 5m, 2x m
+            re.fullmatch("[A-Za-zμ]", match[3])
+            and (not match[2] or (number(match[1]) is None and re.search(r"(?<![\\A-Za-z])[A-Za-z]", match[1])))
+        )
     ):
         return text, None
     unit, over = sympy.Integer(1), 1
