@@ -60,6 +60,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(servers.close)
 
 
+def pytest_unconfigure() -> None:
+    gc.freeze()  # pytest looks through all there is five times more
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

@@ -27,7 +27,7 @@ from aipo_graph.tools import jail
 from aipo_graph.tools.jail_child import ALLOWED, MACHINES, USED
 
 COLUMN = MACHINES[platform.machine()][0]
-AMPLE = jail.Limits(cpu_seconds=6, memory=1 << 29)
+AMPLE = jail.Limits(cpu_seconds=4, memory=1 << 29)
 UPROBES = {335, 336} if COLUMN == 0 else set()
 """No filter is asked about these; from a program they end it."""
 LISTED = {int(number) for entry in ALLOWED.split(",") if (number := entry.split()[1 + COLUMN]) != "-"}

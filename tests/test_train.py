@@ -31,7 +31,7 @@ TINY: dict[str, int] = {
     "run.trace_groups": 4,
     "rollout.problems": 4,
     "rollout.traces": 4,
-    "train.steps": 6,
+    "train.steps": 5,
     "train.patience": 100,
     "evaluate.problems": 0,
     "engine.workers": 1,
@@ -120,20 +120,20 @@ def test_a_finished_run_can_be_extended_and_is_evaluated_anew(undisturbed: Path,
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows[0]["seconds/publish"] = 1000.0  # of some large policy
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run(tmp_path, train__steps=7, train__micro_batch_tokens=2048, **EVALUATED | {"evaluate__samples": 2})
+    done = run(tmp_path, train__steps=6, train__micro_batch_tokens=2048, **EVALUATED | {"evaluate__samples": 2})
     assert done.returncode == 0, done.stderr
     assert {line for line in done.stdout.splitlines() if line.startswith("note: ")} == {
-        "note: train.steps = 7 from here on, 6 before",
-        "note: the learning rate's cosine ends at step 7 now: from here on it is another one",
+        "note: train.steps = 6 from here on, 5 before",
+        "note: the learning rate's cosine ends at step 6 now: from here on it is another one",
         "note: train.micro_batch_tokens = 2048 from here on, 4096 before",
         "note: evaluate.samples = 2 from here on, 1 before",
-        "note: goes on after step 6",
+        "note: goes on after step 5",
     }
-    assert timeless(folder)[:6] == timeless(undisturbed)
+    assert timeless(folder)[:5] == timeless(undisturbed)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["steps"] == len(timeless(folder)) == 7
+    assert summary["steps"] == len(timeless(folder)) == 6
     assert summary["wall_seconds"] > 1000
-    assert json.loads((folder / "changes.jsonl").read_text())["step"] == 6
+    assert json.loads((folder / "changes.jsonl").read_text())["step"] == 5
     for part in ("base", "trained"):
         assert len(list((folder / "evaluation" / part).glob("samples*.jsonl"))) == 2
     digests = [hashlib.sha256((path / "policy" / "model.safetensors").read_bytes()).digest() for path in (folder, undisturbed)]
