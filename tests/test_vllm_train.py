@@ -86,7 +86,6 @@ def test_a_killed_sampler_comes_back_with_the_last_weights(
     sampled token."""
     lag = 0 if kind == "vllm" else 1
     settings = {
-        "train.steps": 2,
         "rollout.max_tokens": 128,
         "rollout.max_lag": lag,
         "engine.kind": kind,
@@ -112,7 +111,7 @@ def test_a_killed_sampler_comes_back_with_the_last_weights(
         driver.kill()
     assert "sampler-0 on" in (tmp_path / "out").read_text()
     rows = read_metrics(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["failed"] == 0 and row["lag_max"] <= lag and row["sync_gap_max"] <= 1e-3 for row in rows)
     assert lag or all(row["mismatch_max"] <= 1e-3 for row in rows if "mismatch_max" in row)
     assert rows[-1]["restarts/sampler"] == 1
