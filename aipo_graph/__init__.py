@@ -29,8 +29,6 @@ if sys.argv[:1] == ["-m"] and any(option == "-m" and name.startswith(f"{__name__
     gc.disable()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-elif any("multiprocessing" in word for word in sys.orig_argv):
-    gc.set_threshold(50_000)  # a process of a command's, as cli.main has it
 __version__ = "0.1.0"
 __all__ = ["Agent", "Config", "PolicyChatModel", "Run", "evaluate", "train", "view"]
 COMMANDS = {"train", "evaluate", "view"}

@@ -27,6 +27,8 @@ from aipo_graph.load import find, text
 C = TypeVar("C", bound=BaseModel)
 MAX_YAML_BYTES = 1_000_000
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SELDOM = 50_000
+"""Objects made between two collections of garbage, each of which walks what all graph runs under way hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def write_whole(path: Path, text: str) -> None:
 def main(command: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and turn an expected failure into one line on stderr; returns the exit code (0, 2, 130)."""
     gc.enable()
-    gc.set_threshold(50_000)  # objects made between two collections, each of which walks what all graph runs under way hold
+    gc.set_threshold(SELDOM)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     atexit.register(gc.freeze)  # nothing is looked through for garbage at the end: with torch loaded that takes seconds

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic_core import to_json
 
-from aipo_graph import loops
+from aipo_graph import cli, loops
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, ContextError, EngineError
 from aipo_graph.evaluation.samples import Key, Part, Sample, append, ballot
@@ -96,6 +96,7 @@ class Worker:
 
 def _live(environment: Mapping[str, str], target: Callable[..., None], *arguments: Any) -> None:
     """A worker's life: the target's, in the environment that its parent has now."""
+    gc.set_threshold(cli.SELDOM)
     os.environ.clear()
     os.environ.update(environment)
     threading.Thread(target=end_with_parent, daemon=True).start()
