@@ -141,10 +141,11 @@ def ask(page: Page, question: str, **fields: str) -> None:
 
 
 def ask_and_hang(page: Page, asked: threading.Event) -> None:
-    """Asks a question, and waits until its trace with agents waits for one that does not come back."""
+    """Asks a question, and waits until its trace alone has ended and the one with agents waits for an agent that does not come back."""
     asked.clear()
     ask(page, QUESTION, temperature="0")
     assert asked.wait(30)
+    expect(page.get_by_test_id("side-alone")).to_have_attribute("data-state", "wrong")
 
 
 def finished(page: Page) -> None:
