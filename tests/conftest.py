@@ -7,11 +7,12 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
+from multiprocessing import spawn
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-from started import SHARED, run_module, share
+from started import run_module, share
 from warm import warm
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -51,13 +52,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Side by side, all fork from the same two processes, which import while tests are collected."""
-    if config.option.numprocesses or SHARED in os.environ:
-        share()
+    """Side by side, all fork from one process that has the imports, the processes that take the tests first."""
     if config.option.numprocesses:
-        servers = contextlib.ExitStack()
-        os.environ["WARM_PYTHON"] = servers.enter_context(warm(sys.executable, ("preloaded",)))
-        config.add_cleanup(servers.close)
+        server = contextlib.ExitStack()
+        python = os.environ["WARM_PYTHON"] = server.enter_context(warm(sys.executable, ("preloaded",)))
+        config.add_cleanup(server.close)
+        spawn.set_executable(python)
+        config.option.tx = [f"popen//python={python}"] * len(config.option.tx)
+    elif "WARM_PYTHON" in os.environ:
+        sys.executable = f"{sys.prefix}/bin/python"
+    if "WARM_PYTHON" in os.environ:
+        share()
 
 
 def pytest_unconfigure() -> None:
