@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource,
 from rich.console import Console
 from rich.text import Text
 
-from aipo_graph.config import GONE, PATHS, Config
+from aipo_graph.config import PATHS, Config
 from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.load import find, text
 
@@ -70,7 +70,6 @@ def parse(
         if layer:
             above, lines = read_yaml(layer)
             above = {key: {} if value is None else value for key, value in above.items()}  # a section whose lines are all comments
-            _leave_out_gone(above)
             _resolve_paths(above, layer.parent)
             if isinstance(task := above.get("task"), dict) and "name" in task:  # one task's data, columns and options are no other's
                 values.pop("task", None)
@@ -78,14 +77,6 @@ def parse(
             places |= {key: f"{layer}:{line}" for key, line in lines.items()}
     places |= dict.fromkeys([*given, *flat(given)], "on the command line")
     return validated(cls, _merge(values, given), places), Options(path, dry_run)
-
-
-def _leave_out_gone(above: Mapping[str, Any]) -> None:
-    """Settings that a run of an earlier version wrote, where they say what is done now."""
-    for key, now in GONE.items():
-        section, _, name = key.partition(".")
-        if isinstance(held := above.get(section), dict) and now in (None, held.get(name)):
-            held.pop(name, None)
 
 
 def validated(cls: type[C], values: Mapping[str, Any], places: Mapping[str, str] = {}) -> C:
@@ -199,7 +190,8 @@ def _command_line(argv: Sequence[str], cls: type[BaseModel], prog: str, doc: str
     usage = [prog, *positional, "[--config config.yaml]" if positional else "[config.yaml]", "[--section.field value ...] [--dry-run]"]
     if not issubclass(cls, Config):
         common, usage = {}, [prog, *positional, "[--field value ...]"]
-    command: Any = create_model("Command", __base__=(BaseSettings, cls), **common)
+    # Of what is made here there is no source, and a long search for it.
+    command: Any = create_model("Command", __base__=(BaseSettings, cls), __cls_kwargs__={"use_attribute_docstrings": False}, **common)
     parser = _Parser(
         prog=prog,
         usage=" ".join(usage),

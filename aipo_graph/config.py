@@ -31,8 +31,6 @@ FORMS = {
 RETIRED = {"clip": "aipo", "shortfall": "aipo"}
 """Coefficients of agent tokens that are gone, and what did better in their place in the study."""
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-GONE = {"run.keep_checkpoints": 2, "loss.gamma": 0.1, "optimizer.weight_decay": 0.0, "evaluate.workers": None}
-"""Settings of earlier versions, and the value that is now the only one; None: any, for it changed nothing of what a run learns."""
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.=+,-]*$", max_length=100)]
 BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://")]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]

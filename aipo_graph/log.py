@@ -1,5 +1,6 @@
 """RunLog: one folder per run, held by one process, and what a person sees while it runs."""
 
+import errno
 import fcntl
 import json
 import math
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, NamedTuple, Self, TextIO, TypeVar
+from typing import Annotated, Any, BinaryIO, Self, TextIO, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -21,69 +22,14 @@ from rich.table import Column, Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from aipo_graph.cli import FULL, flat, printable, read_yaml, write_whole, write_yaml
-from aipo_graph.config import GONE, Config, may_change
+from aipo_graph.cli import flat, printable, read_yaml, write_whole, write_yaml
+from aipo_graph.config import Config, may_change
 from aipo_graph.errors import ConfigError, install
 from aipo_graph.types import Learned, TraceGroup
-
-# --- a begun run that goes on: which of its settings and files have changed, which may, and what was changed when
 
 CONFIG, FILES, CHANGES = "config.yaml", "files.json", "changes.jsonl"
 PLACES = ("run.name", "run.dir")
 """Where a run lies is nothing of it."""
-
-
-class Changes(NamedTuple):
-    """In what a run now goes on otherwise than before."""
-
-    changed: Mapping[str, tuple[Any, Any]]
-    """Setting or file -> its value or digest before and now."""
-    forced: list[str]
-    """Those of them that --force alone lets through."""
-    gone: list[str]
-    """Settings of an earlier version that there are no more."""
-
-
-def begin(folder: Path, config: Config, files: Mapping[str, str], *, force: bool) -> Changes | None:
-    """Writes config.yaml and files.json of a new run, one without a checkpoint, or compares them with a begun one's.
-
-    A setting that config.yaml lacks, since its version did not know it, had its default. Raises ConfigError in one line where something
-    has changed that changes learning, unless ``force``.
-    """
-    path = folder / CONFIG
-    if not path.exists() or not any(folder.glob("checkpoints/step-*")):  # where nothing is learned yet nothing is lost
-        write_whole(folder / FILES, json.dumps(files, indent=1) + "\n")
-        write_whole(path, write_yaml(config))
-        return None
-    # As it was done where no setting said so.
-    before = flat(Config().model_dump(mode="json")) | {"loss.negative": 1.0} | flat(read_yaml(path)[0])
-    now = flat(config.model_dump(mode="json"))
-    changed = {key: (before[key], value) for key, value in now.items() if before[key] != value and key not in PLACES}
-    old_files = _read(folder / FILES)
-    changed |= {key: (old_files[key], files[key]) for key in files if old_files.get(key, files[key]) != files[key]}
-    gone = [key for key in before if key not in now]
-    changed |= {key: (before[key], GONE[key]) for key in gone if key in GONE and GONE[key] not in (None, before[key])}
-    refused = [key for key in changed if key in files or key in gone or not may_change(key)]
-    if refused and not force:
-        raise ConfigError(_refusal(folder, changed, refused, files))
-    return Changes(changed, refused, gone)
-
-
-def _refusal(folder: Path, changed: Mapping[str, tuple[Any, Any]], refused: list[str], files: Mapping[str, str]) -> str:
-    key, (before, now) = refused[0], changed[refused[0]]
-    more = f" (and {len(refused) - 1} more: {', '.join(refused[1:4])})" if len(refused) > 1 else ""
-    what = f"{key} has changed since{more}; restore it" if key in files else f"it has {key} = {before!r}, not {now!r}{more}; keep it"
-    return f"run folder {folder} is of a begun run: {what}, choose another --run.name, or say --force to go on with the change from here"
-
-
-def _read(path: Path) -> dict[str, str]:
-    """The digests of a run folder; none where its version wrote none. Raises ConfigError for a damaged file."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged ({error}); delete it: the files are then taken as they are") from error
 
 
 # --- the log
@@ -134,7 +80,10 @@ class RunLog:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self._live: _LiveView | None = None
         self._trackers: dict[str, Any] = {}
-        self._changes: Changes | None = None
+        self._changed: dict[str, tuple[Any, Any]] = {}
+        """Setting or file -> its value or digest before and now, in a begun run that goes on."""
+        self._forced: list[str] = []
+        """Those of them that --force alone lets through."""
         self._broken: set[str] = set()
         self._alarmed: set[str] = set()
 
@@ -145,8 +94,9 @@ class RunLog:
         os.register_at_fork(after_in_child=self._lock.close)
         try:
             (self.folder / "checkpoints").mkdir(exist_ok=True)
-            self._changes = begin(self.folder, self.config, self._files, force=self._force)
-            self._open_trackers()
+            self._begin()
+            for name in self.config.run.trackers:
+                self._trackers[name] = _open(name, self.config, self.folder)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -158,49 +108,54 @@ class RunLog:
             self._attempt(name, tracker.finish, Exception)
         self._lock.close()
 
-    def _open_trackers(self) -> None:
-        """Opens what `run.trackers` names, each with the run that it had before where this one goes on.
+    def _begin(self) -> None:
+        """Writes config.yaml and files.json of a new run, one without a checkpoint, or compares them with a begun one's.
 
-        Raises ConfigError for one that is not installed or cannot be opened; later faults are noted, once each.
+        A setting that config.yaml lacks had its default. Raises ConfigError in one line where something has changed that changes
+        learning, unless it is forced.
         """
-        for name in self.config.run.trackers:
-            try:
-                self._trackers[name] = _open(name, self.config, self.folder)
-            except Exception as error:
-                why = f"cannot be opened ({type(error).__name__}: {printable(str(error))[:300]}); log in, work offline, or leave it out"
-                if isinstance(error, ImportError):
-                    why = f"is not installed; {install('trackers')}"
-                raise ConfigError(f"run.trackers: {name} {why}") from error
+        if not (self.folder / CONFIG).exists() or not any(self.folder.glob("checkpoints/step-*")):  # what is not learned yet is not lost
+            self._write_settings()
+            return
+        before = flat(Config().model_dump(mode="json")) | flat(read_yaml(self.folder / CONFIG)[0])
+        now = flat(self.config.model_dump(mode="json"))
+        self._changed = {key: (before[key], value) for key, value in now.items() if before[key] != value and key not in PLACES}
+        try:
+            old, new = dict(json.loads((self.folder / FILES).read_text(encoding="utf-8"))), self._files
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{self.folder / FILES}: damaged ({error}); choose another --run.name") from error
+        self._changed |= {key: (old[key], new[key]) for key in new if old.get(key, new[key]) != new[key]}
+        self._forced = [key for key in self._changed if key in new or not may_change(key)]
+        if self._forced and not self._force:
+            key, (was, given) = self._forced[0], self._changed[self._forced[0]]
+            more = f" (and {len(self._forced) - 1} more: {', '.join(self._forced[1:4])})" if len(self._forced) > 1 else ""
+            what = f"{key} has changed since{more}; restore it" if key in new else f"it has {key} = {was!r}, not {given!r}{more}; keep it"
+            raise ConfigError(
+                f"run folder {self.folder} is of a begun run: {what}, choose another --run.name, or say --force to go on with the change "
+                "from here"
+            )
+
+    def _write_settings(self) -> None:
+        write_whole(self.folder / FILES, json.dumps(self._files, indent=1) + "\n")
+        write_whole(self.folder / CONFIG, write_yaml(self.config))
 
     def resume_at(self, step: int) -> None:
         """The run goes on after ``step`` (0: from the start): what was logged past it, and a half-written line, are cut off. What has
-        changed since is noted and recorded.
+        changed since is noted, recorded in changes.jsonl, and the run's own from here on.
         """
-        if self._changes:
-            self._record(step, *self._changes)
-            self._changes = None  # said and written once, however often a learner is lost and comes back
+        if self._changed:
+            _append(self.folder / CHANGES, json.dumps({"step": step, "changed": self._changed, "forced": self._forced}).encode())
+        self._write_settings()
+        for key, (before, now) in self._changed.items():
+            self.note(f"{key} has changed" if key in self._files else f"{key} = {now!r} from here on, {before!r} before")
+        if "train.steps" in self._changed and self.config.optimizer.schedule == "cosine":
+            self.note(f"the learning rate's cosine ends at step {self.config.train.steps} now: from here on it is another one")
+        self._changed = {}  # said and written once, however often a learner is lost and comes back
         self.pause()
         for name in ("metrics.jsonl", "traces.jsonl", "excluded.jsonl"):
             _cut(self.folder / name, step)
         if self._interactive:
             self._live = _LiveView(self.console, self.config.train.steps, step)
-
-    def _record(self, step: int, changed: Mapping[str, tuple[Any, Any]], forced: list[str], gone: list[str]) -> None:
-        """Writes what has changed after ``step`` to changes.jsonl, makes it the run's own, and notes each change."""
-        if changed:
-            line = json.dumps({"step": step, "changed": changed, "forced": forced})
-            with (self.folder / CHANGES).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        if self._files:
-            write_whole(self.folder / FILES, json.dumps(self._files, indent=1) + "\n")
-        if changed or gone:
-            write_whole(self.folder / CONFIG, write_yaml(self.config))
-        for key in gone:
-            self.note(f"{key}, a setting of another version, is passed over")
-        for key, (before, now) in changed.items():
-            self.note(f"{key} has changed" if key in self._files else f"{key} = {now!r} from here on, {before!r} before")
-        if "train.steps" in changed and self.config.optimizer.schedule == "cosine":
-            self.note(f"the learning rate's cosine ends at step {self.config.train.steps} now: from here on it is another one")
 
     def step(
         self,
@@ -285,28 +240,35 @@ class RunLog:
 # --- files
 
 
-def records(path: Path, form: TypeAdapter[T]) -> Iterator[tuple[int, T | None]]:
-    """(offset of its first byte, record) of each line; None for a line that is damaged or has no end. Raises OSError."""
-    offset = 0
-    with path.open("rb") as lines:
+def opened(path: Path) -> BinaryIO:
+    """For its bytes. Raises OSError for what is no file: one would wait for a pipe without end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a file")
+    return path.open("rb")
+
+
+def records(path: Path, form: TypeAdapter[T], offset: int = 0) -> Iterator[tuple[int, bytes, T | None]]:
+    """(offset of its first byte, line, record) of each line from ``offset`` on, None for what is damaged or has no end. Raises OSError."""
+    with opened(path) as lines:
+        lines.seek(offset)
         for line in lines:
             try:
                 record = form.validate_json(line) if line.endswith(b"\n") else None
             except ValidationError:
                 record = None
-            yield offset, record
+            yield offset, line, record
             offset += len(line)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, damaged ones left out; no file, no lines."""
-    return [dict(point) for _, point in records(path, POINT) if point is not None] if path.exists() else []
+    return [dict(point) for *_, point in records(path, POINT) if point is not None] if path.exists() else []
 
 
 def read_traces(path: Path) -> tuple[list[LoggedGroup], int]:
     """The groups of a traces.jsonl, and how many lines could not be read. Raises ConfigError where there is no file."""
     try:
-        found = [logged for _, logged in records(path, LOGGED_GROUP)]
+        found = [logged for *_, logged in records(path, LOGGED_GROUP)]
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     groups = [logged for logged in found if logged is not None]
@@ -317,7 +279,7 @@ def _cut(path: Path, step: int) -> None:
     """Truncate before the first line that is damaged or later than ``step``."""
     if not path.exists():
         return
-    for offset, record in records(path, POINT):
+    for offset, _, record in records(path, POINT):
         if record is None or record["step"] > step:
             os.truncate(path, offset)
             return
@@ -342,8 +304,6 @@ def hold(folder: Path, what: str, option: str) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        if error.errno in FULL:
-            raise
         raise ConfigError(f"{what} {folder}: {error.strerror}; choose another {option}") from error
     lock.seek(0)
     try:
@@ -438,32 +398,33 @@ class _TensorBoard:
 
 
 def _open(name: str, config: Config, folder: Path) -> Any:
+    """A tracker, with the run that it had before where this one goes on; later faults of it are noted, once each.
+
+    Raises ConfigError for one that is not installed or cannot be opened.
+    """
     if name == "tensorboard":
         return _TensorBoard(folder)
-    ids = _ids(folder)
-    known, settings = name in ids, config.model_dump(mode="json")
-    if name == "wandb":
-        import wandb
-
-        run = ids.setdefault(name, secrets.token_hex(4))
-        opened = wandb.init(
-            project="aipo_graph", name=config.run.name, id=run, resume="allow", dir=str(folder), config=settings, allow_val_change=True
-        )
-    else:
-        import trackio
-
-        # Another run of this name may be there: only our own is gone on with.
-        run = ids.get(name, config.run.name)
-        opened = trackio.init(project="aipo_graph", name=run, resume="allow" if known else "never", config=settings)
-        ids[name] = str(getattr(opened, "name", None) or run)
-    if not known:
-        (folder / IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
-    return opened
-
-
-def _ids(folder: Path) -> dict[str, str]:
     try:
-        ids = json.loads((folder / IDS).read_text(encoding="utf-8"))
-        return ids if isinstance(ids, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        ids = json.loads((folder / IDS).read_text(encoding="utf-8")) if (folder / IDS).exists() else {}
+        settings = config.model_dump(mode="json")
+        if name == "wandb":
+            import wandb
+
+            run = ids.setdefault(name, secrets.token_hex(4))
+            opened = wandb.init(
+                project="aipo_graph", name=config.run.name, id=run, resume="allow", dir=str(folder), config=settings, allow_val_change=True
+            )
+        else:
+            import trackio
+
+            # Another run of this name may be there: only our own is gone on with.
+            resume = "allow" if name in ids else "never"
+            opened = trackio.init(project="aipo_graph", name=ids.get(name, config.run.name), resume=resume, config=settings)
+            ids[name] = opened.name
+        (folder / IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    except ImportError as error:
+        raise ConfigError(f"run.trackers: {name} is not installed; {install('trackers')}") from error
+    except Exception as error:
+        why = f"{type(error).__name__}: {printable(str(error))[:300]}"
+        raise ConfigError(f"run.trackers: {name} cannot be opened ({why}); log in, work offline, or leave it out") from error
+    return opened

@@ -20,8 +20,6 @@ from aipo_graph.log import RunLog
 
 KEYS = [key for key, _ in leaves(Config)]
 FILES = {"task.data (mine.jsonl)": "aa", "rollout.prompts/solo.md": "bb", "policy.model/chat_template.jinja": "cc"}
-FIXTURE = Path(__file__).parent / "fixtures/begun_config.yaml"
-"""What version 0.1.0 wrote before there was `run.tracing`."""
 
 
 def config(folder: Path, **settings: Any) -> Config:
@@ -106,46 +104,6 @@ def test_a_changed_file_is_noticed(key: str, tmp_path: Path) -> None:
     assert go_on(config(tmp_path), files=changed, force=True, step=2) == [f"note: {key} has changed"]
     assert recorded(tmp_path) == [{"step": 2, "changed": {key: [FILES[key], "other"]}, "forced": [key]}]
     assert go_on(config(tmp_path), files=changed) == []
-
-
-def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
-    """Its config.yaml lacks what came later, and has what went; its folder has no digests."""
-    (tmp_path / "r" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    assert "tracing" not in FIXTURE.read_text()
-    (tmp_path / "r" / "config.yaml").write_text(FIXTURE.read_text())
-    settings = parse(
-        ["configs/quickstart.yaml", f"--run.dir={tmp_path}", "--run.name=r", "--run.trackers=[]", "--loss.negative=1"], Config, prog="train"
-    )[0]
-    said = go_on(settings)
-    assert said == [
-        "note: run.keep_checkpoints, a setting of another version, is passed over",
-        "note: loss.gamma, a setting of another version, is passed over",
-        "note: optimizer.weight_decay, a setting of another version, is passed over",
-        "note: evaluate.workers, a setting of another version, is passed over",
-        "note: run.trackers = [] from here on, ['tensorboard'] before",
-        "note: engine.workers = 2 from here on, 1 before",
-        "note: evaluate.problems = 128 from here on, 256 before",
-        "note: evaluate.samples = 16 from here on, 64 before",
-    ]
-    assert go_on(settings) == []
-    assert parse([str(FIXTURE)], Config, prog="evaluate")[0].loss.floor == 0.3  # it is a settings file, too
-    with pytest.raises(ConfigError, match="has changed since"):
-        go_on(settings, files=FILES | {"rollout.prompts/solo.md": "other"})
-
-
-@pytest.mark.parametrize(
-    ("line", "flags", "said"),
-    [
-        ("  weight_decay: 0.0", [], r"it has loss.negative = 1.0, not 0.0; keep it"),
-        ("  weight_decay: 0.1", ["--loss.negative=1"], r"it has optimizer.weight_decay = 0.1, not 0.0; keep it"),
-    ],
-)
-def test_what_an_earlier_version_learned_by_is_not_changed_silently(line: str, flags: list[str], said: str, tmp_path: Path) -> None:
-    (tmp_path / "r" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    (tmp_path / "r" / "config.yaml").write_text(FIXTURE.read_text().replace("  weight_decay: 0.0", line))
-    words = ["configs/quickstart.yaml", f"--run.dir={tmp_path}", "--run.name=r", "--run.trackers=[]", *flags]
-    with pytest.raises(ConfigError, match=said):
-        go_on(parse(words, Config, prog="train")[0])
 
 
 def test_a_run_without_a_checkpoint_is_begun_anew(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def read_run(run: Path, traces: int = 2000) -> ViewedRun:
 
 
 def page_text(run: Path) -> str:
-    return view.build([ViewedRun(run)], Console(quiet=True))
+    return view.build([ViewedRun(run)])
 
 
 def pages_of(viewed: ViewedRun) -> dict[int, dict[str, Any]]:
@@ -273,21 +273,6 @@ def test_settings_that_no_run_has_are_a_note(tmp_path: Path, settings: str) -> N
     index = read_run(run).index()
     assert index["notes"][-1].startswith("texts are shown whole")
     assert index["recorded"] == 6
-
-
-def test_without_graph_json_the_recorded_paths_are_drawn(tmp_path: Path) -> None:
-    with running(tmp_path) as log:
-        step(log, 1, group(1, trace("train-1"), trace("train-1", status="timeout")))
-    graph = read_run(tmp_path / "tiny").index()["graph"]
-    assert [(node["name"], node["role"]) for node in graph["nodes"]] == [
-        ("__start__", "end"), ("policy", "policy"), ("knowledge", "agent"), ("__end__", "end"),
-    ]  # fmt: skip
-    assert {(edge["source"], edge["target"]) for edge in graph["edges"]} == {
-        ("__start__", "policy"), ("policy", "knowledge"), ("knowledge", "policy"), ("policy", "__end__"),
-    }  # fmt: skip
-    for edge in graph["edges"]:
-        assert len(edge["points"]) == 4
-        assert all(0 <= x <= graph["width"] and 0 <= y <= graph["height"] for x, y in edge["points"])
 
 
 def test_an_empty_run_says_so(tmp_path: Path) -> None:

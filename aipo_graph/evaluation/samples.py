@@ -120,7 +120,7 @@ def begin(path: Path, settings: Mapping[str, Any], *, aside: bool = False) -> No
 
 def read(path: Path) -> dict[Key, Sample]:
     """The samples of a file. Lines that cannot be read are left out, so that theirs are drawn again."""
-    return {(found.part, found.problem, found.sample): found for _, found in records(path, SAMPLE) if found is not None}
+    return {(found.part, found.problem, found.sample): found for *_, found in records(path, SAMPLE) if found is not None}
 
 
 def task_of(path: Path) -> str:

@@ -3,14 +3,14 @@
 import asyncio
 import sys
 import webbrowser
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
-from rich.progress import Progress
 
 from aipo_graph import cli
 from aipo_graph.config import Section
@@ -70,23 +70,15 @@ def opened(names: Sequence[str], traces: int) -> list[ViewedRun]:
     return [ViewedRun(folder, traces) for folder in folders]
 
 
-def build(runs: Sequence[ViewedRun], console: Console) -> str:
+def build(runs: Sequence[ViewedRun]) -> str:
     """The page of runs as they are now."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        reading = progress.add_task("reading", total=sum(viewed.size for viewed in runs))
-        for viewed in runs:
-            viewed.refresh(lambda size: progress.advance(reading, size))
-        pages = [(place, number) for place, viewed in enumerate(runs) for number in viewed.shown()]
-
-        def data() -> Iterator[tuple[str, bytes]]:
-            yield "index", index_of(runs)
-            for place, number in progress.track(pages, description="writing"):
-                yield f"page-{place}-{number}", runs[place].page(number)
-
-        try:
-            return assemble(_title(runs), SCRIPTS, STYLES, data())
-        except LookupError as error:
-            raise ConfigError("traces.jsonl was cut off while it was read, for the run goes on; repeat the command") from error
+    for viewed in runs:
+        viewed.refresh()
+    pages = ((f"page-{place}-{number}", viewed.page(number)) for place, viewed in enumerate(runs) for number in viewed.shown())
+    try:
+        return assemble(_title(runs), SCRIPTS, STYLES, chain([("index", index_of(runs))], pages))
+    except LookupError as error:
+        raise ConfigError("traces.jsonl was cut off while it was read, for the run goes on; repeat the command") from error
 
 
 def make(names: Sequence[str], out: str | Path | None, traces: int, opens: bool) -> Path:
@@ -95,7 +87,8 @@ def make(names: Sequence[str], out: str | Path | None, traces: int, opens: bool)
     if out and Path(out).suffix not in (".html", ".htm"):
         raise ConfigError(f"--out {out}: the file's name must end in .html")
     file = Path(out) if out else runs[0].folder / "view.html"
-    page = build(runs, Console(stderr=True))
+    with Console(stderr=True).status("reading"):
+        page = build(runs)
     try:
         cli.write_whole(file, page)
     except OSError as error:

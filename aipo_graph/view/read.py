@@ -1,16 +1,14 @@
 """A run's folder as the page is told of it: an index of its traces, and the traces in pages. Nothing of the folder is ever run."""
 
-import errno
 import fcntl
 import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
@@ -18,8 +16,7 @@ from pydantic_core import from_json, to_json
 from aipo_graph import __version__
 from aipo_graph.cli import read_yaml
 from aipo_graph.errors import ConfigError
-from aipo_graph.log import LOGGED_GROUP, POINT, LoggedGroup
-from aipo_graph.types import TRAINED
+from aipo_graph.log import LOGGED_GROUP, POINT, LoggedGroup, opened, records
 from aipo_graph.view.record import TOLD, Pieces, open_pieces, rounded, rows, trace_of
 
 # --- the picture of a graph as numbers, which the pages draw: boxes by their middles, edges as cubic curves of four points
@@ -95,15 +92,11 @@ def drawn(picture: Any) -> dict[str, Any]:
 
 def _columns(names: Mapping[str, Any], edges: Mapping[Edge, bool]) -> dict[str, int]:
     """Each node's distance from the start; one that cannot be reached stands behind all others."""
-    after: dict[str, list[str]] = defaultdict(list)
-    for one, two in edges:
-        after[one].append(two)
     column, reached = {START: 0}, [START]
     for name in reached:  # it grows meanwhile
-        for target in after[name]:
-            if target not in column:
-                column[target] = column[name] + 1
-                reached.append(target)
+        new = [two for one, two in edges if one == name and two not in column]
+        column |= dict.fromkeys(new, column[name] + 1)
+        reached += new
     return dict.fromkeys(names, column[reached[-1]] + 1) | column
 
 
@@ -131,61 +124,45 @@ SEEN = 64
 """Bytes of the last line that must still be there for what follows them to be a continuation."""
 
 
-def opened(path: Path) -> BinaryIO:
-    """For its bytes. Raises OSError for what is no file: one would wait for a pipe without end."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is not a file")
-    return path.open("rb")
-
-
+@dataclass
 class Growing(Generic[T]):
     """Gives every whole line of a growing file once, as ``form`` reads it. No file is an empty one."""
 
-    def __init__(self, path: Path, form: TypeAdapter[T]) -> None:
-        self.path, self._form = path, form
-        self.forget()
-
-    def forget(self) -> None:
-        """Start again with the first line."""
-        self.lines = self._offset = 0
-        self.damaged: list[int] = []
-        """Numbers of the lines that are not of the form, from 1."""
-        self.rest = False
-        """Whether something without an end follows the last line."""
-        self.fault = ""
-        """Why the file cannot be read."""
-        self._seen = b""
+    path: Path
+    form: TypeAdapter[T]
+    lines: int = 0
+    damaged: list[int] = field(default_factory=list)
+    """Numbers of the lines that are not of the form, from 1."""
+    rest: bool = False
+    """Whether something without an end follows the last line."""
+    fault: str = ""
+    """Why the file cannot be read."""
+    _offset: int = 0
+    _seen: bytes = b""
 
     def rewritten(self) -> bool:
         """Whether what was read is no longer there: a run that goes on cuts off what came after its checkpoint."""
-        if not self._offset:
-            return False
         try:
             with opened(self.path) as file:
                 file.seek(self._offset - len(self._seen))
                 return file.read(len(self._seen)) != self._seen
         except OSError:
-            return True
+            return self._offset > 0
 
-    def read(self, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[int, int, T]]:
-        """(offset, bytes, record) of each line that is new; ``progress`` is told the bytes of all. ``lines`` is the number of the last."""
+    def read(self) -> Iterator[tuple[int, int, T]]:
+        """(offset, bytes, record) of each line that is new. ``lines`` is the number of the last."""
         self.rest, self.fault = False, ""
         try:
-            with opened(self.path) as file:
-                file.seek(self._offset)
-                for line in file:
-                    self.rest = not line.endswith(b"\n")
-                    if self.rest:
-                        return
-                    start, self._offset, self._seen = self._offset, self._offset + len(line), line[-SEEN:]
-                    self.lines += 1
-                    progress(len(line))
-                    try:
-                        record = self._form.validate_json(line)
-                    except ValidationError:
-                        self.damaged.append(self.lines)
-                    else:
-                        yield start, len(line), record
+            for offset, line, record in records(self.path, self.form, self._offset):
+                self.rest = not line.endswith(b"\n")
+                if self.rest:
+                    return
+                self.lines += 1
+                self._offset, self._seen = offset + len(line), line[-SEEN:]
+                if record is None:
+                    self.damaged.append(self.lines)
+                else:
+                    yield offset, len(line), record
         except FileNotFoundError:
             return
         except OSError as error:
@@ -224,8 +201,6 @@ class ViewedRun:
         self.folder, self.name = folder, _spelt(folder.resolve().name)
         self.state = "stopped"
         self._most = traces
-        self._metrics, self._traces = Growing(folder / "metrics.jsonl", POINT), Growing(folder / "traces.jsonl", LOGGED_GROUP)
-        self._files: tuple[Growing[Any], ...] = (self._metrics, self._traces)
         self._marks: dict[str, object] = {}
         self._notes: dict[str, str] = {}
         self._whole: dict[str, Any] = {}
@@ -233,25 +208,19 @@ class ViewedRun:
         self._pieces: Pieces | None = None
         self._forget()
 
-    @property
-    def size(self) -> int:
-        """Bytes that the first ``refresh`` reads."""
-        return sum(growing.path.stat().st_size for growing in self._files if growing.path.is_file())
-
     def _forget(self) -> None:
         """Starts over with the lines."""
+        self._metrics, self._traces = (Growing(self.folder / "metrics.jsonl", POINT), Growing(self.folder / "traces.jsonl", LOGGED_GROUP))
+        self._files: tuple[Growing[Any], ...] = (self._metrics, self._traces)
         self._lines: list[Line] = []
         self._points: list[Mapping[str, Any]] = []
-        self._nodes: dict[str, None] = {}
+        self._visited = set[str]()
         self._writers = set[str]()
-        self._moves: dict[tuple[str, str], bool] = {}
-        for growing in self._files:
-            growing.forget()
 
     # --- reading
 
-    def refresh(self, progress: Callable[[int], None] = lambda size: None) -> bool:
-        """Reads what was written since the last time; ``progress`` is told each line's bytes. Returns whether anything changed."""
+    def refresh(self) -> bool:
+        """Reads what was written since the last time. Returns whether anything changed."""
         files = (*WHOLE, *(growing.path.name for growing in self._files))
         before, self._marks = self._marks, {name: _mark(self.folder / name) for name in files}
         self._marks["lock"] = running = _locked(self.folder)
@@ -263,8 +232,8 @@ class ViewedRun:
                 self._read_small(name)
         if any(growing.rewritten() for growing in self._files):
             self._forget()
-        self._points += [point for _, _, point in self._metrics.read(progress)]
-        for offset, size, logged in self._traces.read(progress):
+        self._points += [point for _, _, point in self._metrics.read()]
+        for offset, size, logged in self._traces.read():
             self._take(offset, size, logged)
         if self._lines and self._pieces is None:
             self._open_pieces()
@@ -297,23 +266,17 @@ class ViewedRun:
         problem = logged.group.problem
         self._lines.append(Line(offset, size, logged.step, problem.id, problem.kind, problem.question[:TITLE], rows(logged)))
         for trace in logged.group.traces:
-            self._nodes |= dict.fromkeys(trace.path)
+            self._visited |= set(trace.path)
             self._writers |= {segment.author.partition("/")[0] for segment in trace.segments if segment.source == "policy"}
-            stops = (START, *trace.path, END) if trace.status in TRAINED else (START, *trace.path)
-            self._moves |= dict.fromkeys(pairwise(stops), True)
 
     def shown(self) -> list[int]:
         """The numbers of the groups by step: all, or of as many evenly spaced steps as may be shown, the first and the last among them."""
-        sizes = Counter[int]()
-        for line in sorted(self._lines, key=lambda line: line.step):
-            sizes[line.step] += len(line.rows)
-        steps = list(sizes)
+        steps = sorted({line.step for line in self._lines})
+        traces = sum(len(line.rows) for line in self._lines)
+        if traces > self._most:
+            count = max(2, len(steps) * self._most // traces)
+            steps = [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
         kept = set(steps)
-        if sizes.total() > self._most:
-            for count in range(max(2, len(steps) * self._most // sizes.total() + 1), 1, -1):
-                kept = {steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}
-                if sum(sizes[step] for step in kept) <= self._most:
-                    break
         return sorted((number for number, line in enumerate(self._lines) if line.step in kept), key=lambda n: (self._lines[n].step, n))
 
     def page(self, number: int) -> bytes:
@@ -345,6 +308,7 @@ class ViewedRun:
         }
         agents = [key.removeprefix("agents.use.") for key in self._settings if key.startswith("agents.use.")]
         agents = list(dict.fromkeys([*agents, *(name for line in self._lines for entry in line.rows for name in entry["consults"])]))
+        metrics = dict.fromkeys(["step", *(key for point in self._points for key in point)])
         steps = self._settings.get("train.steps", "")
         return {
             "name": self.name,
@@ -355,28 +319,21 @@ class ViewedRun:
             "recorded": sum(len(line.rows) for line in self._lines),
             "settings": self._settings,
             "steps": int(steps) if steps.isdecimal() and len(steps) < 10 else max((point["step"] for point in self._points), default=0),
-            "metrics": self._columns(),
+            "metrics": {key: [_number(point.get(key)) for point in self._points] for key in metrics},
             "summary": self._whole["summary.json"],
-            "graph": self._picture(agents),
+            "graph": self._picture(),
             "agents": agents,
             "problems": list(problems.values()),
             "traces": columns,
         }
 
-    def _picture(self, agents: Sequence[str]) -> dict[str, Any] | None:
+    def _picture(self) -> dict[str, Any] | None:
         """The graph, in which a node that ran without a word of the policy's is not drawn as the policy."""
-        graph = self._whole["graph.json"]
-        if graph is None and self._nodes:
-            roles = {name: "agent" if name in agents else "policy" for name in self._nodes}
-            graph = layout({START: "end", **roles, END: "end"}, self._moves)
-        silent = self._nodes.keys() - self._writers
+        graph: dict[str, Any] | None = self._whole["graph.json"]
+        silent = self._visited - self._writers
         for node in graph["nodes"] if graph else ():
             node["role"] = "tool" if node["role"] == "policy" and node["name"] in silent else node["role"]
         return graph
-
-    def _columns(self) -> dict[str, list[float | None]]:
-        keys = dict.fromkeys(["step", *(key for point in self._points for key in point)])
-        return {key: [_number(point.get(key)) for point in self._points] for key in keys}
 
     def _all_notes(self) -> list[str]:
         notes = list(self._notes.values())

@@ -97,10 +97,8 @@ def assemble(
 
 def csp(page: str) -> str:
     """The policy of such a page as a header, which may also say that no other page frames it."""
-    found = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
-    if found is None:
-        raise ValueError("a page without a Content-Security-Policy")
-    return f"{found[1]}; frame-ancestors 'none'"
+    policy = page.partition('<meta http-equiv="Content-Security-Policy" content="')[2].partition('"')[0]
+    return f"{policy}; frame-ancestors 'none'"
 
 
 def _text(name: str) -> str:
