@@ -194,7 +194,7 @@ CASES = [json.loads(line) for line in (Path(__file__).parent / "data" / "grading
 
 @pytest.fixture(scope="module")
 def workers():
-    with sandbox.Workers(2, max_calls=5000) as pool:  # a start takes longer than most cases
+    with sandbox.Workers(2) as pool:
         yield pool
 
 

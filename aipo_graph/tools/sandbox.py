@@ -1,8 +1,9 @@
 """Killable worker processes for what a model's text can make slow, huge or fatal.
 
-A worker is a fresh interpreter that speaks one JSON line per call over its pipes. Not a ``multiprocessing`` pool, for three
-reasons: spawn runs the parent's ``__main__`` again in every worker (for a trainer that means torch, which alone does not fit the
-memory limit), results would be unpickled in the parent, and its workers outlive a parent that was killed.
+A worker is a fresh interpreter that speaks one JSON line per call over its pipes. It imports once and never sees a text: a child
+that it forks does, and is forked anew where a text ended it. Not a ``multiprocessing`` pool, for three reasons: spawn runs the
+parent's ``__main__`` again in every worker (for a trainer that means torch, which alone does not fit the memory limit), results
+would be unpickled in the parent, and its workers outlive a parent that was killed.
 """
 
 import asyncio
@@ -25,9 +26,13 @@ from typing import Any
 from aipo_graph.errors import ToolError
 
 MEMORY = 1 << 30
-"""Bytes of address space of a worker."""
+"""Bytes of address space of a call."""
 PACKAGE = "aipo_graph"
+FULL = MEMORY // 4
+"""Bytes that a child may have used before it is replaced: what it keeps is not the next call's fault."""
 START_SECONDS = 60.0
+DIED = b"\0"
+"""Before the exit code of a child, after whatever it had written: JSON has no such byte."""
 PATIENCE = 30.0
 """Seconds of waiting, beyond a call's CPU time, for a machine that is busy with other things."""
 # What a call can raise over its input. Anything else ends the worker, and is judged by whether it happens twice.
@@ -39,7 +44,7 @@ class InputFault(Exception):
 
 
 class _Died(Exception):
-    """The worker ended without an answer."""
+    """The worker, or its child, ended without an answer, but with this exit code."""
 
 
 class _Worker:
@@ -49,7 +54,6 @@ class _Worker:
         # None of the parent's environment: no secrets, no variables that change what sympy or Python do.
         env = {"PYTHONPATH": str(Path(__file__).parents[2]), "SYMPY_GROUND_TYPES": "python", "PYTHONHASHSEED": "0"}
         command = [sys.executable, "-s", "-P", "-c", f"from {__name__} import serve; serve()"]
-        self.calls = 0
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, start_new_session=True
         )
@@ -60,18 +64,22 @@ class _Worker:
         except (_Died, TimeoutError) as error:
             self.kill()
             raise ToolError(
-                f"a sandbox worker did not start ({error}); `python -c 'from {__name__} import serve; serve()'` shows why"
+                f"a sandbox worker did not start (exit code {self.process.returncode}); "
+                f"`python -c 'from {__name__} import serve; serve()'` shows why"
             ) from error
 
     def call(self, name: str, args: tuple[str, ...], cpu_seconds: float) -> Any:
-        self.calls += 1
-        return json.loads(self._ask(json.dumps([name, args, cpu_seconds]).encode() + b"\n", cpu_seconds + PATIENCE))
+        answer = self._ask(json.dumps([name, args, cpu_seconds]).encode() + b"\n", cpu_seconds + PATIENCE)
+        _, died, code = answer.rpartition(DIED)
+        if died:
+            raise _Died(int(code))
+        return json.loads(answer)
 
     def _ask(self, line: bytes, seconds: float) -> bytes:
         """The line that answers a line. Raises _Died where the process ended without one, TimeoutError where we ended it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        answer, deadline, timer = b"", time.monotonic() + seconds, threading.Timer(seconds, self.process.kill)
+        answer, deadline, timer = b"", time.monotonic() + seconds, threading.Timer(seconds, self._kill)
         timer.start()
         try:
             self.process.stdin.write(line)
@@ -85,10 +93,14 @@ class _Worker:
             return answer
         code = self.process.wait()
         late = code == -signal.SIGKILL and time.monotonic() >= deadline
-        raise TimeoutError("no answer in time") if late else _Died(f"exit code {code}")
+        raise TimeoutError("no answer in time") if late else _Died(code)
+
+    def _kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        self.process.kill()
+        self._kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
@@ -97,13 +109,13 @@ class _Worker:
 
 
 class Workers(contextlib.AbstractContextManager["Workers"]):
-    """A pool of worker processes, started when first needed, each replaced after ``max_calls`` calls.
+    """A pool of worker processes, started when first needed.
 
     Independent of the event loop it is called from. A context manager; ``close`` may be called at any time, also twice.
     """
 
-    def __init__(self, count: int | None = None, max_calls: int = 500) -> None:
-        self._count, self._max_calls = count or min(4, os.cpu_count() or 1), max_calls
+    def __init__(self, count: int | None = None) -> None:
+        self._count = count or min(4, os.cpu_count() or 1)
         self._forget()
 
     def _forget(self) -> None:
@@ -131,9 +143,9 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             try:
                 kind, value = worker.call(name, args, timeout)
             except _Died as error:
-                if worker.process.returncode == -signal.SIGPROF:
+                if error.args[0] == -signal.SIGPROF:
                     raise InputFault(f"more than {timeout:g} s of CPU time") from None
-                crash = str(error)
+                crash = f"exit code {error}"
                 continue
             except TimeoutError:
                 # An input that needs time uses it, and is ended by the limit on CPU time.
@@ -145,9 +157,9 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         raise InputFault(f"two workers in a row died of it ({crash})")
 
     def _worker(self) -> _Worker:
-        """This thread's worker: a new one where it has none, or one that has ended or served long enough."""
+        """This thread's worker: a new one where it has none, or one that has ended."""
         worker: _Worker | None = getattr(self._own, "worker", None)
-        if worker is None or worker.calls >= self._max_calls or worker.process.poll() is not None:
+        if worker is None or worker.process.poll() is not None:
             if worker is not None:
                 worker.kill()
                 self._alive.discard(worker)
@@ -159,7 +171,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
     def close(self) -> None:
         """End every worker. A call under way fails; a later call starts anew."""
         for worker in [*self._alive]:
-            worker.process.kill()
+            worker._kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._alive:
             worker.kill()
@@ -176,16 +188,25 @@ os.register_at_fork(after_in_child=SHARED._forget)
 
 
 def serve() -> None:
-    """The worker's loop: reads calls from stdin, answers on stdout, ends with its parent."""
+    """A worker: answers the calls on stdin on stdout, in a child, ends with its parent."""
     answers = os.dup(1)
     os.dup2(2, 1)  # nothing that a library prints may look like an answer
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     for claim in (r"x^2-\sqrt{1} = (x-1)(x+\frac{2}{2})", r"e^{i\frac{π}{3}} = cis60°"):  # what is filled once is of no call's CPU time
         importlib.import_module("aipo_graph.tools.symbolic")._checked(claim)
+    os.write(answers, b"ready\n")
+    while child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == os.EX_NOINPUT:
+            return
+        if code:
+            os.write(answers, DIED + b"%d\n" % code)
     for limit, value in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
         resource.setrlimit(limit, (value, value))
-    os.write(answers, b"ready\n")
-    for line in sys.stdin:
+    while resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < FULL:
+        line = sys.stdin.readline()
+        if not line:
+            sys.exit(os.EX_NOINPUT)
         name, args, cpu_seconds = json.loads(line)
         module, _, function = name.partition(":")
         call = getattr(importlib.import_module(module), function)
