@@ -2,10 +2,10 @@
 
 import argparse
 import atexit
-import difflib
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +15,13 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource, CliToggleFlag, SettingsError
 from rich.console import Console
 from rich.text import Text
 
 from aipo_graph.config import PATHS, Config
 from aipo_graph.errors import AipoError, ConfigError
-from aipo_graph.load import find, text
+from aipo_graph.load import find, nearest, text
 
 C = TypeVar("C", bound=BaseModel)
 MAX_YAML_BYTES = 1_000_000
@@ -51,14 +50,14 @@ def parse(
     """
     common = ["config", "dry-run"] if issubclass(cls, Config) else []
     more: Any = cls.model_config
-    known = [*(key for key, _ in leaves(cls)), *more.get("cli_shortcuts", {}).values(), *common, "help"]
+    known = [*leaves(cls), *more.get("cli_shortcuts", {}).values(), *common, "help"]
     words = []
     for word in argv:
         key, equals, value = word.removeprefix("--").partition("=")
         if key.replace("-", "_") in cls.model_fields:
             key = key.replace("-", "_")
         elif word.startswith("--") and key not in known:
-            raise ConfigError(f"no setting --{key}{_nearest_key(key, known, '--')} (see {prog} --help)")
+            raise ConfigError(f"no setting --{key}{_nearest_key(key, known)} (see {prog} --help)")
         # pydantic-settings gives a field of one letter a short flag only.
         words.append(f"-{'-' * (len(key) > 1)}{key}{equals}{value}" if word.startswith("--") else word)
     given = _command_line(words, cls, prog, doc, default)
@@ -97,17 +96,16 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES:,} bytes; this is not a configuration")
         loader = _Loader(text(path))
         node = loader.get_single_node()
-        lines = dict(_lines(node, "")) if node else {}
         values = loader.construct_document(node) if node else {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}:1: a mapping of sections is wanted (train: {{steps: 10}}), not a {type(values).__name__}")
+        return values, dict(_lines(node, "")) if node else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: {getattr(error, 'problem', None) or error}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {'nested too deeply' if isinstance(error, RecursionError) else error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: a mapping of sections is wanted (train: {{steps: 10}}), not a {type(values).__name__}")
-    return values, lines
 
 
 def write_yaml(config: BaseModel) -> str:
@@ -214,13 +212,13 @@ def _command_line(argv: Sequence[str], cls: type[BaseModel], prog: str, doc: str
         raise ConfigError(f"{error} (see {prog} --help)") from error
 
 
-def leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted name, field) of every setting below ``cls``."""
+def leaves(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted name of every setting below ``cls``."""
     for name, field in cls.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from leaves(field.annotation, f"{prefix}{name}.")
         else:
-            yield prefix + name, field
+            yield prefix + name
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,19 +249,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
-    """(dotted key, line) of every key below a mapping. Raises YAMLError on a repeated key and on one that is no word."""
-    if not isinstance(node, yaml.MappingNode):
-        return
+def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of every key below a mapping. Raises YAMLError on a repeated key."""
     seen = set()
     for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{prefix}{key.value} is given twice", key.start_mark)
         seen.add(key.value)
         yield f"{prefix}{key.value}", key.start_mark.line + 1
-        yield from _lines(value, f"{prefix}{key.value}.")
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, f"{prefix}{key.value}.")
 
 
 def _resolve_paths(values: dict[str, Any], base: Path) -> None:
@@ -281,11 +276,10 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
     for dotted in PATHS:
         section, _, key = dotted.partition(".")
         holder = values.get(section)
-        if not isinstance(holder, dict) or key not in holder:
-            continue
-        # A bare word as model or task is a built-in's name first.
-        bare, value = key in ("model", "name"), holder[key]
-        holder[key] = {k: beside(v, bare) for k, v in value.items()} if isinstance(value, dict) else beside(value, bare)
+        if isinstance(holder, dict) and key in holder:
+            # A bare word as model or task is a built-in's name first.
+            bare, value = key in ("model", "name"), holder[key]
+            holder[key] = {k: beside(v, bare) for k, v in value.items()} if isinstance(value, dict) else beside(value, bare)
 
 
 # --- what is wrong with a value
@@ -294,42 +288,24 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
 def _explain(error: ValidationError, cls: type[BaseModel], places: Mapping[str, str]) -> str:
     """One line for the first of the errors: key, value, what is allowed, where it was given, how many more there are."""
     errors = error.errors(include_url=False)
-    first = errors[0]
+    first, value = errors[0], errors[0]["input"]
     key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "value_error":  # our own checks of fields together: the message starts with the key
-        key = str(first["ctx"]["error"]).partition(" = ")[0]
-    stem = next((known for known, _ in leaves(cls) if key == known or key.startswith(f"{known}.")), key)
-    found = next((places[k] for k in (key, stem, key.rpartition(".")[0]) if k in places), "")
-    place = f" ({found})" if found else ""
-    if first["type"] == "extra_forbidden":
-        text = f"no setting {key!r}{_nearest_key(key, [*cls.model_fields, *(known for known, _ in leaves(cls))])}"
-    elif first["type"] == "value_error":
         text = str(first["ctx"]["error"])
-    elif first["type"] == "missing":
-        text = f"{key} is missing"
+        key = text.partition(" = ")[0]
+    elif first["type"] == "extra_forbidden":
+        text = f"no setting {key!r}{_nearest_key(key, [*cls.model_fields, *leaves(cls)])}"
     else:
-        value = repr(first["input"])
-        text = f"{key} = {value if len(value) <= 80 else value[:77] + '...'}: {_allowed(first)}"
-    more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
-    return text + place + more
-
-
-def _allowed(error: Any) -> str:
-    if "pattern" in error.get("ctx", {}):
-        return f"must match {error['ctx']['pattern']}"
-    if error["type"] == "model_type":
-        return "must be a mapping of settings"
-    text = str(error["msg"]).replace("Input should be ", "must be ")
-    if isinstance(error["input"], bool) and error["type"] == "string_type":
+        text = f"{key} = {value!r:.80}: {re.sub('^[A-Z][a-z]+ should ', 'must ', first['msg'])}"
         # YAML reads an unquoted no, yes, on or off as a truth value.
-        text += "; put quotes around it"
-    return text
+        text += "; put quotes around it" if isinstance(value, bool) and first["type"] == "string_type" else ""
+    stem = next((known for known in leaves(cls) if key == known or key.startswith(f"{known}.")), key)
+    found = next((f" ({places[k]})" for k in (key, stem, key.rpartition(".")[0]) if k in places), "")
+    more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
+    return text + found + more
 
 
-def _nearest_key(key: str, known: Sequence[str], dashes: str = "") -> str:
-    """The same word in another section, else a near key, else a near word."""
-    leaf = key.rpartition(".")[2]
-    moved = [k for k in known if k.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.7) or difflib.get_close_matches(leaf, known, n=1)
-    hit = next(iter(moved or close), None)
-    return f"; did you mean {dashes}{hit}?" if hit else ""
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """The same word in another section, else a near key."""
+    moved = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    return nearest(key.replace("-", "_"), moved or known)

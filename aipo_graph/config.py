@@ -32,8 +32,6 @@ RETIRED = {"clip": "aipo", "shortfall": "aipo"}
 """Coefficients of agent tokens that are gone, and what did better in their place in the study."""
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.=+,-]*$", max_length=100)]
-BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://")]
-Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 AgentName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 PATHS = (
@@ -96,7 +94,7 @@ class Run(Section):
     """Root of every random draw."""
     threads: PositiveInt = 1
     """Torch threads per process. On a shared CPU more than one is often far slower."""
-    device: Device = "auto"
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """auto, cpu, cuda or cuda:N."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl."""
@@ -243,7 +241,7 @@ class Agents(Section):
 class Engine(Section):
     kind: Literal["local", "server", "vllm"] = "local"
     """local: sampling in this process with torch. server: vLLM servers. vllm: vLLM beside the learner, asleep while it learns."""
-    urls: tuple[BaseUrl, ...] = ()
+    urls: tuple[Annotated[str, StringConstraints(pattern=r"^https?://")], ...] = ()
     """server: base URLs of running vLLM servers, such as http://localhost:8000. A dry run prints the command that starts one."""
     launch: bool = False
     """server: start one on this machine for the time of the run, and print its command."""

@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -73,14 +73,15 @@ def find(path: str | Path, kind: Literal["file", "dir"] = "file") -> Path:
     """
     # os.path raises for no name: Path does for a user that there is not, one that is too long, and a folder that may not be read.
     wanted, there_is = Path(os.path.expanduser(path)), os.path.isfile if kind == "file" else os.path.isdir
-    roots = (Path.cwd(), shipped())
-    for root in roots:
+    near = set[str]()
+    for root in (Path.cwd(), shipped()):
         if there_is(root / wanted):
             return (root / wanted).resolve()
-    there = {str(p.relative_to(root)) for root in roots for p in _listing(root / wanted.parent, kind) if p.is_relative_to(root)}
+        with suppress(OSError, ValueError):  # no such folder; a NUL byte
+            near |= {str(p.relative_to(root)) for p in (root / wanted.parent).iterdir() if there_is(p) and p.is_relative_to(root)}
     what = "file" if kind == "file" else "folder"
     looked = "" if wanted.is_absolute() else " here or among the files that ship with aipo_graph"
-    raise ConfigError(f"no {what} {str(path)!r}{looked}{nearest(str(wanted), there)}")
+    raise ConfigError(f"no {what} {str(path)!r}{looked}{nearest(str(wanted), near)}")
 
 
 def data(name: str) -> Path:
@@ -123,7 +124,8 @@ def load(spec: str) -> Any:
         raise ConfigError(f"{spec!r} names nothing to load: write path/to/file.py:name or package.module:name")
     path = find(target) if target.endswith(".py") else None
     # Text outside UTF-8 or a NUL byte in the file arrives as SyntaxError or ValueError: IMPORT_FAULTS has both.
-    module = _guarded(spec, path, lambda: _import_file(path) if path else importlib.import_module(target))
+    with _told(f"{spec!r} does not load", spec):
+        module = _import_file(path) if path else importlib.import_module(target)
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
         raise ConfigError(f"{target} has no {name!r}{nearest(name, public)}")
@@ -132,9 +134,7 @@ def load(spec: str) -> Any:
 
 def source(spec: str) -> Path | None:
     """The file behind ``file.py:name`` or ``package.module:name``; None where it is no Python file or ``spec`` names nothing to load."""
-    target, colon, _ = spec.rpartition(":")
-    if not colon or not target:
-        return None
+    target = spec.rpartition(":")[0]
     if target.endswith(".py"):
         return find(target)
     try:
@@ -167,8 +167,8 @@ def decoded(data: bytes, where: str) -> str:
 
 def call(spec: str, factory: Callable[..., Any], *args: Any) -> Any:
     """What the factory that ``spec`` named returns. Raises ConfigError in one line: what it raised and where."""
-    target = spec.rpartition(":")[0]
-    return _guarded(spec, find(target) if target.endswith(".py") else None, lambda: factory(*args))
+    with _told(f"{spec!r} does not load", spec):
+        return factory(*args)
 
 
 @functools.cache
@@ -182,12 +182,8 @@ def own(setting: str, spec: str) -> Callable[..., Any]:
         raise ConfigError(f"{setting} = {spec!r}: a {type(function).__name__} is no function; name one")
 
     def called(*args: Any) -> Any:
-        try:
+        with _told(f"{setting} = {spec!r}", spec):
             return function(*args)
-        except faults() as fault:
-            raise ConfigError(
-                f"{setting} = {spec!r}: {type(fault).__name__} in {own_place(fault) or spec}: {' '.join(str(fault).split())}"
-            ) from fault
 
     return called
 
@@ -215,10 +211,8 @@ def _import_file(path: Path) -> ModuleType:
     name = f"aipo_file_{digest}_{path.stem}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None:
-        raise ImportError(f"not a Python file: {path}")
-    module = importlib.util.module_from_spec(module_spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     # Registered before it runs: dataclasses and LangGraph look up a class's module to resolve annotations.
     sys.modules[name] = module
     _IMPORTED[name] = path, path.read_bytes()
@@ -231,14 +225,14 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _guarded(spec: str, path: Path | None, run: Callable[[], Any]) -> Any:
+@contextmanager
+def _told(what: str, spec: str) -> Iterator[None]:
+    """What a user's code raises within becomes a ConfigError in one line: ``what``, what was raised and where."""
     try:
-        return run()
+        yield
     except faults() as fault:
         text = " ".join(str(fault).split()) or "no message"
-        if path is None and isinstance(fault, ModuleNotFoundError) and fault.name and spec.startswith(fault.name):
-            raise ConfigError(f"{spec!r}: no module {fault.name!r}; install it, or give the file as path/to/file.py:name") from fault
-        raise ConfigError(f"{spec!r} does not load: {type(fault).__name__} in {own_place(fault) or path or spec}: {text}") from fault
+        raise ConfigError(f"{what}: {type(fault).__name__} in {own_place(fault) or spec}: {text}") from fault
 
 
 def own_place(fault: BaseException) -> str:
@@ -248,13 +242,6 @@ def own_place(fault: BaseException) -> str:
     theirs = (str(Path(__file__).parent), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
     own = [frame for frame in traceback.extract_tb(fault.__traceback__) if not frame.filename.startswith((*theirs, "<frozen"))]
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
-
-
-def _listing(folder: Path, kind: str) -> list[Path]:
-    try:
-        return [p for p in folder.iterdir() if (p.is_file() if kind == "file" else p.is_dir())]
-    except (OSError, ValueError):  # ValueError: a NUL byte
-        return []
 
 
 # --- JSON that others wrote, and files of records, every fault of which is named by file and line

@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,11 +33,8 @@ PLACES = ("run.name", "run.dir")
 """Where a run lies is nothing of it."""
 
 
-# --- the log
-
-
 Step = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
-"""A step's number in a file; of the integers that JavaScript can write."""
+"""A number that JavaScript can write, as an integer: a step's in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +76,7 @@ class RunLog:
         self._files, self._force = files or {}, force
         self.folder = Path(config.run.dir) / config.run.name
         self.console = console or Console(soft_wrap=True, highlight=False)
+        self._interactive = self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.no_color
         self._live: _LiveView | None = None
         self._trackers: dict[str, Any] = {}
         self._changed: dict[str, tuple[Any, Any]] = {}
@@ -196,13 +195,9 @@ class RunLog:
         """A warning line, above the live display where there is one."""
         self.console.print(Text.assemble(("note: ", "yellow"), printable(text)), soft_wrap=True)
 
-    def graph(self, picture: Mapping[str, Any]) -> None:
-        """Write graph.json, what the compiled graph looks like, so that a trace is shown without running the run's code."""
-        self._attempt("graph.json", lambda: write_whole(self.folder / "graph.json", json.dumps(picture) + "\n"))
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Write summary.json."""
-        self._attempt("summary.json", lambda: write_whole(self.folder / "summary.json", json.dumps(values, indent=2) + "\n"))
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write summary.json, or graph.json: what the compiled graph looks like, so that nobody has to run its code to show a trace."""
+        self._attempt(name, lambda: write_whole(self.folder / name, json.dumps(values, indent=2) + "\n"))
 
     def pause(self) -> None:
         """End the live display, to print tables below it. The next step starts a new one."""
@@ -220,10 +215,6 @@ class RunLog:
                 why = getattr(error, "strerror", None) or f"{type(error).__name__}: {printable(str(error))[:300]}"
                 failed = f"cannot write {what} in {self.folder}" if faults is OSError else f"{what} failed"
                 self.note(f"{failed} ({why}); the run goes on without it")
-
-    @property
-    def _interactive(self) -> bool:
-        return self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.no_color
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._interactive:
@@ -277,12 +268,11 @@ def read_traces(path: Path) -> tuple[list[LoggedGroup], int]:
 
 def _cut(path: Path, step: int) -> None:
     """Truncate before the first line that is damaged or later than ``step``."""
-    if not path.exists():
-        return
-    for offset, _, record in records(path, POINT):
-        if record is None or record["step"] > step:
-            os.truncate(path, offset)
-            return
+    with suppress(FileNotFoundError):
+        for offset, _, record in records(path, POINT):
+            if record is None or record["step"] > step:
+                os.truncate(path, offset)
+                return
 
 
 def _append(path: Path, line: bytes) -> None:

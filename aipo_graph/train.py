@@ -264,7 +264,9 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             seconds = time.monotonic() - started + sum(row[f"seconds/{part}"] for row in before for part in ("sample", "learn", "publish"))
             known = {"wall_seconds": round(seconds, 1)}
         tokens = {source: sum(row[f"tokens/{source}"] for row in rows) for source in ("policy", "agent")}
-        log.summary(known | {"steps": len(rows), "train_tokens": tokens} | values)  # a finished run may have been evaluated otherwise
+        log.write(
+            "summary.json", known | {"steps": len(rows), "train_tokens": tokens} | values
+        )  # a finished run may have been evaluated otherwise
         if evaluated:
             console.print(trained_table(values["base"], values["trained"]))
             for line in verdict(compare(evaluation / "base", evaluation / "trained"), values["base"]["kind"]):
@@ -334,7 +336,7 @@ async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: An
         for line in describe(chats, config):
             log.console.print(line, markup=False)
         rollouts = Rollouts.open(config, engine, task, chats)
-        log.graph(picture(rollouts.graph.get_graph(), frozenset([*rollouts.agents, *config.rollout.helpers])))
+        log.write("graph.json", picture(rollouts.graph.get_graph(), frozenset([*rollouts.agents, *config.rollout.helpers])))
         for line in rollouts.inputs[0].warnings(task.train(0)):
             log.note(line)
         gc.freeze()  # what is loaded stays: collections need not walk it at every step of thousands of graph runs

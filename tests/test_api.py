@@ -257,7 +257,7 @@ class Words:
         ({"data": [{"q": "1"}]}, "no column 'question'; the columns there: q"),
         ({"reward": 3}, "a int is no function"),
         ({"graph": 3}, "a int is not a LangGraph graph"),
-        ({"config": {"rollout": {"problemz": 3}}}, "no setting 'rollout.problemz'; did you mean rollout.problems?"),
+        ({"config": {"rollout": {"problemz": 3}}}, "no setting 'rollout.problemz'; did you mean 'rollout.problems'?"),
         ({"config": "nowhere.yaml"}, "no file 'nowhere.yaml'"),
         ({"steps": 0}, "train.steps = 0"),
         ({"config": {"run": {"device": "cuda:99"}}}, "run.device = 'cuda:99': torch sees"),

@@ -18,7 +18,7 @@ from aipo_graph.config import CHANGES_LEARNING, MAY_CHANGE, Config, may_change
 from aipo_graph.errors import ConfigError
 from aipo_graph.log import RunLog
 
-KEYS = [key for key, _ in leaves(Config)]
+KEYS = [*leaves(Config)]
 FILES = {"task.data (mine.jsonl)": "aa", "rollout.prompts/solo.md": "bb", "policy.model/chat_template.jinja": "cc"}
 
 

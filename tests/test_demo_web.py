@@ -397,10 +397,10 @@ def test_a_helper_that_is_down_is_told_in_its_trace(opened: Open) -> None:
         ({"question": QUESTION, "temperature": -1}, "temperature", "must be greater than or equal to 0"),
         ({"question": QUESTION, "seed": 2**70}, "seed", "seed = "),
         ({"question": QUESTION, "mode": "neither"}, "mode", "'both', 'alone' or 'with_agents'"),
-        ({"question": QUESTION, "model": "x"}, "question", "no setting 'model'; did you mean mode?"),
+        ({"question": QUESTION, "model": "x"}, "question", "no setting 'model'; did you mean 'mode'?"),
         ("{", "question", "no JSON"),
         ("[" * 100_000, "question", "no JSON: recursion limit exceeded"),
-        ([], "question", "must be a mapping"),
+        ([], "question", "must be a valid dictionary"),
     ],
 )
 def test_bad_questions_are_refused_in_one_line(url: str, body: Any, field: str, says: str) -> None:

@@ -188,10 +188,10 @@ with RunLog(Config(run=Run(name="r", dir=sys.argv[1], trackers=("tensorboard",))
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
     for step in range(2, 40):
         log.step(step, {"reward": 0.5})
-    log.summary({"text": "x" * 200})
+    log.write("summary.json", {"text": "x" * 200})
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     log.step(40, {"reward": 0.5})
-    log.summary({"done": 1})
+    log.write("summary.json", {"done": 1})
 """
 
 

@@ -386,7 +386,7 @@ def test_a_chat_is_shown_by_message_and_says_nothing_of_agents(look: Open, tmp_p
     metrics = {"reward": 1.0, "reward/with_agents": 1.0, "leaks": 0.0, "violations": 0.0, "entropy": 0.1, "length/with_agents": 9.0}
     sections = {"run": {"dir": str(tmp_path), "name": "chat", "trackers": []}, "agents": {"use": {}}}
     with RunLog(Config.model_validate(sections), Console(quiet=True)) as log:
-        log.graph(picture(open_graph("examples/calculator/graph.py:build").get_graph(), frozenset()))
+        log.write("graph.json", picture(open_graph("examples/calculator/graph.py:build").get_graph(), frozenset()))
         log.step(1, metrics, [TraceGroup(Problem("p", "6*7?", "42"), (trace, trace))], [(None, None)])
     page = look(written(tmp_path / "view.html", tmp_path / "chat"))
     page.get_by_test_id("tokens").wait_for()
