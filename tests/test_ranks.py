@@ -31,7 +31,7 @@ from aipo_graph.load import model as find_model
 
 LIMIT = 500
 """Seconds after which the processes are killed: many times what they take."""
-MICRO = 50
+MICRO = 85
 LONGROPE = {
     "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]},
     "original_max_position_embeddings": 16,
