@@ -19,12 +19,10 @@ def run(main: Coroutine[Any, Any, T], *, interrupted: Callable[[], None] | None 
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(main)
-    begun: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+    begun: list[Any] = []
 
     async def begin() -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        begun.append((asyncio.get_running_loop(), task))
+        begun.append(asyncio.current_task())
         return await main
 
     with ThreadPoolExecutor(1) as thread:
@@ -36,6 +34,6 @@ def run(main: Coroutine[Any, Any, T], *, interrupted: Callable[[], None] | None 
                 interrupted()
             return ended.result()
         except KeyboardInterrupt:
-            for loop, task in begun:
-                loop.call_soon_threadsafe(task.cancel)
+            for task in begun:
+                task.get_loop().call_soon_threadsafe(task.cancel)
             raise

@@ -76,7 +76,7 @@ async def test_stops(vllm_server: str) -> None:
         plain = await engine.generate(PROMPT, seed=7, max_tokens=370)
         assert plain.stop == "stop"
         assert plain.token_ids[-1] in engine.eos_ids
-        third, text = plain.token_ids[2], local._stops._decode(plain.token_ids[:5])
+        third, text = plain.token_ids[2], local._stops(())._decode(plain.token_ids[:5])
         assert plain.token_ids[:2].count(third) == 0
         by_id = await engine.generate(PROMPT, seed=7, max_tokens=370, stop=((third,),))
         by_text = await engine.generate(PROMPT, seed=7, max_tokens=370, stop=(text,))

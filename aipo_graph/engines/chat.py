@@ -21,7 +21,7 @@ from aipo_graph.config import Config
 from aipo_graph.engines import vllm_api
 from aipo_graph.engines.facts import Facts
 from aipo_graph.engines.local import LocalEngine
-from aipo_graph.engines.server import PROBE, TOKENS, Client, Refused, Unanswered
+from aipo_graph.engines.server import PROBE, TOKENS, Client, Refused, Unanswered, other_tokens
 from aipo_graph.errors import ConfigError, EngineError, install
 from aipo_graph.load import faults, model, nearest
 from aipo_graph.messages import DATE, ChatFormat, decode
@@ -142,7 +142,7 @@ async def open_chats(config: Config, engine: Engine) -> dict[str, BaseChatModel]
             continue
         try:
             if spec.partition(":")[0] == "policy":
-                opened[spec] = await _open_policy(config, engine, spec.partition(":")[2] or config.policy.model)
+                opened[spec] = await _open_policy(config, spec.partition(":")[2] or config.policy.model)
             elif spec.startswith("vllm:"):
                 opened[spec] = await _open_vllm(spec.removeprefix("vllm:"), config)
             else:
@@ -166,12 +166,10 @@ def _open_provider(spec: str, config: Config, **given: Any) -> BaseChatModel:
     provider, _, name = spec.partition(":")
     if not (provider and name):
         raise ConfigError(f"{spec!r} names no model; write provider:model, vllm:URL or policy")
-    try:
-        from langchain.chat_models import init_chat_model
-    except ImportError as error:
-        raise ConfigError(f"{spec!r} needs LangChain; {install('agents')}") from error
     settings = config.agents
     try:
+        from langchain.chat_models import init_chat_model
+
         if provider in KEYS and "api_key" not in given and not os.environ.get(KEYS[provider]):
             raise ConfigError(f"{spec!r} needs an API key; set {KEYS[provider]} in the environment")
         return init_chat_model(
@@ -225,7 +223,7 @@ def _bounded_http() -> Any:
     return openai.DefaultAsyncHttpxClient(event_hooks={"response": [bound]}, headers={"Accept-Encoding": "identity"})
 
 
-async def _open_policy(config: Config, engine: Engine, name: str) -> BaseChatModel:
+async def _open_policy(config: Config, name: str) -> BaseChatModel:
     """``name`` is the starting policy's: in an evaluation `policy.model` is what is evaluated."""
     path = model(name)
     if config.engine.kind == "local":
@@ -292,17 +290,15 @@ def _sampler(url: str, name: str, facts: Facts, seconds: float) -> Generate:
         body = {"model": name, "token_ids": list(prompt_ids), "sampling_params": parameters}
         async with Client(url, seconds, LONGEST_ANSWER) as client:
             choice = (await client.call("POST", TOKENS, body, seconds=seconds))["choices"][0]
-        return vllm_api.answered(facts, choice, [(0, 0)])
+        return vllm_api.completion(facts, choice, [(0, 0)])
 
     return sample
 
 
 async def _another_tokenizer(client: Client, name: str, facts: Facts) -> str:
     """Why the server's tokens are not the policy's: other ids for a probe text, or other texts for the ids of the vocabulary."""
-    ours = facts.tokenizer.encode(PROBE, add_special_tokens=False)
-    theirs = (await client.call("POST", "/tokenize", {"model": name, "prompt": PROBE, "add_special_tokens": False}))["tokens"]
     why = f"{client.url} has another tokenizer than the policy"
-    if ours != theirs:
+    if await other_tokens(client, name, facts):
         return why
     vocabulary = list(range(len(facts.tokenizer)))
     try:

@@ -11,6 +11,7 @@ from aipo_graph.config import Config
 from aipo_graph.errors import ContextError, EngineError
 from aipo_graph.forward import read_config, scaled_from
 from aipo_graph.messages import read_tokenizer, turn_end
+from aipo_graph.types import Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,9 @@ def _context(config: Config, model: PretrainedConfig, model_path: str) -> int:
     return context
 
 
-def check_request(prompt: Sequence[int], max_tokens: int, temperature: float, *, vocab_size: int, context: int) -> int:
+def check_request(
+    prompt: Sequence[int], max_tokens: int, temperature: float, stop: tuple[Stop, ...] = (), *, vocab_size: int, context: int
+) -> int:
     """How many tokens may be sampled: ``max_tokens``, or what the context leaves. Raises ContextError, EngineError."""
     if not prompt:
         raise EngineError("the prompt is empty; give at least one token")
@@ -68,4 +71,6 @@ def check_request(prompt: Sequence[int], max_tokens: int, temperature: float, *,
         raise EngineError(f"max_tokens is {max_tokens}; give at least 1")
     if not 0 <= temperature < math.inf:
         raise EngineError(f"temperature is {temperature}; give a finite number, 0 for greedy")
+    if not all(stop):
+        raise EngineError(f"stop holds an empty entry: {stop!r}; leave it out")
     return min(max_tokens, context - len(prompt))

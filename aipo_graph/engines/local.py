@@ -22,46 +22,36 @@ from aipo_graph.types import Completion, Stop
 # --- where sampling stops: EOS ids, token sequences, strings in the decoded text
 
 
-@dataclass(frozen=True, slots=True)
-class StopRule:
-    """One compiled set of stops. Only a token in ``watch`` can complete one."""
-
-    watch: frozenset[int]
-    strings: tuple[str, ...]
-    sequences: tuple[list[int], ...]
-    tail: int
-    """Tokens to decode when looking for a string: up to four (bytes) per character, and some that decode to nothing."""
+Decode = Callable[[Sequence[int]], str]
 
 
 class Stops:
-    def __init__(self, eos_ids: frozenset[int], decode: Callable[[Sequence[int]], str], vocab_size: int) -> None:
+    """One set of stops. Only a token in ``watch`` can complete one; ``pieces`` gives each token's own text."""
+
+    def __init__(self, eos_ids: frozenset[int], decode: Decode, pieces: Callable[[], list[str]], stop: tuple[Stop, ...]) -> None:
         self._eos_ids = eos_ids
         self._decode = decode
-        self._vocab = range(vocab_size)
-        self._pieces: list[str] = []
-        self.rule = cache(self._rule)
-
-    def _rule(self, stop: tuple[Stop, ...]) -> StopRule:
-        """Raises EngineError for an empty entry."""
-        if not all(stop):
-            raise EngineError(f"stop holds an empty entry: {stop!r}; leave it out")
-        strings = tuple(entry for entry in stop if isinstance(entry, str))
-        sequences = tuple(list(entry) for entry in stop if not isinstance(entry, str))
-        watch = {*self._eos_ids, *(ids[-1] for ids in sequences)}
-        if strings:
-            self._pieces = self._pieces or [self._decode([token]) for token in self._vocab]
-            ends = {text[-1] for text in strings}
+        self._strings = [entry for entry in stop if isinstance(entry, str)]
+        self._sequences = [list(entry) for entry in stop if not isinstance(entry, str)]
+        self.watch = {*eos_ids, *(ids[-1] for ids in self._sequences)}
+        if self._strings:
+            ends = {text[-1] for text in self._strings}
             # Decoded alone, a token may lose its spaces, and one that holds part of a character shows U+FFFD.
             anywhere = any(end.isspace() for end in ends)
-            watch.update(t for t in self._vocab if anywhere or "\ufffd" in self._pieces[t] or not ends.isdisjoint(self._pieces[t]))
-        return StopRule(frozenset(watch), strings, sequences, max((4 * len(text) + 8 for text in strings), default=0))
+            self.watch.update(t for t, piece in enumerate(pieces()) if anywhere or "\ufffd" in piece or not ends.isdisjoint(piece))
+        # Tokens to decode when looking for a string: up to four (bytes) per character, and some that decode to nothing.
+        self._tail = max((4 * len(text) + 8 for text in self._strings), default=0)
 
-    def met(self, rule: StopRule, sampled: list[int]) -> bool:
-        """Whether the last sampled token, one of the rule's, completes a stop. A string may end inside it: the ids stay as they are."""
-        if sampled[-1] in self._eos_ids or any(sampled[-len(ids) :] == ids for ids in rule.sequences):
+    def met(self, sampled: list[int]) -> bool:
+        """Whether the last sampled token, one of ``watch``, completes a stop. A string may end inside it: the ids stay as they are."""
+        if sampled[-1] in self._eos_ids or any(sampled[-len(ids) :] == ids for ids in self._sequences):
             return True
-        text = self._decode(sampled[-rule.tail :]) if rule.strings else ""
-        return any(string in text for string in rule.strings)
+        text = self._decode(sampled[-self._tail :]) if self._strings else ""
+        return any(string in text for string in self._strings)
+
+
+def _pieces(decode: Decode, vocab_size: int) -> list[str]:
+    return [decode([token]) for token in range(vocab_size)]
 
 
 # --- when a batch may form: once every active graph run waits for the engine and no consult is in flight
@@ -88,8 +78,7 @@ _current: ContextVar[Party | None] = ContextVar("party", default=None)
 class Barrier:
     def __init__(self) -> None:
         self._parties: set[Party] = set()
-        self._news = asyncio.Event()
-        self.events = 0
+        self.news = asyncio.Event()
 
     @property
     def current(self) -> Party | None:
@@ -99,36 +88,32 @@ class Barrier:
     @contextlib.contextmanager
     def enter(self, party: Party) -> Iterator[None]:
         self._parties.add(party)
-        self._tell()
+        self.news.set()
         token = _current.set(party)
         try:
             yield
         finally:
             _current.reset(token)
             self._parties.discard(party)
-            self._tell()
+            self.news.set()
 
     def count(self, party: Party | None, requests: int) -> None:
         """So many more requests of the party, and of the run that it is a consult of, are in the engine."""
         while party is not None:
             party.pending += requests
             party = party.parent
-        self._tell()
-
-    def _tell(self) -> None:
-        self.events += 1
-        self._news.set()
+        self.news.set()
 
     async def settle(self) -> None:
         """Returns when every request that can arrive without a further step has arrived."""
         quiet = 0
         while quiet < QUIET_TURNS:
             while not all(party.pending for party in self._parties):
-                self._news = asyncio.Event()  # of the loop that runs now
-                await self._news.wait()
-            seen = self.events
+                self.news = asyncio.Event()  # of the loop that runs now
+                await self.news.wait()
+            self.news.clear()
             await asyncio.sleep(0)
-            quiet = quiet + 1 if seen == self.events else 0
+            quiet = 0 if self.news.is_set() else quiet + 1
 
 
 # --- the engine
@@ -146,7 +131,7 @@ class _Row:
     prompt: tuple[int, ...]
     seed: int
     limit: int
-    rule: StopRule
+    stops: Stops
     temperature: float
     uniforms: list[float]
     party: Party | None
@@ -158,8 +143,6 @@ class _Row:
     """Leading tokens that its run had left in the slot."""
     live: bool = False
     """Being decoded. A row that is done keeps its slot for its run to come back to."""
-    held: bool = True
-    """Still counted as pending by its party."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -192,7 +175,7 @@ class LocalEngine:
         self,
         model: Any,
         eos_ids: Iterable[int],
-        decode: Callable[[Sequence[int]], str],
+        decode: Decode,
         *,
         max_batch: int = 256,
         deterministic: bool = True,
@@ -208,7 +191,7 @@ class LocalEngine:
         self._decoder = Decoder(model, max_context)
         self.model = self._decoder.model
         self.device = self._decoder.device
-        self._stops = Stops(self.eos_ids, decode, self._decoder.vocab_size)
+        self._stops = cache(partial(Stops, self.eos_ids, decode, cache(partial(_pieces, decode, self._decoder.vocab_size))))
         self._barrier = Barrier()
         self._waiting: list[_Row] = []
         self._slots: list[_Row | None] = [None] * max_batch
@@ -237,10 +220,10 @@ class LocalEngine:
         at 1. The ids stay as sampled, also where a stop string ends inside the last one. Raises EngineError.
         """
         prompt = tuple(prompt_ids)
-        limit = check_request(prompt, max_tokens, temperature, vocab_size=self._decoder.vocab_size, context=self.max_context)
+        limit = check_request(prompt, max_tokens, temperature, stop, vocab_size=self._decoder.vocab_size, context=self.max_context)
         uniforms = np.random.Generator(np.random.Philox(key=seed)).random(limit).tolist()
         party, future = self._barrier.current, asyncio.get_running_loop().create_future()
-        row = _Row(prompt, seed, limit, self._stops.rule(stop), temperature, uniforms, party, future)
+        row = _Row(prompt, seed, limit, self._stops(stop), temperature, uniforms, party, future)
         self._barrier.count(party, 1)
         self._waiting.append(row)
         if self._loop is None or self._loop.done():
@@ -248,8 +231,8 @@ class LocalEngine:
             self._loop.add_done_callback(self._ended)
         try:
             return await future
-        finally:
-            self._release(row)
+        finally:  # before another batch forms: the loop gives way once it has resolved futures
+            self._barrier.count(party, -1)
 
     @contextlib.contextmanager
     def run(self, key: str) -> Iterator[None]:
@@ -280,19 +263,12 @@ class LocalEngine:
             raise EngineError(f"weights {version} cannot be loaded while {count} requests are sampled; wait for them")
         targets = self.model.state_dict()
         given = dict(weights)
-        for name, tensor in given.items():
-            if name not in targets:
-                raise EngineError(f"weights {version} hold {name!r}, which the engine's model does not have; send the same model")
-            if tensor.shape != targets[name].shape:
-                shapes = f"{tuple(tensor.shape)}, not {tuple(targets[name].shape)}"
-                raise EngineError(f"weights {version}: {name!r} has shape {shapes}; send the same model")
-        covered = {targets[name].data_ptr() for name in given}  # a tied tensor is covered by its twin
-        missing = [name for name, target in targets.items() if target.data_ptr() not in covered]
-        if missing:
-            raise EngineError(f"weights {version} lack {missing[0]!r} ({len(missing)} missing); send every tensor")
-        with torch.no_grad():
-            for name, tensor in given.items():
-                targets[name].copy_(tensor)
+        wrong = [name for name, tensor in given.items() if name not in targets or tensor.shape != targets[name].shape]
+        covered = {targets[name].data_ptr() for name in given.keys() & targets.keys()}  # a tied tensor is covered by its twin
+        wrong += [name for name, target in targets.items() if target.data_ptr() not in covered]
+        if wrong:
+            raise EngineError(f"weights {version}: {wrong[0]!r} is unknown, missing or of another shape; send all of the same model")
+        self.model.load_state_dict(given, strict=False)
         self._slots = [None] * self.max_batch
         self.version = version
 
@@ -313,12 +289,10 @@ class LocalEngine:
         """Does nothing: it started nothing."""
 
     async def _serve(self) -> None:
-        settled = -1
         while self._waiting or self._live:
             await asyncio.sleep(0)
-            if self.deterministic and settled != self._barrier.events:
+            if self.deterministic and self._barrier.news.is_set():
                 await self._barrier.settle()
-                settled = self._barrier.events
             self._drop_cancelled()
             joiners = self._admit()
             if not (rows := self._compact()):
@@ -340,7 +314,6 @@ class LocalEngine:
         self._slots, self._stepping = [None] * self.max_batch, False
         self._decoder.reset()
         for row in rows:
-            self._release(row)
             if error is None:
                 row.future.cancel()
             elif not row.future.done():
@@ -349,11 +322,6 @@ class LocalEngine:
     @property
     def _live(self) -> list[_Row]:
         return [row for row in self._slots if row is not None and row.live]
-
-    def _release(self, row: _Row) -> None:
-        if row.held:
-            row.held = False
-            self._barrier.count(row.party, -1)
 
     def _drop_cancelled(self) -> None:
         self._waiting = [row for row in self._waiting if not row.future.done()]
@@ -435,12 +403,11 @@ class LocalEngine:
     def _finish(self, rows: list[_Row]) -> None:
         """Resolves the rows that are done; their columns stay until their run comes back or ends."""
         for row in rows:
-            stopped = row.sampled[-1] in row.rule.watch and self._stops.met(row.rule, row.sampled)
+            stopped = row.sampled[-1] in row.stops.watch and row.stops.met(row.sampled)
             if not stopped and len(row.sampled) < row.limit:
                 continue
             row.live = False
             if row.party is None:
                 self._slots[row.slot] = None
-            self._release(row)
             if not row.future.done():
                 row.future.set_result(Completion(tuple(row.sampled), tuple(row.logprobs), "stop" if stopped else "length", self.version))

@@ -14,17 +14,16 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mappin
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-from transformers import AutoConfig, PretrainedConfig
+from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
+from transformers import AutoConfig
 
 from aipo_graph.config import Config
-from aipo_graph.engines import vllm_api
+from aipo_graph.engines import vllm, vllm_api
 from aipo_graph.engines.facts import Facts
 from aipo_graph.errors import ConfigError, EngineError, first_line
-from aipo_graph.types import Completion, Stop
 
 ATTEMPTS = 3
 PATIENCE = 900.0
@@ -59,21 +58,17 @@ class Client(contextlib.AbstractAsyncContextManager["Client"]):
         )
 
     async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
         await self._session.close()
 
+    @retry(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.5, max=8),
+        retry=retry_if_exception(lambda error: isinstance(error, Unanswered) or getattr(error, "status", 0) in TRANSIENT),
+        reraise=True,
+    )
     async def sample(self, path: str, body: dict[str, Any]) -> Any:
         """A request that is tried again, with the same seed, where it or its answer was lost."""
-        async for attempt in AsyncRetrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(multiplier=0.5, max=8),
-            retry=retry_if_exception(lambda error: isinstance(error, Unanswered) or getattr(error, "status", 0) in TRANSIENT),
-            reraise=True,
-        ):
-            with attempt:
-                return await self.call("POST", path, body, seconds=self._seconds)
+        return await self.call("POST", path, body, seconds=self._seconds)
 
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float = PATIENCE, missing: str = ""
@@ -112,7 +107,7 @@ def _message(answer: Any) -> str:
 # --- whether a running server fits a run: one line and the remedy for each way it does not
 
 SHAPE = (
-    "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
 )  # fmt: skip
 """What two directories of one model's weights agree on."""
 PROBE = "a1 B%=12?\n<knowledge>é✓ x²</knowledge> \\boxed{3}"
@@ -136,12 +131,7 @@ async def check_server(client: Client, config: Config, facts: Facts) -> tuple[st
     base = next(model for model in models if not model.get("parent"))
     name, root = str(base["id"]), str(base["root"])
     fresh = (await client.call("GET", "/weight_info"))["weight_version"] == "default" and _same_place(root, facts.path)
-    body = {"model": name, "prompt": PROBE, "add_special_tokens": False}
-    try:
-        tokens = (await client.call("POST", "/tokenize", body))["tokens"]
-    except Refused as error:
-        raise ConfigError(f"{client.url} runs without a tokenizer ({error.status}); start it without --skip-tokenizer-init") from error
-    other_words = tokens != facts.tokenizer.encode(PROBE, add_special_tokens=False)
+    other_words = await other_tokens(client, name, facts)
     model, lora, rank = settings["model_config"], settings.get("lora_config") or {}, config.policy.lora_rank
     highest, updating = lora.get("max_lora_rank", 0), info["vllm_env"].get("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
     dtype, mode, length = str(model["dtype"]).removeprefix("torch."), model["logprobs_mode"], int(model["max_model_len"])
@@ -179,6 +169,12 @@ async def check_server(client: Client, config: Config, facts: Facts) -> tuple[st
     return name, fresh, settings
 
 
+async def other_tokens(client: Client, name: str, facts: Facts) -> bool:
+    """Whether the server's tokenizer makes other tokens of a probe text than the policy's."""
+    theirs = await client.call("POST", "/tokenize", {"model": name, "prompt": PROBE, "add_special_tokens": False})
+    return theirs["tokens"] != facts.tokenizer.encode(PROBE, add_special_tokens=False)
+
+
 def _same_place(root: str, path: str) -> bool:
     """Whether two names are one directory or one hub name."""
     return root == path or (Path(root).is_dir() and Path(root).resolve() == Path(path).resolve())
@@ -187,15 +183,12 @@ def _same_place(root: str, path: str) -> bool:
 def _other_shape(root: str, facts: Facts) -> str:
     """How the served model's shape differs from the policy's, where its config can be read here; a name alone says nothing."""
     try:
-        theirs = AutoConfig.from_pretrained(root, local_files_only=True)
+        theirs = AutoConfig.from_pretrained(root, local_files_only=True).get_text_config()
     except (OSError, ValueError, KeyError):
         return ""  # on another machine: the tokenizer and the probe after each load decide
-    pairs = ((field, _field(theirs, field), _field(facts.config, field)) for field in SHAPE)
-    return next((f"{field} = {other}, the policy {facts.path!r} has {ours}" for field, other, ours in pairs if other != ours), "")
-
-
-def _field(config: PretrainedConfig, name: str) -> Any:
-    return getattr(config if name == "architectures" else config.get_text_config(), name, None)
+    ours = facts.config.get_text_config()
+    pairs = ((field, getattr(theirs, field, None), getattr(ours, field, None)) for field in SHAPE)
+    return next((f"{field} = {other}, the policy {facts.path!r} has {own}" for field, other, own in pairs if other != own), "")
 
 
 # --- the engine
@@ -252,7 +245,7 @@ def agreed(answers: Mapping[str, Sequence[float]], dtype: str, version: int) -> 
     return tuple(found)
 
 
-class ServerEngine(Seats):
+class ServerEngine(Seats, vllm_api.VllmSampler):
     """Implements ``types.Engine``. Open it with ``open``.
 
     New weights reach a server while it samples: its requests pause, the weights change, the cache of the old ones is dropped, the requests
@@ -260,6 +253,7 @@ class ServerEngine(Seats):
     """
 
     in_flight = True
+    _opened: contextlib.AsyncExitStack
 
     def __init__(
         self,
@@ -271,20 +265,13 @@ class ServerEngine(Seats):
         nccl: bool,
         lora: bool,
     ) -> None:
-        super().__init__()
-        self.eos_ids = facts.eos_ids
-        self.version = 0
-        self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank else "weights"
-        self.max_context = facts.context
-        self._facts = facts
+        Seats.__init__(self)
+        vllm_api.VllmSampler.__init__(self, config, facts, secrets.token_hex(4))
         self._clients = clients
         self._names = names
         self._nccl = nccl
         self._lora = lora
         self._dtype = config.policy.dtype
-        self._labels = vllm_api.Labels(secrets.token_hex(4))
-        self._files = vllm_api.WeightFiles(config, facts)
-        self._adapter: str | None = None
         self._in_use: Counter[str | None] = Counter()
         """Requests under way by adapter, whose files vLLM may read again as long as one uses it."""
 
@@ -312,32 +299,19 @@ class ServerEngine(Seats):
             foreign = [client for client, (_, fresh, _) in zip(clients, found, strict=True) if not fresh]
             await engine._reload(foreign, model_path, 0)
             await engine._label([client for client in clients if client not in foreign], 0)
-            stack.pop_all()
+            engine._opened = stack.pop_all()
         return engine
 
-    async def generate(
-        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
-    ) -> Completion:
-        """Samples until an EOS token or a ``stop`` match ("stop"), or ``max_tokens`` or the context ("length").
-
-        ``temperature`` 0 is greedy, with logprobs at 1. The ids stay as sampled, also where a stop string ends inside the last one.
-        Raises EngineError.
-        """
-        parameters = vllm_api.sampling(self._facts, prompt_ids, seed=seed, max_tokens=max_tokens, stop=stop, temperature=temperature)
+    async def _sampled(self, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
         client = self.choose(self._clients)
-        adapter, version = self._adapter, self.version
+        adapter = self._adapter
         self._in_use[adapter] += 1
         self.load[client] += 1
         try:
-            choice = (await self._ask(client, adapter, prompt_ids, parameters))["choices"][0]
+            return (await self._ask(client, adapter, prompt_ids, parameters))["choices"][0]
         finally:
             self._in_use[adapter] -= 1
             self.load[client] -= 1
-        versions = [(0, version)]
-        if adapter is None and self.takes == "weights":
-            spans = choice["weight_versions"] or ()
-            versions = [(span["start"], self._labels.version(span["version"])) for span in spans] or versions
-        return vllm_api.answered(self._facts, choice, versions)
 
     async def _ask(self, client: Client, adapter: str | None, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
         body = {"model": adapter or self._names[client.url], "token_ids": list(prompt_ids), "sampling_params": parameters}
@@ -371,16 +345,16 @@ class ServerEngine(Seats):
         """
         # Files take the weights one by one from where they are; a transfer needs them all.
         if self._nccl and self.takes == "weights" and not self._files.renames and (weights := list(weights)) and weights[0][1].is_cuda:
-            await self._transfer(weights, version)
-            self.version = version
-            return
-        label = self._labels.of(version)
-        path = await asyncio.to_thread(self._files.write, label, weights)
-        if self.takes == "adapter":
-            await self._switch(label, path)
+            async with self._paused(self._clients, version):
+                await asyncio.to_thread(vllm.send_nccl, [client.url for client in self._clients], weights)
         else:
-            await self._reload(self._clients, str(path), version)
-            self._files.keep(label)
+            label = self._labels.of(version)
+            path = await asyncio.to_thread(self._files.write, label, weights)
+            if self.takes == "adapter":
+                await self._switch(label, path)
+            else:
+                await self._reload(self._clients, str(path), version)
+                self._files.keep(label)
         self.version = version
 
     async def _reload(self, clients: Sequence[Client], path: str, version: int) -> None:
@@ -391,13 +365,6 @@ class ServerEngine(Seats):
             except EngineError as error:
                 remedy = "restart the server where it can read them"
                 raise EngineError(f"weights {version} from {path} were not taken: {error}; {remedy}") from error
-
-    async def _transfer(self, tensors: list[tuple[str, Any]], version: int) -> None:
-        """Untested: it needs two GPUs."""
-        from aipo_graph.engines import vllm
-
-        async with self._paused(self._clients, version):
-            await asyncio.to_thread(vllm.send_nccl, [client.url for client in self._clients], tensors)
 
     @contextlib.asynccontextmanager
     async def _paused(self, clients: Sequence[Client], version: int) -> AsyncIterator[None]:
@@ -437,9 +404,7 @@ class ServerEngine(Seats):
             await asyncio.gather(
                 *(c.call("POST", "/v1/unload_lora_adapter", body, seconds=10) for c in self._clients), return_exceptions=True
             )
-        for client in self._clients:
-            await client.close()
-        self._files.close()
+        await self._opened.aclose()
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:

@@ -11,33 +11,24 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal, Self
+from types import ModuleType, SimpleNamespace
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from aipo_graph.config import Config
 from aipo_graph.engines import vllm_api
 from aipo_graph.engines.facts import Facts
 from aipo_graph.errors import ConfigError, EngineError, first_line, install
-from aipo_graph.types import Completion, Stop
 
 
-class VllmEngine:
+class VllmEngine(vllm_api.VllmSampler):
     """Implements ``types.Engine`` over vLLM's AsyncLLM. Open it with ``open``."""
 
     def __init__(self, config: Config, facts: Facts, llm: Any, *, cuda: bool) -> None:
-        self.eos_ids = facts.eos_ids
-        self.version = 0
-        self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank else "weights"
+        super().__init__(config, facts, "policy")
         self.in_flight = bool(config.cluster.address) and self.takes == "weights"
         self._sleeps = cuda and not config.cluster.address
-        self.max_context = facts.context
-        self._facts = facts
         self._llm = llm
-        self._labels = vllm_api.Labels("policy")
-        self._files = vllm_api.WeightFiles(config, facts)
-        self._adapter: Any = None
         self._adapters = itertools.count(1)
         self._requests = itertools.count()
         self._under_way = 0
@@ -55,13 +46,11 @@ class VllmEngine:
         for name, value in _environment(cuda, shared=bool(config.cluster.address)).items():
             os.environ.setdefault(name, value)  # vLLM reads them when it is imported
         vllm = _vllm()
-        lora: dict[str, Any] = {}
-        if rank := config.policy.lora_rank:
-            lora = {"enable_lora": True, "max_lora_rank": vllm_api.max_rank(rank)}
+        rank = config.policy.lora_rank
         device: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": vllm_api.prefill_budget(facts.context)}
         if cuda:
             device = {"gpu_memory_utilization": config.engine.memory, "enable_sleep_mode": not config.cluster.address}
-            if not lora and not config.cluster.address:
+            if not rank and not config.cluster.address:
                 device["weight_transfer_config"] = vllm.config.WeightTransferConfig(backend="ipc")
         arguments = vllm.AsyncEngineArgs(
             model=model_path,
@@ -72,7 +61,8 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             enforce_eager=not cuda,
             disable_log_stats=True,
-            **lora,
+            enable_lora=rank > 0,
+            max_lora_rank=vllm_api.max_rank(rank),
             **device,
         )
         try:
@@ -83,18 +73,15 @@ class VllmEngine:
         await llm.update_weight_version(engine._labels.of(0))
         return engine
 
-    async def generate(
-        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
-    ) -> Completion:
-        """As ``ServerEngine.generate``."""
-        parameters = vllm_api.sampling(self._facts, prompt_ids, seed=seed, max_tokens=max_tokens, stop=stop, temperature=temperature)
-        adapter, version = self._adapter, self.version
+    async def _sampled(self, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> dict[str, Any]:
         output = (await self._ask(prompt_ids, parameters)).outputs[0]
-        logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs or (), strict=True)]
-        versions = [(0, version)]
-        if adapter is None and self.takes == "weights":
-            versions = [(span.start, self._labels.version(span.version)) for span in output.weight_versions or ()] or versions
-        return vllm_api.completion(self._facts, output.token_ids, logprobs, output.finish_reason, versions)
+        pairs = zip(output.token_ids, output.logprobs or (), strict=True)
+        return {
+            "token_ids": output.token_ids,
+            "logprobs": {"content": [{"logprob": entry[token].logprob} for token, entry in pairs]},
+            "finish_reason": output.finish_reason,
+            "weight_versions": [{"start": span.start, "version": span.version} for span in output.weight_versions or ()],
+        }
 
     async def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         output = await self._ask(token_ids, vllm_api.scoring(self._facts, token_ids))
@@ -216,17 +203,7 @@ def _request(name: str) -> Callable[..., Any]:
 
 def _source(tensors: Sequence[tuple[str, Any]]) -> Any:
     """The learner's tensors as vLLM's transfers read them."""
-    return _vllm().distributed.weight_transfer.base.ModuleSource(_Named(tensors))
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """Stands in for the module whose parameters vLLM's source reads."""
-
-    tensors: Sequence[tuple[str, Any]]
-
-    def named_parameters(self) -> Sequence[tuple[str, Any]]:
-        return self.tensors
+    return _vllm().distributed.weight_transfer.base.ModuleSource(SimpleNamespace(named_parameters=lambda: tensors))
 
 
 _nccl: dict[str, Any] = {}
@@ -285,9 +262,8 @@ def _vllm() -> ModuleType:
     try:
         import vllm
 
-        for module in ("ipc_engine", "nccl_engine", "clients", "factory", "base"):
-            importlib.import_module(f"vllm.distributed.weight_transfer.{module}")
-        for module in ("config", "exceptions", "lora.request", "sampling_params"):
+        transfer = [f"distributed.weight_transfer.{part}" for part in ("ipc_engine", "nccl_engine", "clients", "factory", "base")]
+        for module in ("config", "exceptions", "lora.request", "sampling_params", *transfer):
             importlib.import_module(f"vllm.{module}")
     except ImportError as error:
         raise ConfigError(f"engine.kind = vllm: vLLM cannot be imported ({error}); {install('vllm')}, or use a server") from error

@@ -1,14 +1,15 @@
-"""What the engines on vLLM share: its flags and parameters, its completions and scores, names of weight versions, weights as files."""
+"""What the engines on vLLM share: its flags and parameters, sampling and scores, names of weight versions, weights as files."""
 
 import copy
 import json
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -55,9 +56,7 @@ def sampling(
 
     Raises ContextError, EngineError for a prompt that the model cannot have, a stop or a temperature that vLLM cannot honour.
     """
-    limit = check_request(prompt_ids, max_tokens, temperature, vocab_size=facts.vocab_size, context=facts.context)
-    if not all(stop):
-        raise EngineError(f"stop holds an empty entry: {stop!r}; leave it out")
+    limit = check_request(prompt_ids, max_tokens, temperature, stop, vocab_size=facts.vocab_size, context=facts.context)
     strings = [entry for entry in stop if isinstance(entry, str)]
     sequences = [entry for entry in stop if not isinstance(entry, str)]
     if longer := [ids for ids in sequences if len(ids) > 1]:
@@ -92,21 +91,19 @@ def scoring(facts: Facts, token_ids: Sequence[int]) -> dict[str, Any]:
     return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 
 
-def completion(
-    facts: Facts, token_ids: Sequence[int], logprobs: Sequence[float], finish: str | None, versions: Sequence[tuple[int, int]]
-) -> Completion:
-    """A finished request; ``versions`` are (first token, weights) in order. Raises EngineError where vLLM did not finish it."""
+def completion(facts: Facts, choice: Mapping[str, Any], versions: Sequence[tuple[int, int]]) -> Completion:
+    """A finished request, as a server's answer has it, which says neither tokens nor logprobs of one that it aborted.
+
+    ``versions`` are (first token, weights) in order. Raises EngineError where vLLM did not finish it.
+    """
+    token_ids = choice["token_ids"] or ()
+    finish = choice["finish_reason"]
+    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ()]
     if finish not in ("stop", "length") or not token_ids or len(token_ids) != len(logprobs):
         raise EngineError(f"vLLM ended a request with {finish!r} after {len(token_ids)} tokens and {len(logprobs)} logprobs; see its log")
     stopped = finish == "stop" or token_ids[-1] in facts.eos_ids
     (_, first), *later = versions
     return Completion(tuple(token_ids), tuple(logprobs), "stop" if stopped else "length", first, tuple(later))
-
-
-def answered(facts: Facts, choice: Mapping[str, Any], versions: Sequence[tuple[int, int]]) -> Completion:
-    """The same as a server's answer has it, which says neither tokens nor logprobs of a request that it aborted."""
-    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ()]
-    return completion(facts, choice["token_ids"] or (), logprobs, choice["finish_reason"], versions)
 
 
 def prompt_scores(token_ids: Sequence[int], entries: Sequence[Mapping[Any, Any] | None]) -> Iterable[Any]:
@@ -212,3 +209,36 @@ class WeightFiles:
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class VllmSampler(ABC):
+    """The policy on vLLM, wherever that runs: what it is asked for, under which weights, and how these are called."""
+
+    def __init__(self, config: Config, facts: Facts, run: str) -> None:
+        self.eos_ids = facts.eos_ids
+        self.max_context = facts.context
+        self.version = 0
+        self.takes: Literal["weights", "adapter"] = "adapter" if config.policy.lora_rank else "weights"
+        self._facts = facts
+        self._labels = Labels(run)
+        self._files = WeightFiles(config, facts)
+        self._adapter: Any = None
+
+    @abstractmethod
+    async def _sampled(self, prompt_ids: Sequence[int], parameters: dict[str, Any]) -> Any:
+        """One choice, as a server answers it."""
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, seed: int, max_tokens: int, stop: tuple[Stop, ...] = (), temperature: float = 1.0
+    ) -> Completion:
+        """Samples until an EOS token or a ``stop`` match ("stop"), or ``max_tokens`` or the context ("length").
+
+        ``temperature`` 0 is greedy, with logprobs at 1. The ids stay as sampled, also where a stop string ends inside the last one.
+        Raises EngineError.
+        """
+        parameters = sampling(self._facts, prompt_ids, seed=seed, max_tokens=max_tokens, stop=stop, temperature=temperature)
+        versions, adapter = [(0, self.version)], self._adapter
+        choice = await self._sampled(prompt_ids, parameters)
+        if adapter is None and self.takes == "weights":
+            versions = [(span["start"], self._labels.version(span["version"])) for span in choice["weight_versions"] or ()] or versions
+        return completion(self._facts, choice, versions)
