@@ -161,7 +161,7 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     for path in ("nobody/no-such-model", tmp_path / "none"):
         found = estimate(Config(), path)
         assert found.parts == ()
-        assert text(found).startswith(f"no memory estimate: the config of policy.model = {str(path)!r} cannot be read")
+        assert text(found).startswith(f"no memory estimate: policy.model: no model at {str(path)!r}")
         assert "\n" not in found.problem
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()  # no weights are read

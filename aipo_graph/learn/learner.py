@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,6 @@ from aipo_graph.types import Learned, Trace, TraceGroup, derive_seed
 
 Row = Iterator[tuple[float | None, ...]]
 """Of each of a row's tokens: logprob, ratio, advantage, coefficient."""
-
-
-def rows_of(groups: Sequence[TraceGroup]) -> int:
-    """How many rows `pack` makes of these groups; they are a batch's first ones where the groups are."""
-    return sum(len(trace.threads) for group in groups for trace in group.traces if fault(trace) is None)
 
 
 def learned_rows(logprobs: Tensor, batch: Batch, loss: Loss, budget: int) -> Iterator[Row]:
@@ -101,7 +97,10 @@ class Learner:
         self.adapted = None
         if policy.lora_rank:  # vLLM takes no adapters of fused experts
             self.adapted = lora.attach(self.model, policy, derive_seed(config.run.seed, "lora"), experts=config.engine.kind == "local")
-        self.frozen = None if self.adapted is None else shards.from_first(self._frozen)
+        self.frozen: dict[str, Any] | None = None
+        """What an adapter means nothing without."""
+        if self.adapted is not None:
+            self.frozen = {"alpha": policy.lora_alpha, "model": shards.from_first(partial(lora.fingerprint, self.model))}
         shards.shard(self.model, self.device, row_logprobs)
         choose_attention(self.model, policy.dtype)
         self.reference: PreTrainedModel | None = None
@@ -139,7 +138,13 @@ class Learner:
             return metrics | {"trainable_tokens": 0.0} | self._skip(reason)
         metrics["trainable_tokens"] = float(batch.trainable(self.config.loss).sum())
         if not metrics["trainable_tokens"]:
-            return metrics | self._idle()
+            self.idle_steps += 1
+            if self.idle_steps >= self.config.train.patience:
+                raise TrainError(
+                    f"step {self.version}: nothing to train on for {self.idle_steps} steps (train.patience): every trace failed or every "
+                    "group's rewards are equal; easier problems, more traces or agents that help"
+                )
+            return metrics
         self.idle_steps = 0
         sums: Sums = {}
         before = self.updates
@@ -169,7 +174,8 @@ class Learner:
         """
         if _fault(batch):
             return [tuple(None for _ in group.traces) for group in groups]
-        chosen = batch.select(torch.arange(rows_of(groups)))
+        count = sum(len(trace.threads) for group in groups for trace in group.traces if fault(trace) is None)
+        chosen = batch.select(torch.arange(count))  # the first rows, as `pack` makes them
         logprobs = self._logprobs(chosen)
         self._clear_cache()  # here too: the step itself may have nothing to do
         rows = learned_rows(logprobs, chosen, self.config.loss, self.config.rollout.max_tokens)
@@ -248,11 +254,8 @@ class Learner:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.policy.dtype == "bfloat16")
 
     def _score(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._token_logprobs(model, batch.token_ids, batch.mask, self.config.rollout.temperature)
-
-    def _token_logprobs(self, model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         with self._autocast():
-            return token_logprobs(model, token_ids, mask, temperature, packed=self.packed)
+            return token_logprobs(model, batch.token_ids, batch.mask, self.config.rollout.temperature, packed=self.packed)
 
     @torch.no_grad()
     def _reference_logprobs(self, reference: PreTrainedModel, batch: Batch) -> Tensor:
@@ -263,7 +266,8 @@ class Learner:
     def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """log p(token t | tokens < t) for t = 1, 2, … at temperature 1: what an engine that holds these weights must give, too."""
         ids = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.device)
-        values, _ = self._token_logprobs(self.model, ids, torch.ones_like(ids, dtype=torch.bool), 1.0)
+        with self._autocast():
+            values, _ = token_logprobs(self.model, ids, torch.ones_like(ids, dtype=torch.bool), packed=self.packed)
         return tuple(values[0, 1:].tolist())
 
     def _clear_cache(self) -> None:
@@ -279,15 +283,6 @@ class Learner:
                 f"step {self.version}: {BAD_STEPS} bad steps in a row, the last for its {reason}; lower optimizer.lr or look at the data"
             )
         return {"skipped": 1.0, f"skipped/{reason}": 1.0}
-
-    def _idle(self) -> dict[str, float]:
-        self.idle_steps += 1
-        if self.idle_steps >= self.config.train.patience:
-            raise TrainError(
-                f"step {self.version}: nothing to train on for {self.idle_steps} steps (train.patience): every trace failed or every "
-                "group's rewards are equal; easier problems, more traces or agents that help"
-            )
-        return {}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight of the whole policy under its name in the plain model, tied ones once.
@@ -313,10 +308,6 @@ class Learner:
         kept = self.trained if self.adapted is not None else dict(self.model.named_parameters()) | self._buffers()
         return {name: tensor.detach() for name, tensor in kept.items()}
 
-    def _frozen(self) -> dict[str, Any]:
-        """What an adapter means nothing without."""
-        return {"alpha": self.config.policy.lora_alpha, "model": lora.fingerprint(self.model)}
-
     @property
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint takes: the weights that it keeps, and two moments of each that is trained."""
@@ -325,9 +316,8 @@ class Learner:
 
     def save(self, directory: str | Path, cursor: Mapping[str, Any]) -> str | None:
         """A checkpoint under ``directory``, with the caller's JSON ``cursor``. Returns one line to show if the disk is full."""
-        names = list(self.trained)
-        slots = self.optimizer.state_dict()["state"]
-        optimizer = {f"{names[i]}|{slot}": value for i, values in slots.items() for slot, value in values.items()}
+        states = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.trained.items()}
+        optimizer = {f"{name}|{slot}": value for name, slots in states.items() for slot, value in slots.items()}
         counters = {name: getattr(self, name) for name in COUNTERS}
         return checkpoint.save(
             Path(directory),
@@ -357,15 +347,13 @@ class Learner:
                 f"{self.config.policy.lora_rank}; use another run.name"
             )
         optimizer: dict[str, Tensor] = {}
-        state: dict[int, dict[str, Tensor]] = {}
-        index = {name: i for i, name in enumerate(self.trained)}
         for key, shape in found.shapes.items():
             name, _, slot = key.rpartition("|")
             if name:  # moments have their parameter's shape and its parts, AdamW's count of steps has none
-                optimizer[key] = torch.zeros_like(self.trained[name]) if shape == self.trained[name].shape else torch.zeros(shape)
-                state.setdefault(index[name], {})[slot] = optimizer[key]
+                weight = self.trained[name]
+                optimizer[key] = torch.zeros_like(weight) if shape == weight.shape else torch.zeros(shape, device=self.device)
+                self.optimizer.state[weight][slot] = optimizer[key]
         found.read(model | optimizer | {name: value for name, value in rng.items() if name in found.shapes})
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)

@@ -37,7 +37,9 @@ def attach(model: PreTrainedModel, policy: Policy, seed: int, *, experts: bool =
     except ImportError as error:
         raise ConfigError(f"policy.lora_rank = {policy.lora_rank}: LoRA needs peft; {install('peft')}") from error
     kind = model.config.model_type
-    fused, layers = _fused_experts(model), from_first(lambda: _linear_layers(model))  # the others have no values to tell by
+    head, fused = model.get_output_embeddings(), _fused_experts(model)
+    # By their values, which the first rank has.
+    layers = from_first(lambda: [name for name, layer in model.named_modules() if layer is not head and _is_linear(layer)])
     # peft takes these names, wherever they stand, for those of fused experts.
     renamed = [name for name in layers if _expert_counts(model) and name.rpartition(".")[2] in EXPERT_NAMES]
     settings = LoraConfig(
@@ -66,14 +68,9 @@ def attach(model: PreTrainedModel, policy: Policy, seed: int, *, experts: bool =
     return adapted
 
 
-def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Layers that compute x W + b and nothing else, but for the head: routers and quantized layers are linear layers in name alone."""
-    head = model.get_output_embeddings()
-    return [name for name, layer in model.named_modules() if layer is not head and _is_linear(layer)]
-
-
 @torch.no_grad()
 def _is_linear(layer: nn.Module) -> bool:
+    """Whether it computes x W + b and nothing else: routers and quantized layers are linear layers in name alone."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
         return isinstance(layer, nn.Linear | Conv1D)
     ones = layer.weight.new_ones(1, 2, layer.in_features)

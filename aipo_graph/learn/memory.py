@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from aipo_graph.config import Config
-from aipo_graph.errors import first_line
+from aipo_graph.errors import ConfigError, first_line
+from aipo_graph.forward import read_config
 from aipo_graph.learn import lora
 from aipo_graph.learn.model import CHUNK
 
@@ -57,14 +57,12 @@ def estimate(config: Config, model_path: str | Path | None = None) -> Estimate:
     :func:`activation_bytes` and ``COPIES``; CUDA's own context (about half a GiB) and fragmentation come on top. Raises ConfigError where
     LoRA is asked for and peft is missing.
     """
-    path = model_path or config.policy.model
-    disable_progress_bar()
     try:
-        shape = AutoConfig.from_pretrained(path)
+        shape = read_config(model_path or config.policy.model)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, _weight_type(config)))
-    except (OSError, ValueError) as error:
-        return Estimate(problem=f"no memory estimate: the config of policy.model = {str(path)!r} cannot be read ({first_line(error)})")
+    except (ConfigError, ValueError) as error:
+        return Estimate(problem=f"no memory estimate: {first_line(error)}")
     count = sum(p.numel() for p in model.parameters())
     if config.policy.lora_rank:
         with torch.device("meta"):

@@ -4,7 +4,7 @@ Where no process group was initialised there is one rank, and nothing here does 
 all ranks in the same order.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -78,8 +78,9 @@ def shard(model: PreTrainedModel, device: torch.device, forward: Callable[..., A
         return
     name, mesh = type(model).__name__, init_device_mesh(device.type, (size,))
     layers = {path: module for path, module in model.named_modules() if type(module).__name__ in (model._no_split_modules or ())}
-    tables = gathered([(path, tensor.shape, tensor.dtype) for path, tensor in _tensors(model)])
-    dtypes = {id(tensor): dtype for (_, tensor), (_, _, dtype) in zip(_tensors(model), tables[0], strict=False)}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tables = gathered([(path, tensor.shape, tensor.dtype) for path, tensor in tensors])
+    dtypes = {id(tensor): dtype for (_, tensor), (_, _, dtype) in zip(tensors, tables[0], strict=False)}
     try:
         if any([row[:2] for row in table] != [row[:2] for row in tables[0]] for table in tables):
             raise ValueError("its shape is not that of its config alone")
@@ -104,11 +105,6 @@ def settle(model: nn.Module) -> None:
     """After a forward without a backward, which leaves what is outside the layers whole: weights are read and written in parts."""
     if isinstance(model, FSDPModule):
         model.reshard()
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _lent(model: nn.Module, layers: Iterable[str]) -> str | None:
