@@ -104,7 +104,7 @@ def build(
         engine.model.lm_head.bias.fill_(OFF)
         engine.model.lm_head.bias[[raw.convert_tokens_to_ids(word) for word in write]] = 0
     return Rollouts(
-        config, Watched(engine), Exact(), Tokenizer(raw, (), engine.eos_ids), graph, graph, {}, Prompts.empty(), 1.0
+        config, Watched(engine), Exact(), Tokenizer(raw, (), engine.eos_ids), graph, graph, {}, Prompts(), 1.0
     )  # fmt: skip
 
 
@@ -618,7 +618,7 @@ async def test_tools_run_in_every_manner_of_calling(manner: str, tmp_path: Path)
 
     graph = messages_graph({"agent": create_agent(PolicyChatModel(), tools=[save]), "look": look}, [(START, "agent"), ("agent", "look")])
     config = settings(rollout={"max_tokens": 4000}, agents={"use": {}})
-    rollouts = Rollouts(config, engine, Exact(), Tokenizer(raw, (), engine.eos_ids), graph, graph, {}, Prompts.empty(), 1.0)
+    rollouts = Rollouts(config, engine, Exact(), Tokenizer(raw, (), engine.eos_ids), graph, graph, {}, Prompts(), 1.0)
     trace = await run(rollouts)
     assert (trace.status, trace.reward, trace.scores["invalid_calls"]) == ("done", 1.0, 0)
     assert ran == [(6, "a b")] * 2

@@ -86,7 +86,7 @@ def call(raw: Any, name: str = "ask_expert", schema: Sequence[Any] = SCHEMA, **a
 def build(raw: Any, graph: Graph, write: Callable[[str], str], helpers: Sequence[str] = ("ask_expert",), **agents: Any) -> Rollouts:
     config = settings(rollout={"max_tokens": 4000, "helpers": helpers}, agents={"use": {}} | agents)
     engine = Scribe(raw, write)
-    return Rollouts(config, engine, Exact(), Tokenizer(raw, (), engine.eos_ids), graph, graph, {}, Prompts.empty(), 1.0)
+    return Rollouts(config, engine, Exact(), Tokenizer(raw, (), engine.eos_ids), graph, graph, {}, Prompts(), 1.0)
 
 
 async def run(rollouts: Rollouts, seed: int = 1, with_agents: bool = True) -> Trace:

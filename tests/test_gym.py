@@ -210,7 +210,7 @@ async def test_what_the_example_teaches_is_right_and_no_text_of_it_is_held_out(r
     found, (helper,) = open_task(config), open_agents(config.agents.use, config).values()
     for problem in found.heldout(5):
         animals = re.findall(r"1 ([a-z ]+)", problem.question)
-        legs = {animal: int((await helper(Request("knowledge", animal), Prompts.empty())).text) for animal in animals}
+        legs = {animal: int((await helper(Request("knowledge", animal), Prompts())).text) for animal in animals}
         pieces = made.solution(problem.question, legs)
         assert "<unk>" not in made.tokenizer().decode(made.encode(pieces)[0])
         text = "".join(piece.text for piece in pieces)

@@ -191,7 +191,7 @@ HOSTILE = [
 @pytest.mark.parametrize("query", HOSTILE, ids=range(len(HOSTILE)))
 async def test_a_hostile_query_gets_a_harmless_reply(query: str) -> None:
     agents = open_agents(CONFIG.agents.use, CONFIG)
-    said = {name: (await agent(Request(name, query), Prompts.empty())).text for name, agent in agents.items()}
+    said = {name: (await agent(Request(name, query), Prompts())).text for name, agent in agents.items()}
     assert (said["reasoning"], said["verify"]) == (shopping.UNKNOWN, "no")
     sentences = {document.text for document in shopping.CORPUS.documents}
     assert said["knowledge"] == shopping.UNKNOWN or set(re.findall(r"[^.]+\.", said["knowledge"].replace(". ", "."))) <= sentences

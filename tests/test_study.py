@@ -20,7 +20,7 @@ from experiments.grid import CHOOSING, EXPERIMENTS, TUNING_SEEDS, Run, runs
 
 
 async def replies(agent: helpers.Changed, query: str, count: int = 400) -> list[Reply]:
-    return [await agent(Request(agent.name, query, seed=seed), Prompts.empty()) for seed in range(count)]
+    return [await agent(Request(agent.name, query, seed=seed), Prompts()) for seed in range(count)]
 
 
 def test_every_run_is_a_config_and_no_seed_both_chooses_and_reports(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

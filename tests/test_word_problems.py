@@ -115,7 +115,7 @@ async def test_its_agents_answer_from_sympy_and_the_corpus(root: Path) -> None:
     config, _ = parse([str(root / "configs/word_problems.yaml")], Config, prog="test")
     agents = open_agents(config.agents.use, config)
     replies = {
-        query: (await agents[name](Request(name, query), Prompts.empty())).text
+        query: (await agents[name](Request(name, query), Prompts())).text
         for name, query in [("verify", "3*(4+5) = 27"), ("verify", "3*(4+5) = 28"), ("knowledge", "how many pieces are in a gross")]
     }
     assert replies["3*(4+5) = 27"] == "yes"

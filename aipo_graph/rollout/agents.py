@@ -9,7 +9,7 @@ import re
 import string
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -49,32 +49,27 @@ FIELDS = ("question", "query", "transcript")
 class Prompts:
     """The prompt files of one folder, by name without `.md`."""
 
-    folder: Path
-    texts: Mapping[str, str]
+    folder: Path = Path()
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "Prompts":
         """Reads and checks every `*.md` of a folder. Raises ConfigError for an unknown field or a stray brace."""
-        texts = {path.stem: load.text(path).rstrip("\n") for path in sorted(folder.glob("*.md"))}
-        for name, written in texts.items():
+        prompts = cls(folder, {path.stem: load.text(path).rstrip("\n") for path in sorted(folder.glob("*.md"))})
+        for name in prompts.texts:
             try:
-                fields = _fields(written)
+                unknown = prompts.fields(name) - {*FIELDS}
             except ValueError as error:
                 raise ConfigError(f"{folder / name}.md: {error}; write a literal brace as {{{{ or }}}}") from None
-            if unknown := [found for found in fields if found not in FIELDS]:
+            if unknown:
                 raise ConfigError(
-                    f"{folder / name}.md: unknown field {{{unknown[0]}}}; known are {', '.join(FIELDS)} (a literal brace is doubled)"
+                    f"{folder / name}.md: unknown field {{{unknown.pop()}}}; known are {', '.join(FIELDS)} (a literal brace is doubled)"
                 )
-        return cls(folder, texts)
+        return prompts
 
-    @classmethod
-    def empty(cls) -> "Prompts":
-        """No prompts: for agents that are tools alone."""
-        return cls(Path(), {})
-
-    def fields(self, name: str) -> tuple[str, ...]:
-        """The fields that one prompt asks for, in the order of FIELDS."""
-        return tuple(sorted(set(_fields(self._text(name))), key=FIELDS.index))
+    def fields(self, name: str) -> set[str]:
+        """The fields that one prompt asks for."""
+        return {found for _, found, _, _ in string.Formatter().parse(self._text(name)) if found is not None}
 
     def render(self, name: str, **fields: str) -> str:
         """The text of one prompt with its fields filled in; values are never parsed again."""
@@ -84,11 +79,6 @@ class Prompts:
         if name not in self.texts:
             raise ConfigError(f"no prompt {name!r} in {self.folder}: add {name}.md (there are: {', '.join(self.texts) or 'none'})")
         return self.texts[name]
-
-
-def _fields(text: str) -> list[str]:
-    """Raises ValueError for a stray brace."""
-    return [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
 
 
 # --- agents
@@ -107,10 +97,8 @@ class Breaker:
 
     def admit(self, name: str, pause: float) -> None:
         """Raises AgentError for a consult that is not let through."""
-        if self.failed < BREAK_AFTER:
-            return
         wait = self.closed_until - time.monotonic()
-        if wait > 0:
+        if self.failed >= BREAK_AFTER and wait > 0:
             raise AgentError(
                 f"agent {name!r}: not asked, its last {self.failed} consults failed; the next try is in {wait:.0f} s (last: {self.reason})"
             )
@@ -122,46 +110,35 @@ class Breaker:
             self.closed_until = time.monotonic() + pause
 
 
+@dataclass
 class Clock:
     """A trace's time limit, which stands still while the trace waits for a place at an agent."""
 
-    def __init__(self, limit: asyncio.Timeout) -> None:
-        self._limit = limit
-        self._waits = 0
-        self._left = 0.0
-        self._over = False
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Within, the agents that are asked stop this clock."""
-        token = _CLOCK.set(self)
-        try:
-            yield
-        finally:
-            _CLOCK.reset(token)
-            self._over = True
+    limit: asyncio.Timeout
+    waits: int = 0
+    left: float = 0.0
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Within, no time passes. A graph may ask several agents at once: the first one stops the clock, the last one starts it again."""
         loop = asyncio.get_running_loop()
-        if not self._waits and self._live and (end := self._limit.when()) is not None:
-            self._left = end - loop.time()
-            self._limit.reschedule(None)
-        self._waits += 1
+        if (end := self.limit.when()) is not None:
+            self.left = end - loop.time()
+            self._reschedule(None)
+        self.waits += 1
         try:
             yield
         finally:
-            self._waits -= 1
-            if not self._waits and self._live:
-                self._limit.reschedule(loop.time() + self._left)
+            self.waits -= 1
+            if not self.waits:
+                self._reschedule(loop.time() + self.left)
 
-    @property
-    def _live(self) -> bool:
-        return not self._over and not self._limit.expired()
+    def _reschedule(self, when: float | None) -> None:
+        with suppress(RuntimeError):  # the time is up, or the trace has ended
+            self.limit.reschedule(when)
 
 
-_CLOCK: ContextVar[Clock | None] = ContextVar("clock", default=None)
+CLOCK: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
 
 @dataclass(frozen=True)
@@ -173,7 +150,7 @@ class Agent:
     >>> async def lookup(query: str) -> str:
     ...     "Looks a term up."
     ...     return {"B": "2695-"}[query]
-    >>> asyncio.run(Agent("knowledge", tools=(lookup,))(Request("knowledge", "B"), Prompts.empty())).text
+    >>> asyncio.run(Agent("knowledge", tools=(lookup,))(Request("knowledge", "B"), Prompts())).text
     '2695-'
     """
 
@@ -202,7 +179,7 @@ class Agent:
     _room: asyncio.Semaphore = field(init=False, repr=False, compare=False)
     _offered: Mapping[str, BaseTool] = field(init=False, repr=False, compare=False)
     """The tools that the model is shown, by name."""
-    _bound: Runnable[Any, Any] | None = field(init=False, repr=False, compare=False)
+    _bound: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tools and self.model is None:
@@ -214,7 +191,7 @@ class Agent:
             raise ConfigError(f"agent {self.name!r} has two tools of one name ({', '.join(tool.name for tool in offered)}): rename one")
         object.__setattr__(self, "_bound", self._bind(offered))
 
-    def _bind(self, offered: Sequence[BaseTool]) -> Runnable[Any, Any] | None:
+    def _bind(self, offered: Sequence[BaseTool]) -> Runnable[Any, AIMessage] | None:
         if self.model is None or not offered:
             return self.model
         try:
@@ -230,7 +207,7 @@ class Agent:
         Raises AgentError when the tries or the time are used up, or while an agent that is down is spared; RequestError for a request that
         is too long for it; ConfigError where no request can be answered.
         """
-        clock = _CLOCK.get()
+        clock = CLOCK.get()
         with clock.stopped() if clock else nullcontext():
             await self._room.acquire()
         try:
@@ -278,7 +255,7 @@ class Agent:
         """Whether what the policy wrote is what fills the context: it is most of the request, and without it the model answers."""
         messages, bare = self._messages(request, prompts), self._messages(replace(request, query="", transcript=""), prompts)
         length, rest = (sum(len(str(m.text)) for m in found) for found in (messages, bare))
-        if self._bound is None or length < 2 * rest:
+        if length < 2 * rest:
             return False
         probe = asyncio.wait_for(_call(self._bound, bare, {}), self.timeout / self.attempts)
         (said,) = await asyncio.gather(probe, return_exceptions=True)
@@ -294,7 +271,6 @@ class Agent:
                 return Reply(str(error))
 
     async def _converse(self, request: Request, prompts: Prompts) -> Reply:
-        assert self._bound is not None
         messages = self._messages(request, prompts)
         seeded = getattr(self.model, "seed", None) is not None
         used = 0
@@ -362,15 +338,12 @@ def _bounded(text: str, limit: int) -> str:
     return FOREIGN.sub(" ", text.encode(errors="replace").decode())
 
 
-async def _call(model: Runnable[Any, Any], messages: list[BaseMessage], sampling: Mapping[str, Any]) -> AIMessage:
+async def _call(model: Runnable[Any, AIMessage], messages: list[BaseMessage], sampling: Mapping[str, Any]) -> AIMessage:
     """One turn of a chat model. Raises BadBody where its client stumbled over the answer, and whatever else the client raises."""
     try:
-        answer = await model.ainvoke(messages, **sampling)
+        return await model.ainvoke(messages, **sampling)
     except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError, ArithmeticError) as error:
         raise BadBody(f"{type(error).__name__}: {_line(error)}") from error
-    if not isinstance(answer, AIMessage):
-        raise BadBody(f"the model answered with a {type(answer).__name__}, not an AIMessage")
-    return answer
 
 
 def _reply(answer: AIMessage) -> Reply:

@@ -23,10 +23,10 @@ from aipo_graph.config import Config
 from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, GraphError, RequestError, TaskError
 from aipo_graph.load import call, find, load, model, nearest, own_place
 from aipo_graph.messages import THOUGHTS, after_reasoning, read_tokenizer
-from aipo_graph.rollout.agents import Agent, Clock, Prompts
+from aipo_graph.rollout.agents import CLOCK, Agent, Clock, Prompts
 from aipo_graph.rollout.chat import ChatRun, Misfit, OutOfTokens
 from aipo_graph.rollout.graph import Budget, Context, Graph
-from aipo_graph.rollout.inputs import Inputs, apart, fresh_stores, in_messages, said, unsolved
+from aipo_graph.rollout.inputs import STORES, Inputs, apart, in_messages, said, unsolved, within
 from aipo_graph.rollout.ledger import Ledger
 from aipo_graph.rollout.tokens import FEEDBACK, Tokenizer, parse_request, writes_feedback
 from aipo_graph.rollout.tools import check_alone
@@ -136,7 +136,7 @@ class Rollouts:
         """Loads everything that the config names; ``chats`` are the language models of agents, by name. Raises ConfigError."""
         if not config.run.tracing:
             without_tracers()
-        agents = open_agents(config.agents.use, config, chats or {})
+        agents = open_agents(config.agents.use, config, chats)
         rollouts = cls(
             config,
             engine,
@@ -175,11 +175,6 @@ class Rollouts:
             Inputs.open(rollout.inputs, self.graph, rollout.graph),
             Inputs.open(rollout.inputs, self.solo, rollout.solo, partly=True),
         )
-
-    @cached_property
-    def _budget(self) -> Budget:
-        rollout = self.config.rollout
-        return Budget(rollout.max_tokens, rollout.max_consults, self.config.agents.max_reply_tokens)
 
     async def _consult(self, agent: Agent, request: Request) -> Reply:
         with self.engine.busy():
@@ -227,19 +222,32 @@ class Rollouts:
         self, problem: Problem, *, seed: int, with_agents: bool, on_segments: OnSegments | None
     ) -> tuple[Trace, Mapping[str, Any]]:
         """The trace without scores, and the graph's last state."""
+        rollout = self.config.rollout
         ledger = Ledger(self.engine)
+        budget = Budget(rollout.max_tokens, rollout.max_consults, self.config.agents.max_reply_tokens)
         context = Context(
             generate=ledger.generate,
             tokenizer=self.tokenizer,
             agents=self.agents,
             consult=self._consult,
             prompts=self.prompts,
-            budget=self._budget,
+            budget=budget,
             seed=seed,
             temperature=self.temperature,
         )
         graph = self.graph if with_agents else self.solo
-        chat = self._chat(ledger, seed, alone=not with_agents) if in_messages(graph) else None
+        chat = None
+        if in_messages(graph):
+            chat = ChatRun(
+                ledger,
+                self.tokenizer.chat,
+                budget=budget.tokens,
+                seed=seed,
+                temperature=self.temperature,
+                helpers=rollout.helpers,
+                longest=budget.reply_tokens,
+                alone=not with_agents,
+            )
         segments: tuple[Segment, ...] = ()
         state: Mapping[str, Any] = {}
         path: list[str] = []
@@ -247,11 +255,11 @@ class Rollouts:
         reason: str | None = None
         ended = False
         try:
-            async with asyncio.timeout(self.config.rollout.timeout) as limit:
+            async with asyncio.timeout(rollout.timeout) as limit:
                 with (
-                    Clock(limit).running(),
+                    within(CLOCK, Clock(limit)),
                     self.engine.run(f"{problem.id}/{seed}"),
-                    fresh_stores(),
+                    within(STORES, {}),
                     nullcontext() if self.config.run.tracing else tracing_context(enabled=False),
                     chat.active() if chat else nullcontext(),
                 ):
@@ -265,9 +273,9 @@ class Rollouts:
                             path += _nodes(chunk, chat is not None)
             ended = True
         except GraphRecursionError:
-            status, reason, ended = "budget", f"more than {self.config.rollout.max_supersteps} supersteps", True
+            status, reason, ended = "budget", f"more than {rollout.max_supersteps} supersteps", True
         except TimeoutError as error:
-            late = f"more than {self.config.rollout.timeout:g} s (rollout.timeout)"
+            late = f"more than {rollout.timeout:g} s (rollout.timeout)"
             status, reason = "timeout", late if limit.expired() else f"a node ran into its own time-out: {error}"
         except (OutOfTokens, Misfit) as end:
             status = "length" if isinstance(end, OutOfTokens) else "done"
@@ -304,7 +312,7 @@ class Rollouts:
             why = reason or (f"its nodes asked {', '.join(sorted(chat.strangers))}" if chat and chat.strangers else "no node asked it")
             status, reason = "failed", f"NoTokens: the graph ended without a word of the policy ({why}); see its routes"
         reply = "" if chat and chat.unanswered else self._reply(segments, graph, status)
-        if (key := self.config.rollout.output) in graph.channels:
+        if (key := rollout.output) in graph.channels:
             found = said(state, key)
             reply = self.tokenizer.without_specials(found or "")
             if found is None and status == "done":
@@ -313,30 +321,19 @@ class Rollouts:
         scores = {name: float(getattr(chat, name)) for name in counted}
         return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason, reply), state
 
-    def _chat(self, ledger: Ledger, seed: int, *, alone: bool) -> ChatRun:
-        return ChatRun(
-            ledger,
-            self.tokenizer.chat,
-            budget=self._budget.tokens,
-            seed=seed,
-            temperature=self.temperature,
-            helpers=self.config.rollout.helpers,
-            longest=self._budget.reply_tokens,
-            alone=alone,
-        )
-
     def _stream(
         self, graph: Graph, given: Sequence[dict[str, Any]], problem: Problem, context: Context, chat: ChatRun | None
     ) -> AsyncIterator[Any]:
         """The run's chunks. A graph of messages gets the question as a human message, and not our context but its own schema's."""
         state, own, configurable = given
-        settings: RunnableConfig = {"recursion_limit": self.config.rollout.max_supersteps, "configurable": configurable}
+        begun = state if chat else {"problem": unsolved(problem), "segments": (), **state}
+        settings: RunnableConfig = {
+            "recursion_limit": self.config.rollout.max_supersteps,
+            "configurable": configurable,
+            "callbacks": [chat] if chat else None,
+        }
         modes: list[StreamMode] = ["updates", "values"]
-        if chat is None:
-            begun = {"problem": unsolved(problem), "segments": ()}
-            return graph.astream(begun | state, settings, context=context, stream_mode=modes)
-        settings["callbacks"] = [chat]
-        return graph.astream(state, settings, context=own, stream_mode=modes)
+        return graph.astream(begun, settings, context=own if chat else context, stream_mode=modes)
 
     def _reply(self, segments: Sequence[Segment], graph: Graph, status: Status) -> str:
         """What stands after the reasoning and before the end of the turn, without control tokens; of a message, its content, or of one
@@ -354,7 +351,7 @@ class Rollouts:
         sampled = [s for s in segments if s.source == "policy"]
         if not sampled or sampled[-1].token_ids[-1] in self.tokenizer.eos_ids:
             return "done"
-        if sum(len(s.token_ids) for s in sampled) >= self._budget.tokens:
+        if sum(len(s.token_ids) for s in sampled) >= self.config.rollout.max_tokens:
             return "length"
         return "budget" if parse_request(final_text(segments), self.agents) else "done"
 

@@ -192,9 +192,17 @@ def agent_node(name: str, thread: str = "main") -> Node:
 Route = Callable[[State, Runtime[Context]], str]
 
 
-def by_request(state: State, runtime: Runtime[Context]) -> str:
-    """To the agent that the policy asked for; back to `policy` while it is unfinished; END at its end of text or out of budget."""
-    return _route(state, runtime.context, policy="policy")
+def by_request(state: State, runtime: Runtime[Context], policy: str = "policy") -> str:
+    """To the agent that the policy asked for; back to ``policy`` while it is unfinished; END at its end of text or out of budget."""
+    context = runtime.context
+    last = last_policy_segment(state)
+    text = last_words(state)
+    if writes_feedback(text) or last.token_ids[-1] in context.tokenizer.eos_ids or context.tokens_left(state) <= 0:
+        return END
+    request = parse_request(text, context.agents)
+    if request is None:
+        return policy
+    return request[0] if context.consults_left(state) > 0 else END
 
 
 def by_confidence(threshold: float, agent: str, policy: str = "policy") -> Route:
@@ -205,20 +213,9 @@ def by_confidence(threshold: float, agent: str, policy: str = "policy") -> Route
     """
 
     def route(state: State, runtime: Runtime[Context]) -> str:
-        target = _route(state, runtime.context, policy)
+        target = by_request(state, runtime, policy)
         last = last_policy_segment(state)
         stuck = target == policy and sum(last.logprobs or ()) < threshold * len(last.token_ids)
         return agent if stuck and runtime.context.consults_left(state) > 0 else target
 
     return route
-
-
-def _route(state: State, context: Context, policy: str) -> str:
-    last = last_policy_segment(state)
-    text = last_words(state)
-    if writes_feedback(text) or last.token_ids[-1] in context.tokenizer.eos_ids or context.tokens_left(state) <= 0:
-        return END
-    request = parse_request(text, context.agents)
-    if request is None:
-        return policy
-    return request[0] if context.consults_left(state) > 0 else END

@@ -48,7 +48,7 @@ class Inputs:
         """Raises ConfigError for a name that the graph does not have, unless it may have them ``partly``, and for a graph that would get
         nothing of a problem.
         """
-        keys = _input_keys(graph)
+        keys = list(graph.builder.schemas[graph.builder.input_schema])
         places: dict[str, dict[str, str]] = {"state": {}, "context": {}, "configurable": {}}
         for target, field in inputs.items():
             place, dot, name = target.partition(".")
@@ -100,19 +100,13 @@ def _value(problem: Problem, field: str) -> Any:
     return deepcopy(problem.meta[field])
 
 
-def _input_keys(graph: Graph) -> list[str]:
-    builder = getattr(graph, "builder", None)
-    return list(builder.schemas[builder.input_schema]) if builder is not None else [key for key in graph.channels if key.isidentifier()]
-
-
 def _fault(graph: Graph, keys: list[str], place: str, name: str) -> str:
     """Why a name is none of the graph's; "" if it is."""
     if place == "state" and (name not in keys or (not in_messages(graph) and name in ("problem", "segments"))):
         return f"its input has no {name!r}{nearest(name, keys)}"
     if place == "context" and not in_messages(graph):
         return "the run context of a graph of segments is ours; give it to the state, or as configurable"
-    schema = getattr(graph, "context_schema", None)
-    if place == "context" and schema is not None and name not in (known := get_type_hints(schema)):
+    if place == "context" and graph.context_schema is not None and name not in (known := get_type_hints(graph.context_schema)):
         return f"its context_schema has no {name!r}{nearest(name, known)}"
     return ""
 
@@ -132,7 +126,7 @@ def gives_away(problem: Problem, key: str, value: object) -> bool:
 
 # --- traces apart
 
-_STORES: ContextVar[dict["TraceStore", InMemoryStore] | None] = ContextVar("stores", default=None)
+STORES: ContextVar[dict["TraceStore", InMemoryStore] | None] = ContextVar("stores", default=None)
 LIBRARIES = sys.stdlib_module_names | {"langgraph", "langchain_core", "langchain", "langsmith", "pydantic", "aipo_graph"}
 """Whose functions' globals are not searched: they hold nothing of a graph."""
 LONGEST = 10_000
@@ -147,7 +141,7 @@ class TraceStore(BaseStore):
         self._opened = _copy(store)
 
     def _own(self) -> InMemoryStore:
-        stores = _STORES.get()
+        stores = STORES.get()
         if stores is None:
             return self._store
         if self not in stores:
@@ -162,13 +156,13 @@ class TraceStore(BaseStore):
 
 
 @contextmanager
-def fresh_stores() -> Iterator[None]:
-    """Within, each TraceStore is a copy that starts as its graph's store was opened."""
-    token = _STORES.set({})
+def within(variable: ContextVar[Any], value: object) -> Iterator[None]:
+    """Within, the variable has the value."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _STORES.reset(token)
+        variable.reset(token)
 
 
 def apart(graph: Graph, path: str) -> Graph:
@@ -205,10 +199,7 @@ def _per_trace(store: BaseStore, path: str) -> TraceStore:
     )
 
 
-@cache
-def _stand_in(store: InMemoryStore) -> TraceStore:
-    """The same for the same store, so that a graph and its sub-graphs share one within a trace."""
-    return TraceStore(store)
+_stand_in = cache(TraceStore)  # the same for the same store, so that a graph and its sub-graphs share one within a trace
 
 
 def _copy(store: InMemoryStore) -> InMemoryStore:
