@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -164,13 +162,9 @@ async def test_a_retry_after_beyond_the_time_left_ends_the_consult() -> None:
     [
         *[("2", 2, 2), ("1.5", 1.5, 1.5)],
         *[(value, 0, 0) for value in ("-3", "soon", "nan", "", "1e9", "٣", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 2015 07:28:00")],
-        ("Wed, 21 Oct 99999999999999999999 07:28:00 GMT", 0, 0),
-        pytest.param("in an hour", 3000, 3600, id="date"),
     ],
 )
 def test_retry_after_values(value: str, low: float, high: float) -> None:
-    if value == "in an hour":
-        value = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
     request = httpx.Request("GET", "http://x")
     response = httpx.Response(429, headers={"Retry-After": value.encode()}, request=request)
     assert low <= retry_after(httpx.HTTPStatusError("", request=request, response=response)) <= high

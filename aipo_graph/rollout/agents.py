@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -435,17 +433,12 @@ def _status(error: BaseException) -> int | None:
 
 
 def retry_after(error: BaseException | None) -> float:
-    """The seconds for which the server asked to be left alone (Retry-After: seconds or a date), else 0."""
+    """The seconds for which the server asked to be left alone (Retry-After, where it is a number), else 0."""
     for holder in (getattr(error, "response", None), error):
-        headers = getattr(holder, "headers", None)
-        value = str(headers.get("retry-after") or "") if headers is not None and hasattr(headers, "get") else ""
+        headers: Any = getattr(holder, "headers", None)
+        value = str(headers.get("retry-after")) if hasattr(headers, "get") else ""
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
             return float(value)
-        try:
-            date = parsedate_to_datetime(value)
-        except (ValueError, OverflowError):
-            continue
-        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
     return 0.0
 
 
