@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeVar
 from uuid import UUID
-from weakref import WeakSet
 
 from jsonschema import Draft202012Validator
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackHandler, CallbackManagerForLLMRun
@@ -24,7 +24,6 @@ from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
     BaseMessage,
-    BaseMessageChunk,
     InvalidToolCall,
     ToolCall,
     ToolMessage,
@@ -52,14 +51,12 @@ ROLES = frozenset({"human", "user", "ai", "assistant", "system", "developer"})
 """What a message may be called that is no object yet."""
 THREADS = 1024
 """Plain nodes at once: each waits in a thread of its own while the policy writes, and an engine may wait for all of them to have asked."""
-_LOOPS: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
 
 
+@lru_cache(maxsize=1)
 def _with_threads(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
     """The loop, with room for its graphs' plain nodes: asyncio's own few threads would wait for each other for ever."""
-    if loop not in _LOOPS:
-        _LOOPS.add(loop)
-        loop.set_default_executor(ThreadPoolExecutor(THREADS, "graph"))
+    loop.set_default_executor(ThreadPoolExecutor(THREADS, "graph"))
     return loop
 
 
@@ -99,9 +96,9 @@ class Turn:
     """The earlier reply whose exact tokens the prompt goes on from."""
     added: tuple[Heard, ...]
     """The prompt after the parent's reply, or all of it."""
-    prompt_ids: tuple[int, ...]
-    rewritten: bool
+    rewritten: bool = False
     """Goes on from an earlier reply whose exact tokens could not be kept: one of the same node, or with the same first message."""
+    prompt_ids: tuple[int, ...] = field(init=False)
     origin: tuple[tuple[str, ...], ...] = ()
     """Its tasks, outermost first, each as node and place among its superstep's tasks: unlike `ns` the same in every repetition."""
     seed: int = 0
@@ -110,13 +107,13 @@ class Turn:
     text: str = ""
     thread: str | None = None
 
+    def __post_init__(self) -> None:
+        before = (*self.parent.prompt_ids, *self.parent.completion.token_ids) if self.parent and self.parent.completion else ()
+        self.prompt_ids = (*before, *(token for part in self.added for token in part.segment.token_ids))
+
     @property
     def task(self) -> str:
         return self.ns.partition("|")[0]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.completion.token_ids) if self.completion else 0
 
 
 class ChatRun(BaseCallbackHandler):
@@ -255,7 +252,8 @@ class ChatRun(BaseCallbackHandler):
         if self._ended:
             raise GraphError("PolicyChatModel was called after its run had ended: await or join what a node starts")
         # Of what runs beside it nothing counts before its superstep has ended: who is faster must not matter.
-        left = self._budget - sum(old.tokens for i, old in enumerate(self._turns) if i < self._settled or old.task == turn.task)
+        counting = (old for i, old in enumerate(self._turns) if i < self._settled or old.task == turn.task)
+        left = self._budget - sum(len(old.completion.token_ids) for old in counting if old.completion)
         if left <= 0:
             self._refused = True
             raise OutOfTokens
@@ -327,10 +325,8 @@ class ChatRun(BaseCallbackHandler):
 
     def _after(self, turn: Turn, text: str, author: str) -> Turn:
         """The turn that goes on from another's exact tokens with this text of the template."""
-        added = Segment("context", author, self._chat.encode(text), text)
-        written = turn.completion.token_ids if turn.completion else ()
-        prompt_ids = (*turn.prompt_ids, *written, *added.token_ids)
-        return Turn(turn.node, turn.ns, turn.template, turn.tools, turn.messages, turn, (Heard(added),), prompt_ids, False)
+        added = Heard(Segment("context", author, self._chat.encode(text), text))
+        return Turn(turn.node, turn.ns, turn.template, turn.tools, turn.messages, turn, (added,))
 
     def _finish(self, turn: Turn, completion: Completion) -> AIMessage:
         message = self._chat.parse(turn.text, turn.tools, seed=turn.seed)
@@ -348,24 +344,22 @@ class ChatRun(BaseCallbackHandler):
         template = self._chat.render(messages, tools)
         ours = {turn.message.id: turn for turn in self._turns if turn.message}
         known = [(index, ours[message.id]) for index, message in enumerate(messages) if message.id in ours]
-        start, text, parent = -1, None, None
+        parent, text, start = None, template, -1
         for index, turn in reversed(known):
-            if _same(messages[index], turn.message):
-                text = self._chat.follow(messages, index, turn.template, turn.text, tools)
-                if text is not None:
-                    start, parent = index, turn
-                    break
+            between = self._chat.follow(messages, index, turn.template, turn.text, tools) if _same(messages[index], turn.message) else None
+            if between is not None:
+                parent, text, start = turn, between, index
+                break
         rewritten = any(turn.node == node or turn.messages[0] == messages[0] for index, turn in known if index > start)
-        if parent is None or text is None or parent.completion is None:
-            added = self._heard(template, messages, 0, node, lambda shown: self._chat.render(shown, tools))
-            ids = tuple(token for part in added for token in part.segment.token_ids)
-            return Turn(node, ns, template, tools, messages, None, added, ids, rewritten)
-        seen, sampled, at = parent.template, parent.text, start
-        author = self._author(messages[start + 1 :], tools, node)
-        added = self._heard(text, messages, start + 1, author, lambda shown: self._chat.follow(shown, at, seen, sampled, tools))
-        between = (token for part in added for token in part.segment.token_ids)
-        prompt_ids = (*parent.prompt_ids, *parent.completion.token_ids, *between)
-        return Turn(node, ns, template, tools, messages, parent, added, prompt_ids, rewritten)
+
+        def write(shown: Sequence[BaseMessage]) -> str | None:
+            if parent is None:
+                return self._chat.render(shown, tools)
+            return self._chat.follow(shown, start, parent.template, parent.text, tools)
+
+        author = self._author(messages[start + 1 :], tools, node) if parent else node
+        added = self._heard(text, messages, start + 1, author, write)
+        return Turn(node, ns, template, tools, messages, parent, added, rewritten)
 
     def _author(self, messages: Sequence[BaseMessage], tools: Sequence[Schema], node: str) -> str:
         """Of what stands between two replies: one tool's results are the tool's, if it is not a name that the policy made up."""
@@ -595,10 +589,8 @@ def _name(tool: Schema) -> str:
 def _messages(outputs: Any) -> Iterator[BaseMessage]:
     """The messages in what a node returned."""
     match outputs:
-        case BaseMessageChunk():
-            yield message_chunk_to_message(outputs)
         case BaseMessage():
-            yield outputs
+            yield message_chunk_to_message(outputs)
         case Command():
             yield from _messages(outputs.update)
         case dict():
