@@ -110,26 +110,14 @@ class Manner:
         """
         calls: list[Call] = []
         at = 0
-        match self.shape:
-            case "json":
-                while following := NEXT_JSON.match(body, at):
-                    value, at = decode(body, following.end())
-                    calls += [self._entry(entry) for entry in (value if isinstance(value, list) else [value])]
-            case "object" if (listed := NEXT_JSON.match(body)) and not listed.group():  # older models of a family write all in JSON
-                value, at = decode(body)
+        if self.shape == "json" or (self.shape == "object" and body[:1] in ("{", "[")):  # older models of a family write all in JSON
+            while following := NEXT_JSON.match(body, at):
+                value, at = decode(body, following.end())
                 calls += [self._entry(entry) for entry in (value if isinstance(value, list) else [value])]
-            case "object":
-                name, at = self._name(body, at)
-                value, at = decode(body, at)
-                calls.append((name, _arguments(value)))
-            case "literal":
-                while self.name.match(body, at):
-                    name, at = self._name(body, at)
-                    arguments, at = Literals(body, self.quote, self.assign).arguments(at, self.closing, schemas.get(name, {}))
-                    calls.append((name, arguments))
-            case "pairs":
-                name, at = self._name(body, at)
-                arguments, at = self._pairs(body, at, schemas.get(name, {}))
+        else:
+            while (named := self.name.match(body, at)) and (not calls or self.shape == "literal"):
+                name, at = named["name"], named.end()
+                arguments, at = self._values(body, at, schemas.get(name, {}))
                 calls.append((name, arguments))
         if not calls:
             raise ValueError("no call")
@@ -141,11 +129,15 @@ class Manner:
             raise ValueError("text after the arguments")
         return calls, stop
 
-    def _name(self, body: str, at: int) -> tuple[str, int]:
-        found = self.name.match(body, at)
-        if not found:
-            raise ValueError("not a name and arguments")
-        return found["name"], found.end()
+    def _values(self, body: str, at: int, schema: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        """The arguments that follow a name, and where they end."""
+        match self.shape:
+            case "literal":
+                return Literals(body, self.quote, self.assign).arguments(at, self.closing, schema)
+            case "pairs":
+                return self._pairs(body, at, schema)
+        value, at = decode(body, at)
+        return _arguments(value), at
 
     def _entry(self, value: Any) -> Call:
         name_key, arguments_key = self.keys
@@ -526,13 +518,11 @@ class Literals:
     def _argument(self, at: int, closing: str, schema: Mapping[str, Any], key: str) -> tuple[Any, int]:
         """A value; where none is, the text up to the next comma, for templates that write strings without quotes."""
         types = types_of(schema, key)
-        try:
+        with suppress(ValueError):
             value, end = self.value(at)
             if re.compile(rf"\s*(?:,|{re.escape(closing)})").match(self._text, end):
                 bare = not isinstance(value, str) and bool(types) and not _fits(value, types)
                 return (coerce(self._text[at:end].strip(), schema, key) if bare else value), end
-        except ValueError:
-            pass
         depth = 0
         for bracket in re.compile(r"[\[\](){},]").finditer(self._text, at):
             if depth == 0 and bracket.group() in (",", closing):

@@ -5,6 +5,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,10 +123,6 @@ def after_reasoning(text: str, before: str = "") -> str:
     return text
 
 
-Words = tuple[str, int, int]
-"""A helper's name, and where in a text its words begin and end."""
-
-
 class Manner(NamedTuple):
     """What a template expects of a message with tool calls."""
 
@@ -181,10 +179,11 @@ class ChatFormat:
         """Ids of the template's text; special tokens in it become their own."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def pieces(self, text: str, words: Sequence[Words]) -> list[tuple[tuple[int, ...], str, str | None]]:
+    def pieces(self, text: str, words: Sequence[tuple[str, int, int]]) -> list[tuple[tuple[int, ...], str, str | None]]:
         """The ids of the template's text as (ids, their text, whose words): a token counts as a word where all of it stands inside.
 
-        Raises ConfigError for a tokenizer that does not say where its tokens stand.
+        ``words``: a helper's name, and where its words begin and end. Raises ConfigError for a tokenizer that does not say where its
+        tokens stand.
         """
         try:
             encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -192,18 +191,15 @@ class ChatFormat:
             name = self._tokenizer.name_or_path or "the tokenizer"
             remedy = "use a model with tokenizer.json"
             raise ConfigError(f"{name} does not say where its tokens stand, which rollout.helpers needs: {remedy}") from None
-        found: list[tuple[list[int], int, int, str | None]] = []
+        tokens: list[tuple[int, int, int, str | None]] = []
         start = 0  # some offsets leave a token's blank out: it begins where the last one ended
         for token, (_, reached) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             end = max(start, reached)
             whose = next((who for who, first, last in words if first <= start and first < end <= last), None)
-            if found and found[-1][3] == whose:
-                ids, first, _, _ = found.pop()
-                found.append(([*ids, token], first, end, whose))
-            else:
-                found.append(([token], start, end, whose))
+            tokens.append((token, start, end, whose))
             start = end
-        return [(tuple(ids), text[first:last], whose) for ids, first, last, whose in found]
+        runs = (list(run) for _, run in groupby(tokens, key=itemgetter(3)))
+        return [(tuple(token for token, *_ in run), text[run[0][1] : run[-1][2]], run[0][3]) for run in runs]
 
     def places(
         self, text: str, messages: Sequence[BaseMessage], heard: Sequence[int], write: Callable[[Sequence[BaseMessage]], str | None]
@@ -234,8 +230,6 @@ class ChatFormat:
 
     def cut(self, text: str, limit: int) -> str:
         """The text's first tokens."""
-        if len(text.encode(errors="replace")) <= limit:
-            return text
         ids = self.encode(text[: 64 * limit])
         return text if len(ids) <= limit and len(text) <= 64 * limit else self.decode(ids[:limit]).rstrip("\ufffd")
 
@@ -265,7 +259,7 @@ class ChatFormat:
         *_, last = ["", *self._specials.findall(text)]
         mark = end if ended else last if last and last in after else ""
         before, _, rest = after.partition(mark) if mark else ("", "", after)
-        return self.without_specials(said).strip().removesuffix(before.strip()).rstrip(), rest.removeprefix(over)
+        return self._specials.sub("", said).strip().removesuffix(before.strip()).rstrip(), rest.removeprefix(over)
 
     def _learn(self, specials: set[str]) -> None:
         """Finds out how the template writes calls, what it expects for that, and what else it puts around a reply."""
@@ -494,21 +488,18 @@ class ChatFormat:
         made = [json.dumps(call["args"], ensure_ascii=False) for call in message.tool_calls if calls]
         return str(message.content) or next(iter(made), "")
 
-    def without_specials(self, text: str) -> str:
-        return self._specials.sub("", text)
-
     def _split_reasoning(self, text: str) -> tuple[str, str]:
         """The reasoning and what follows it; all is reasoning while it is not closed."""
         if self._harmony:
             text = CHANNEL.sub(r" to=\2<|channel|>commentary", text)
-            reasoning = "\n".join(self.without_specials(found).strip() for found in ANALYSIS.findall(text))
+            reasoning = "\n".join(self._specials.sub("", found).strip() for found in ANALYSIS.findall(text))
             return reasoning.strip(), ANALYSIS.sub("", text)
         for opening, closing in self._thoughts:
             opened = self.opening.rstrip().endswith(opening) or text.lstrip().startswith(opening)
             before, closed, after = text.rpartition(closing)
             if closed or opened:
                 inside = (before if closed else text).strip().removeprefix(opening)
-                return self.without_specials(inside).strip(), after if closed else ""
+                return self._specials.sub("", inside).strip(), after if closed else ""
         return "", text
 
 
