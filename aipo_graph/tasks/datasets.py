@@ -176,17 +176,22 @@ BENCHMARKS: Mapping[str, Layout] = {
 class Split:
     """What a task over a finite set of problems is, but for its grader: ``train`` and ``heldout`` of `types.Task`.
 
-    ``read`` gives the training problems when the first is asked for, so that an evaluation reads none. Raises what it raises.
+    ``read`` gives the training problems when the first is asked for, so that an evaluation reads none; None where there are none.
     """
 
     kinds = ("",)
 
-    def __init__(self, name: str, seed: int, heldout: Sequence[Problem], read: Callable[[], list[Problem]]) -> None:
+    def __init__(self, name: str, seed: int, heldout: Sequence[Problem], read: Callable[[], list[Problem]] | None) -> None:
         self._name, self._seed, self._heldout, self._read_train = name, seed, heldout, read
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
     @functools.cached_property
     def _train(self) -> list[Problem]:
+        if self._read_train is None:
+            raise ConfigError(
+                f"task.name = {self._name!r} has held-out problems alone: nothing to train on; train on another task, or name training "
+                "problems in its columns with task.data"
+            )
         return self._read_train()
 
     def train(self, index: int) -> Problem:
@@ -229,28 +234,18 @@ class DatasetTask(Split):
 
     def __init__(self, name: str, layout: Layout, required: frozenset[str], seed: int = 0, rounded_digits: int = 0) -> None:
         self.reward = functools.partial(rewards.math, rounded_digits=rounded_digits)
-        problems = functools.cache(functools.partial(_training_problems, name, layout, required))
+        problems = functools.cache(functools.partial(_read, name, "task.data", layout.data, layout, required))
         if layout.heldout:
             heldout = _read(name, "task.heldout", layout.heldout, layout, required)
         else:
             heldout = {key: p for key, p in problems().items() if derive_seed(name, key) % layout.heldout_of == 0}
             heldout = heldout or dict([min(problems().items(), key=lambda problem: derive_seed(name, problem[0]))])
         in_order = [heldout[key] for key in sorted(heldout, key=lambda key: derive_seed(name, key))]
-        apart = bool(layout.heldout)
-        super().__init__(name, seed, in_order, lambda: kept_for_training(layout.data, problems().items(), heldout.keys(), apart))
 
+        def train() -> list[Problem]:
+            return kept_for_training(layout.data, problems().items(), heldout.keys(), apart=bool(layout.heldout))
 
-def _training_problems(name: str, layout: Layout, required: frozenset[str]) -> dict[str, Problem]:
-    if not layout.data:
-        raise nothing_to_train(name)
-    return _read(name, "task.data", layout.data, layout, required)
-
-
-def nothing_to_train(name: str) -> ConfigError:
-    return ConfigError(
-        f"task.name = {name!r} has held-out problems alone: nothing to train on; train on another task, or name training problems in its "
-        "columns with task.data"
-    )
+        super().__init__(name, seed, in_order, train if layout.data else None)
 
 
 def kept_for_training(source: str, problems: Collection[tuple[str, Problem]], heldout: Collection[str], apart: bool) -> list[Problem]:
@@ -369,21 +364,20 @@ def _text(cell: Any) -> str:
 
 
 def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, Any]]:
-    columns = layout.columns
     if source.startswith(OBJECT):
         return _given(source)
     if source.endswith(".jsonl"):
         return (record for _, record in records(find(source)))
     if source.endswith(".csv"):
         return _table(setting, source)
-    dataset = open_dataset(setting, source, columns)
-    tops = {column if column in dataset.column_names else column.partition(".")[0] for column in columns.values()}
+    dataset = open_dataset(setting, source, layout.columns)
+    tops = {column if column in dataset.column_names else column.partition(".")[0] for column in layout.columns.values()}
     if len(dataset) and tops <= set(dataset.column_names):
         dataset = dataset if layout.rows else dataset.select_columns(sorted(tops))
-        if layout.repeats and "id" in columns:
+        if layout.repeats and "id" in layout.columns:
             first: dict[str, int] = {}
-            for at, row in enumerate(_plain_rows(dataset.select_columns([columns["id"].partition(".")[0]]))):
-                first.setdefault(_text(_cell(row, columns["id"])) or f"without an id, row {at}", at)
+            for at, row in enumerate(_plain_rows(dataset.select_columns([layout.columns["id"].partition(".")[0]]))):
+                first.setdefault(_text(_cell(row, layout.columns["id"])) or f"without an id, row {at}", at)
             dataset = dataset.select(list(first.values()))
     return _plain_rows(dataset)
 
@@ -414,7 +408,6 @@ def _plain_rows(dataset: Any) -> Iterator[Mapping[str, Any]]:
 
 def open_dataset(setting: str, source: str, columns: Mapping[str, str]) -> Any:
     """A `datasets.Dataset`. Raises ConfigError: the extra is missing, the name is none, what the hub or the file said."""
-    request: dict[str, str | None]
     if source.endswith(".parquet"):
         request = {"path": "parquet", "data_files": str(find(source)), "split": "train"}
         remedy = "write the file again"
@@ -434,7 +427,5 @@ def open_dataset(setting: str, source: str, columns: Mapping[str, str]) -> Any:
         raise ConfigError(f"{setting} = {source!r}: needs the extra data: {install('data')}") from error
     try:
         return load_dataset(**request)
-    except ValueError as error:  # no such config or split: the message names those there are
-        raise ConfigError(f"{setting} = {source!r}: {error}") from error
-    except (OSError, RuntimeError, DatasetsError) as error:
+    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
         raise ConfigError(f"{setting} = {source!r}: {' '.join(str(error).split())}; {remedy}") from error

@@ -46,11 +46,9 @@ BY_HASH = frozenset({"isomorphic_strings", "knight_swap", "list_functions", "pol
 def generators() -> dict[str, tuple[Any, Any]]:
     """Name -> data set class and config class. Raises ConfigError without the extra."""
     try:
-        importlib.import_module("reasoning_gym")
-        found = importlib.import_module("reasoning_gym.factory").DATASETS
+        return dict(importlib.import_module("reasoning_gym.factory").DATASETS)
     except ImportError as error:
         raise ConfigError(f"task.name = 'reasoning_gym': needs the extra {EXTRA}: {install(EXTRA)} ({error})") from error
-    return dict(found)
 
 
 @functools.lru_cache(maxsize=64)
@@ -82,8 +80,7 @@ class Generator:
 
     def entry(self, seed: int, index: int) -> Mapping[str, Any]:
         """Item ``index`` of the endless stream of a seed."""
-        made = _made(self.name, self._options, derive_seed(seed, self.name, index // CHUNK) % 2**32, CHUNK)
-        return made[index % CHUNK]
+        return _made(self.name, self._options, derive_seed(seed, self.name, index // CHUNK) % 2**32, CHUNK)[index % CHUNK]
 
     def heldout(self, entry: Mapping[str, Any]) -> bool:
         return derive_seed("reasoning-gym", self.name, _key(entry)) % HELDOUT_OF == 0

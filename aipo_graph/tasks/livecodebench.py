@@ -23,7 +23,7 @@ from pydantic import NonNegativeInt, PositiveFloat, StringConstraints
 from aipo_graph.config import Config, Section, task_options
 from aipo_graph.errors import ConfigError, TaskError, ToolError
 from aipo_graph.load import find, record
-from aipo_graph.tasks.datasets import Split, kept_for_training, nothing_to_train, open_dataset
+from aipo_graph.tasks.datasets import Split, kept_for_training, open_dataset
 from aipo_graph.tools import jail
 from aipo_graph.types import Problem, derive_seed
 
@@ -105,17 +105,16 @@ class LiveCodeBench(Split):
     """
 
     def __init__(self, heldout: str, data: str | None, options: Options, seed: int = 0) -> None:
-        self._options, self._data = options, data
+        self._options = options
         self._cell = jail.Jail(jail.choose(options.sandbox, "task.options.sandbox"))
         self._rows: dict[str, Callable[[], Row]] = {}
         self._tests = functools.lru_cache(maxsize=8)(self._read_tests)
-        super().__init__(NAME, seed, self._read("task.heldout", heldout, options.window), self._training_problems)
 
-    def _training_problems(self) -> list[Problem]:
-        if self._data is None:
-            raise nothing_to_train(NAME)
-        problems = [(_plain(problem), problem) for problem in self._read("task.data", self._data, "")]
-        return kept_for_training(self._data, problems, {_plain(problem) for problem in self._heldout}, apart=True)
+        def train() -> list[Problem]:
+            problems = [(_plain(problem), problem) for problem in self._read("task.data", str(data), "")]
+            return kept_for_training(str(data), problems, {_plain(problem) for problem in self._heldout}, apart=True)
+
+        super().__init__(NAME, seed, self._read("task.heldout", heldout, options.window), train if data else None)
 
     async def reward(self, problem: Problem, reply: str) -> Mapping[str, float]:
         """``reward``: 1 if the last code block passes every test. ``passed``: the share of tests before the first that it fails.
@@ -287,23 +286,19 @@ def _pickled_text(data: bytes) -> str:
 
 
 def _rows(setting: str, source: str, release: str) -> Iterator[tuple[str, Row, Callable[[], Row]]]:
-    """(place, row, how to read it again) of each problem; a row may lack the content of its private tests."""
+    """(place, row, how to read it again) of each problem."""
     if source.endswith(".parquet") or ":" in source:
         dataset = open_dataset(setting, source, {column: column for column in COLUMNS}).with_format("arrow")
-        light = dataset.select_columns([name for name in dataset.column_names if name != "private_test_cases"])
-        present = {"private_test_cases": ""} if "private_test_cases" in dataset.column_names else {}
         for at in range(len(dataset)):
-            yield source, _row(light, at) | present, functools.partial(_row, dataset, at)
+            yield source, _row(dataset, at), functools.partial(_row, dataset, at)
         return
     for path in _files(setting, source, release):
         with open(path, "rb") as file:
-            count = offset = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                count += 1
+            for count, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
                 if line.strip():
                     where = f"{path}:{count}"
-                    yield where, record(line, where, longest=LONGEST_LINE), functools.partial(_record_at, path, offset, count)
-                offset = file.tell()
+                    again = functools.partial(_record_at, path, file.tell() - len(line), count)
+                    yield where, record(line, where, longest=LONGEST_LINE), again
 
 
 def _row(dataset: Any, at: int) -> dict[str, Any]:
