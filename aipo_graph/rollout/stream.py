@@ -142,7 +142,9 @@ class Stream:
                         break
                     if ahead:
                         await asyncio.wait({ahead[-1]})
-                    ahead.append(await self._begin(later))
+                    await self._take()
+                    self._number = later
+                    ahead.append(asyncio.create_task(self._assemble()))
                 step = await ahead.popleft()
                 if not self._running:
                     await self._engine.sleep()
@@ -156,11 +158,6 @@ class Stream:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._failed.cancel()
-
-    async def _begin(self, number: int) -> "asyncio.Task[Step]":
-        await self._take()
-        self._number = number
-        return asyncio.create_task(self._assemble())
 
     async def _assemble(self) -> Step:
         """The next groups in order. Those without signal are replaced, up to `rollout.redraws` times their number; then all are kept."""

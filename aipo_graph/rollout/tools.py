@@ -5,7 +5,7 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from langchain_core.messages import BaseMessage
@@ -99,21 +99,19 @@ def _structured(function: Callable[..., Any]) -> StructuredTool:
     return StructuredTool(name=name, description=inspect.cleandoc(about or ""), args_schema=schema, coroutine=call)
 
 
-def _open(function: Callable[..., Any], signature: inspect.Signature) -> Iterator[inspect.Parameter]:
+def _open(function: Callable[..., Any], signature: inspect.Signature) -> list[inspect.Parameter]:
     """The parameters that a caller may fill in: not what a partial has filled in already. Raises ValueError for one that has no type."""
     filled = function.keywords if isinstance(function, functools.partial) else {}
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [p for p in signature.parameters.values() if p.name not in filled]
-    if parameters and all(p.kind in variadic for p in parameters):
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if parameters and not named:
         raise ValueError(f"its parameters are {signature}, which name nothing to fill in; write them out")
-    for parameter in parameters:
-        if parameter.kind in variadic:
-            continue
+    for parameter in named:
         if parameter.annotation is parameter.empty:
             raise ValueError(f"its parameter {parameter.name!r} has no type; write {parameter.name}: str")
         if parameter.name in TAKEN:
             raise ValueError(f"its parameter {parameter.name!r} has a name that LangChain keeps for itself; call it otherwise")
-        yield parameter
+    return named
 
 
 def _schema(tool: BaseTool) -> dict[str, Any]:
