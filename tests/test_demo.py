@@ -13,7 +13,7 @@ from started import run_module
 from aipo_graph import cli
 from aipo_graph.demo import Demo, Questions, settings
 from aipo_graph.demo.__main__ import Screen, Turn, command, summary, trace_of, turns, visible
-from aipo_graph.demo.web import Asking
+from aipo_graph.demo.web import make, plan
 from aipo_graph.engines.local import LocalEngine
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.open import open_task
@@ -85,11 +85,11 @@ async def test_what_votes_ends_where_what_is_scored_ends(root: Path) -> None:
     """At an end of turn that the policy spelt out: what it wrote after it is nobody's answer."""
     end = bpe().eos_token
     rollouts = world(root, lambda text: f"\\boxed{{1000}}{end}\\boxed{{2}}", [], bpe())
-    asking = Asking(rollouts, Problem("p0", "what is p0?", "1000"), None)
-    shown = await asking.make(asking.plan([False], 1, seed=0)[0])
+    problem = Problem("p0", "what is p0?", "1000")
+    shown = await make(rollouts, problem, plan(problem, [False], 1, seed=0)[0], None, lambda event: None)
     assert (shown["reward"], shown["answer"], shown["vote"]) == (1.0, "1000", "1000")
     said: list[Turn] = []
-    await trace_of(rollouts, Problem("p0", "what is p0?", "1000"), 0, False, said.append)
+    await trace_of(rollouts, problem, 0, False, said.append)
     assert "answer 1000" in said[-1].text.plain
 
 

@@ -708,7 +708,8 @@ async def test_pages_that_there_are_not_are_404(tmp_path: Path) -> None:
         for place in ("0/3", "1/0", "0", "0/-1", "0/x", "0/" + "9" * 5000, "²/0", "0/0/0"):
             assert (await client.get(f"/page/{place}")).status == 404, place
         assert (await client.get("/traces.jsonl")).status == 404
-        assert (await client.post("/index", data=b"")).status == 405
+        for origin, status in ((str(client.make_url("/")).rstrip("/"), 405), ("http://evil.example", 403)):
+            assert (await client.post("/index", json={}, headers={"Origin": origin})).status == status
 
 
 async def test_other_names_are_refused_and_every_answer_is_guarded(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Here is what is asked of it: its command line, the settings of a run and what is
 
 import random
 import sys
-from functools import cache
+from functools import cache, partial
 from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -86,30 +86,21 @@ class Questions:
 
     def __init__(self, rollouts: Rollouts, seed: int) -> None:
         self._tokenizer = rollouts.tokenizer
-        self._task = rollouts.task
-        self._answers: dict[str, Problem] = {}
-        self._held_out = cache(self._read_held_out)
+        self._held_out = cache(partial(rollouts.task.heldout, POOL))
+        self._answers = {problem.question: problem for problem in self._held_out("")}
+        self.example = next(iter(self._answers), "")
         # Optional beside the Task protocol: solve(question) -> answer, or None for what is not one of its questions.
         self._solve = getattr(rollouts.task, "solve", lambda question: None)
         self._rng = random.Random(seed)
-        self._held_out("")
-
-    def _read_held_out(self, kind: str) -> list[Problem]:
-        found = self._task.heldout(POOL, kind)
-        self._answers |= {problem.question: problem for problem in found}
-        return found
-
-    @property
-    def example(self) -> str:
-        held_out = self._held_out("")
-        return held_out[0].question if held_out else ""
 
     def sample(self, kind: str = "") -> Problem:
         """A held-out problem of a kind (default: the task's main one). Raises ConfigError, TaskError."""
         held_out = self._held_out(kind)
         if not held_out:
             raise ConfigError("this task has no held-out problems to draw from: type a question")
-        return self._rng.choice(held_out)
+        problem = self._rng.choice(held_out)
+        self._answers[problem.question] = problem
+        return problem
 
     def read(self, question: str) -> Problem:
         """Raises ConfigError for characters that the model's tokenizer cannot write."""
@@ -118,5 +109,4 @@ class Questions:
             raise ConfigError(
                 f"the model's tokenizer does not know {' '.join(unknown)!r}: a question of this task looks like {self.example!r}"
             )
-        known = self._answers.get(question)
-        return known or Problem("demo", question, self._solve(question) or "")
+        return self._answers.get(question) or Problem("demo", question, self._solve(question) or "")

@@ -3,12 +3,13 @@
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -88,9 +89,7 @@ def summary(trace: Trace, answer: str) -> Turn:
         parts.append(f"reward {trace.reward:g}" + ("" if trace.reward >= 1 else f" (right is {visible(answer)})"))
     consults = Counter(s.author for s in trace.segments if s.source == "agent")
     parts.append("consults: " + (", ".join(f"{visible(name)} {count}" for name, count in sorted(consults.items())) or "none"))
-    tokens = Counter[str]()
-    for segment in trace.segments:
-        tokens[segment.source] += len(segment.token_ids)
+    tokens = {source: sum(len(s.token_ids) for s in trace.segments if s.source == source) for source in STYLES}
     parts.append("tokens: " + (", ".join(f"{source} {tokens[source]}" for source in STYLES if tokens[source]) or "none"))
     if trace.status != "done":
         parts.append(f"ended: {trace.status}" + (f" ({visible(trace.error)})" if trace.error else ""))
@@ -128,13 +127,8 @@ class Screen:
     def beside(self, columns: Mapping[str, Sequence[Turn]]) -> RenderableType:
         """One panel per title, next to each other where there is room."""
         panels = [Panel(Group(*map(self.row, shown)), title=title, border_style="dim") for title, shown in columns.items()]
-        if self.console.width < SIDE_BY_SIDE:
-            return Group(*panels)
-        grid = Table.grid(expand=True)
-        for _ in panels:
-            grid.add_column(ratio=1)
-        grid.add_row(*panels)
-        return grid
+        across = 1 if self.console.width < SIDE_BY_SIDE else len(panels)
+        return Columns(panels, width=self.console.width // across - 1)
 
     def note(self, text: str) -> None:
         self.console.print(Text(visible(text)), soft_wrap=True)
@@ -182,31 +176,24 @@ def show_traces(runner: asyncio.Runner, rollouts: Rollouts, screen: Screen, demo
         screen.note("; ".join(f"{mode}: {solved[mode]} of {demo.samples} solved" for mode in modes))
 
 
-def asked(console: Console) -> Iterator[str]:
-    """The questions that a person types, until `:q` or the end of the input."""
-    while True:
-        try:
-            words = Prompt.ask(Text("question", "bold"), console=console).strip()
-        except EOFError:
-            console.print()
-            return
-        if words in (":q", ":quit"):
-            return
-        if words:
-            yield words
-
-
 def converse(runner: asyncio.Runner, rollouts: Rollouts, demo: Demo, console: Console) -> None:
-    """Answers the one question of the command line, else one after the other."""
+    """Answers the one question of the command line, else one after the other, until `:q` or the end of the input."""
     questions = Questions(rollouts, demo.run.seed)
     screen = Screen(console, ["summary", "policy", *rollouts.agents])
     if demo.question:
         show_traces(runner, rollouts, screen, demo, questions.read(demo.question))
         return
     screen.note(f"Type a question such as {questions.example}, :sample for a held-out problem, :q to leave.")
-    for words in asked(console):
+    while True:
         try:
-            show_traces(runner, rollouts, screen, demo, questions.sample() if words == ":sample" else questions.read(words))
+            words = Prompt.ask(Text("question", "bold"), console=console).strip()
+            if words in (":q", ":quit"):
+                return
+            if words:
+                show_traces(runner, rollouts, screen, demo, questions.sample() if words == ":sample" else questions.read(words))
+        except EOFError:
+            console.print()
+            return
         except AipoError as error:
             screen.note(f"error: {error}")
 

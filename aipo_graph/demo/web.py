@@ -15,30 +15,28 @@ from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 from langchain_core.callbacks import AsyncCallbackHandler
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from pydantic_core import from_json
 
 from aipo_graph import __version__
-from aipo_graph.cli import printable, validated
+from aipo_graph.cli import validated
 from aipo_graph.config import Section
 from aipo_graph.demo import MOST_SAMPLES, Demo, Questions
 from aipo_graph.draw import picture
 from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.evaluation.samples import ballot
+from aipo_graph.log import Step
 from aipo_graph.rollout.collect import Rollouts
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, Segment, Trace, derive_seed
+from aipo_graph.view.read import TITLE
 from aipo_graph.view.record import Pieces, assemble, open_pieces, segment_json, split
 from aipo_graph.view.serve import application
 
 NEWEST = 200
 """Questions that are kept, as long as the server runs."""
-TITLE = 200
-"""Characters of a question in the history."""
 Json = dict[str, Any]
-"""A JSON object."""
 
 
 # --- one question being answered: its graph runs, all at once, and the events from which the page draws them
@@ -63,79 +61,67 @@ class Nodes(AsyncCallbackHandler):
             self._tell(name)
 
 
-class Asking:
-    """Makes the traces of one question. ``events`` holds what the page is to be told, None at the end."""
+def plan(problem: Problem, modes: Sequence[bool], samples: int, seed: int) -> list[Json]:
+    """The traces to be made of a problem, with the seeds that the terminal takes: the same settings show the same traces there.
 
-    def __init__(self, rollouts: Rollouts, problem: Problem, pieces: Pieces | None) -> None:
-        self.events: asyncio.Queue[Json | None] = asyncio.Queue()
-        self._rollouts = rollouts
-        self._pieces = pieces
-        self._problem = problem
+    A seed is text: JavaScript's integers end at 2^53.
+    """
+    seeds = [str(derive_seed(seed, "demo", problem.question, sample)) for sample in range(samples)]
+    runs = [(with_agents, sample) for with_agents in modes for sample in range(samples)]
+    return [
+        {"number": number, "sample": sample, "with_agents": with_agents, "seed": seeds[sample]}
+        for number, (with_agents, sample) in enumerate(runs)
+    ]
 
-    def plan(self, modes: Sequence[bool], samples: int, seed: int) -> list[Json]:
-        """The traces to be made, with the seeds that the terminal takes: the same settings show the same traces there.
 
-        A seed is text: JavaScript's integers end at 2^53.
-        """
-        seeds = [str(derive_seed(seed, "demo", self._problem.question, sample)) for sample in range(samples)]
-        runs = [(with_agents, sample) for with_agents in modes for sample in range(samples)]
-        return [
-            {"number": number, "sample": sample, "with_agents": with_agents, "seed": seeds[sample]}
-            for number, (with_agents, sample) in enumerate(runs)
-        ]
+async def make(rollouts: Rollouts, problem: Problem, planned: Json, pieces: Pieces | None, tell: Callable[[Json], None]) -> Json:
+    """One trace, told as it is made: cancelled, what it is so far. A fault of ours in it is its error; a bug in a graph's own code is
+    raised.
+    """
+    number, seed, with_agents = planned["number"], int(planned["seed"]), planned["with_agents"]
+    trace, status = Trace(problem.id, seed, with_agents, (), ()), ""
 
-    async def make(self, planned: Json) -> Json:
-        """One trace, told as it is made: cancelled, what it is so far. A fault of ours in it is its error; a bug in a graph's own code is
-        raised.
-        """
-        made = [Trace(self._problem.id, int(planned["seed"]), planned["with_agents"], (), ())]
-        status = ""
+    def visit(node: str) -> None:
+        nonlocal trace
+        trace = replace(trace, path=(*trace.path, node))
+        tell({"run": number, "event": "node", "node": node})
 
-        def visit(node: str) -> None:
-            made[0] = replace(made[0], path=(*made[0].path, node))
-            self._tell(planned, {"event": "node", "node": node})
+    def append(segments: Sequence[Segment]) -> None:
+        nonlocal trace
+        trace = replace(trace, segments=(*trace.segments, *segments))
+        tell({"run": number, "event": "segments", "segments": _segments(trace, pieces)[-len(segments) :]})
 
-        def append(segments: Sequence[Segment]) -> None:
-            made[0] = replace(made[0], segments=(*made[0].segments, *segments))
-            self._tell(planned, {"event": "segments", "segments": self._segments(made[0].segments)[-len(segments) :]})
+    which = "graph" if with_agents else "solo"
+    graph = getattr(rollouts, which)
+    rollouts = replace(rollouts, **{which: graph.with_config(callbacks=[Nodes(visit, graph.nodes)])})
+    start = rollouts.run_trace if problem.answer else rollouts.run_graph
+    try:
+        made = await start(problem, seed=seed, with_agents=with_agents, on_segments=append)
+        trace = made if made.trained else replace(made, path=trace.path)  # with the node that failed
+    except AipoError as error:
+        trace = replace(trace, status="failed", error=f"{type(error).__name__}: {error}")
+    except asyncio.CancelledError:
+        status = STOPPED
+    box = last_box(trace.reply) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
+    # As the viewer's components take it, and its vote.
+    shown = {
+        **planned,
+        "status": status or trace.status,
+        "error": trace.error,
+        "scores": dict(trace.scores),
+        "reward": trace.scores.get("reward"),
+        "right": trace.reward >= 1 if problem.answer and trace.trained and not status else None,
+        "answer": box,
+        "vote": ballot(box),
+        "path": list(trace.path),
+        "segments": _segments(trace, pieces),
+    }
+    tell({"run": number, "event": "trace", "trace": shown})
+    return shown
 
-        which = "graph" if planned["with_agents"] else "solo"
-        graph = getattr(self._rollouts, which)
-        rollouts = replace(self._rollouts, **{which: graph.with_config(callbacks=[Nodes(visit, graph.nodes)])})
-        start = rollouts.run_trace if self._problem.answer else rollouts.run_graph
-        try:
-            trace = await start(self._problem, seed=int(planned["seed"]), with_agents=planned["with_agents"], on_segments=append)
-        except AipoError as error:
-            trace = replace(made[0], status="failed", error=f"{type(error).__name__}: {error}")
-        except asyncio.CancelledError:
-            trace, status = made[0], STOPPED
-        if not trace.trained:
-            trace = replace(trace, path=made[0].path)  # with the node that failed
-        shown = self._shown(planned, trace, status)
-        self._tell(planned, {"event": "trace", "trace": shown})
-        return shown
 
-    def _tell(self, planned: Json, event: Json) -> None:
-        self.events.put_nowait({"run": planned["number"], **event})
-
-    def _shown(self, planned: Json, trace: Trace, status: str) -> Json:
-        """The trace as the viewer's components take it, and its vote."""
-        box = last_box(trace.reply) if trace.trained and not status and trace.scores.get("answered", 1.0) else None
-        return {
-            **planned,
-            "status": status or trace.status,
-            "error": trace.error,
-            "scores": dict(trace.scores),
-            "reward": trace.scores.get("reward"),
-            "right": trace.reward >= 1 if self._problem.answer and trace.trained and not status else None,
-            "answer": box,
-            "vote": ballot(box),
-            "path": list(trace.path),
-            "segments": self._segments(trace.segments),
-        }
-
-    def _segments(self, segments: Sequence[Segment]) -> list[Json]:
-        return [segment_json(segment, tokens) for segment, tokens in zip(segments, split(segments, self._pieces), strict=True)]
+def _segments(trace: Trace, pieces: Pieces | None) -> list[Json]:
+    return [segment_json(segment, tokens) for segment, tokens in zip(trace.segments, split(trace.segments, pieces), strict=True)]
 
 
 # --- the server
@@ -145,18 +131,16 @@ SCRIPTS = ("vendor/htm-preact.umd.js", "start.js", "tokens.js", "graph.js", str(
 STYLES = ("style.css", str(STATIC / "demo.css"))
 MODES = {"both": (False, True), "alone": (False,), "with_agents": (True,)}
 """Whether with agents, of the traces of a question."""
-LARGEST_SEED = 2**53 - 1
-"""Of the integers that JavaScript can write."""
 
 
 class Ask(Section):
     """What the page sends to have a question answered."""
 
-    question: str
+    question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     mode: Literal["both", "alone", "with_agents"] = "both"
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
+    seed: Step = 0
 
 
 class Server:
@@ -171,11 +155,11 @@ class Server:
         self._pieces: Pieces | None = None
         with suppress(ConfigError):  # a model without a tokenizer.json
             self._pieces = open_pieces(Path(demo.policy.model), {"policy.model": demo.policy.model})
-        self._running: dict[str, tuple[list[asyncio.Task[None]], asyncio.Task[None]]] = {}
-        """Thread -> the runs of the question, and what ends after them."""
+        self._running: dict[str, asyncio.Task[None]] = {}
+        """Thread -> what makes its traces."""
 
     def app(self) -> web.Application:
-        app = application(assemble("aipo_graph demo", SCRIPTS, STYLES, live=True), self._demo.host, said)
+        app = application(assemble("aipo_graph demo", SCRIPTS, STYLES, live=True), self._demo.host)
         app.on_shutdown.append(self._close)
         app.add_routes(
             [
@@ -197,9 +181,8 @@ class Server:
     async def _end(self, thread: str) -> None:
         """Stops the runs of a question, and waits until what they made is kept; nothing where none runs."""
         if thread in self._running:
-            runs, work = self._running[thread]
-            for run in runs:
-                run.cancel()
+            work = self._running[thread]
+            work.cancel()
             await asyncio.wait([work])
 
     async def _about(self, request: web.Request) -> web.Response:
@@ -244,91 +227,62 @@ class Server:
             raise web.HTTPNotFound(reason="this question is no longer kept")
         return web.json_response(asked)
 
-    async def _forget(self, request: web.Request) -> web.Response:
-        thread = request.query.get("id", "")
-        await self._end(thread)
-        self._asked.pop(thread, None)
-        return web.json_response({})
-
     async def _stop(self, request: web.Request) -> web.Response:
         await self._end(request.query.get("id", ""))
         return web.json_response({})
 
+    async def _forget(self, request: web.Request) -> web.Response:
+        self._asked.pop(request.query.get("id", ""), None)
+        return await self._stop(request)
+
     async def _ask(self, request: web.Request) -> web.StreamResponse:
-        ask = read(await request.text())
+        try:
+            ask = validated(Ask, from_json(await request.text()))
+        except ValueError as error:
+            raise ConfigError(f"the request is no JSON: {error}") from error
         problem = self._read(ask.question)
-        asking = Asking(replace(self._rollouts, temperature=ask.temperature), problem, self._pieces)
-        thread, planned = uuid4().hex, asking.plan(MODES[ask.mode], ask.samples, ask.seed)
+        rollouts, events = replace(self._rollouts, temperature=ask.temperature), asyncio.Queue[Json | None]()
+        thread, planned = uuid4().hex, plan(problem, MODES[ask.mode], ask.samples, ask.seed)
         question = {**ask.model_dump(), "question": problem.question, "answer": problem.answer, "kind": problem.kind}
         kept: Json = {"question": question, "planned": planned, "asked": datetime.now(UTC).isoformat(), "traces": []}
         self._asked = dict([*self._asked.items(), (thread, kept)][-NEWEST:])
 
         async def keep(planned: Json) -> None:
-            kept["traces"].append(await asking.make(planned))
+            kept["traces"].append(await make(rollouts, problem, planned, self._pieces, events.put_nowait))
 
-        # Tasks of their own: a closed tab cancels this handler, and what was made until then is still to be kept.
-        runs = [asyncio.create_task(keep(run)) for run in planned]
-        work = asyncio.create_task(self._answer(thread, runs, asking.events))
-        self._running[thread] = runs, work
+        async def answer() -> None:
+            try:
+                with suppress(asyncio.CancelledError):  # each run has ended and was kept
+                    async with asyncio.TaskGroup() as runs:
+                        for run in planned:
+                            runs.create_task(keep(run))
+            finally:
+                del self._running[thread]
+                events.put_nowait(None)
+
+        # A task of its own: a closed tab cancels this handler, and what was made until then is still to be kept.
+        work = self._running[thread] = asyncio.create_task(answer())
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         try:
             await response.prepare(request)
             await send(response, {"event": "asked", "thread": thread, "question": question, "planned": planned})
-            while (event := await asking.events.get()) is not None:
+            while (event := await events.get()) is not None:
                 await send(response, event)
             await work
+            await send(response, {"event": "end"})
         except ConnectionResetError:
             pass
         finally:
-            for run in runs:
-                run.cancel()
+            work.cancel()
         return response
-
-    async def _answer(self, thread: str, runs: Sequence[asyncio.Task[None]], events: asyncio.Queue[Json | None]) -> None:
-        try:
-            await asyncio.gather(*runs)
-            events.put_nowait({"event": "end"})
-        finally:
-            for run in runs:
-                run.cancel()
-            del self._running[thread]
-            events.put_nowait(None)
 
     def _read(self, question: str) -> Problem:
         """Raises ConfigError."""
-        question = question.strip()
-        if not question:
-            raise ConfigError(f"the question is empty: type one such as {self._questions.example}")
         engine: Any = self._rollouts.engine
         context: int = engine.max_context
         if len(self._rollouts.tokenizer.plain(question, context)[0]) >= context:
             raise ConfigError(f"the question fills the model's context of {context} tokens: shorten it")
         return self._questions.read(question)
-
-
-@web.middleware
-async def said(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Takes a POST from the page itself alone, and says what is refused in one line of JSON."""
-    try:
-        if request.method == "POST" and request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):
-            raise web.HTTPForbidden(reason="only the page itself may ask")
-        if request.method == "POST" and request.content_type != "application/json":
-            raise web.HTTPUnsupportedMediaType(reason="the body must be application/json")
-        return await handler(request)
-    except AipoError as error:
-        text, status = printable(str(error)), 400
-    except web.HTTPException as error:
-        text, status = error.reason, error.status
-    field = next((name for name in Ask.model_fields if text.startswith(f"{name} = ")), "question")
-    return web.json_response({"error": text, "field": field}, status=status)
-
-
-def read(body: str) -> Ask:
-    """The JSON of a request. Raises ConfigError, which begins with the field that is wrong."""
-    try:
-        return validated(Ask, from_json(body))
-    except ValueError as error:
-        raise ConfigError(f"the request is no JSON: {error}") from error
 
 
 async def send(response: web.StreamResponse, event: Json) -> None:

@@ -202,7 +202,7 @@ class ViewedRun:
         self.state = "stopped"
         self._most = traces
         self._marks: dict[str, object] = {}
-        self._notes: dict[str, str] = {}
+        self._notes: list[str] = []
         self._whole: dict[str, Any] = {}
         """What the small files hold, read by WHOLE."""
         self._pieces: Pieces | None = None
@@ -227,40 +227,34 @@ class ViewedRun:
         self.state = "running" if running else "finished" if self._marks["summary.json"] else "stopped"
         if self._marks == before:
             return False
-        for name in WHOLE:
-            if self._marks[name] != before.get(name, ()):
-                self._read_small(name)
+        self._read_small()
         if any(growing.rewritten() for growing in self._files):
             self._forget()
         self._points += [point for _, _, point in self._metrics.read()]
         for offset, size, logged in self._traces.read():
             self._take(offset, size, logged)
-        if self._lines and self._pieces is None:
-            self._open_pieces()
+        if self._lines:
+            try:
+                self._pieces = self._pieces or open_pieces(self.folder, self._settings)
+            except (ConfigError, OSError) as error:  # policy.model may be no name of a file
+                self._notes.append(f"texts are shown whole, without the numbers of their tokens: {error}")
         return True
 
     @property
     def _settings(self) -> dict[str, str]:
         return self._whole["config.yaml"] or {}
 
-    def _read_small(self, name: str) -> None:
-        self._whole[name] = None
-        self._notes.pop(name, None)
-        try:
-            if self._marks[name] is not None:
-                self._whole[name] = WHOLE[name](self.folder / name)
-            elif name == "config.yaml":
-                raise ConfigError("there is no such file")
-        except (OSError, TypeError, ValueError, LookupError, ConfigError) as error:  # TypeError: a date as a key in a list
-            lacks = "it lacks " if isinstance(error, LookupError) else ""
-            self._notes[name] = f"{name} is not shown: {lacks}{' '.join(str(error).split())}"
-
-    def _open_pieces(self) -> None:
-        try:
-            self._pieces = open_pieces(self.folder, self._settings)
-            self._notes.pop("pieces", None)
-        except (ConfigError, OSError) as error:  # policy.model may be no name of a file
-            self._notes["pieces"] = f"texts are shown whole, without the numbers of their tokens: {error}"
+    def _read_small(self) -> None:
+        self._whole, self._notes = dict.fromkeys(WHOLE), []
+        for name, read in WHOLE.items():
+            try:
+                if self._marks[name] is not None:
+                    self._whole[name] = read(self.folder / name)
+                elif name == "config.yaml":
+                    raise ConfigError("there is no such file")
+            except (OSError, TypeError, ValueError, LookupError, ConfigError) as error:  # TypeError: a date as a key in a list
+                lacks = "it lacks " if isinstance(error, LookupError) else ""
+                self._notes.append(f"{name} is not shown: {lacks}{' '.join(str(error).split())}")
 
     def _take(self, offset: int, size: int, logged: LoggedGroup) -> None:
         problem = logged.group.problem
@@ -336,7 +330,7 @@ class ViewedRun:
         return graph
 
     def _all_notes(self) -> list[str]:
-        notes = list(self._notes.values())
+        notes = [*self._notes]
         for growing in self._files:
             name = growing.path.name
             if growing.fault:
@@ -381,11 +375,10 @@ def _mark(path: Path) -> tuple[int, int] | None:
     return (stat.st_mtime_ns, stat.st_size) if S_ISREG(stat.st_mode) else None
 
 
-SUMMARY = TypeAdapter(dict[str, Any])
 WHOLE: Mapping[str, Callable[[Path], Any]] = {
     "config.yaml": lambda path: dict(_flat(read_yaml(path)[0])),
     "graph.json": lambda path: drawn(from_json(path.read_bytes())),
-    "summary.json": lambda path: rounded(SUMMARY.validate_json(path.read_bytes())),
+    "summary.json": lambda path: rounded(dict(from_json(path.read_bytes()))),
 }
 """How the small files are read."""
 

@@ -10,23 +10,34 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Handler
 from rich.console import Console
 
 from aipo_graph.cli import printable
-from aipo_graph.errors import ConfigError
+from aipo_graph.errors import AipoError, ConfigError
 from aipo_graph.view.read import ViewedRun, index_of
 from aipo_graph.view.record import csp, has_display
 
 
-def application(page: str, host: str, *middlewares: Middleware) -> web.Application:
-    """``GET /`` the page. Requests for any name but this server's are refused: a web page cannot make its own lead here (DNS rebinding)."""
+def application(page: str, host: str) -> web.Application:
+    """``GET /`` the page. Refuses requests for any name but this server's (a web page cannot make its own lead here: DNS rebinding) and
+    posts of other pages. What is refused is said in one line of JSON.
+    """
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not _ours(request.headers.get("Host", ""), host):
-            raise web.HTTPForbidden(text="this server answers to its address and to localhost only")
-        return await handler(request)
+        try:
+            if not _ours(request.headers.get("Host", ""), host):
+                raise web.HTTPForbidden(reason="this server answers to its address and to localhost only")
+            if request.method == "POST" and request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):
+                raise web.HTTPForbidden(reason="only the page itself may ask")
+            if request.method == "POST" and request.content_type != "application/json":
+                raise web.HTTPUnsupportedMediaType(reason="the body must be application/json")
+            return await handler(request)
+        except AipoError as error:
+            return web.json_response({"error": printable(str(error))}, status=400)
+        except web.HTTPException as error:
+            return web.json_response({"error": error.reason}, status=error.status)
 
     async def secured(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(headers)
@@ -41,7 +52,7 @@ def application(page: str, host: str, *middlewares: Middleware) -> web.Applicati
         "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store",
     }
-    app = web.Application(middlewares=[guard, *middlewares], client_max_size=1 << 20)
+    app = web.Application(middlewares=[guard], client_max_size=1 << 20)
     app.on_response_prepare.append(secured)
     app.router.add_get("/", show)
     return app
@@ -69,7 +80,7 @@ def following(runs: Sequence[ViewedRun], page: str, host: str) -> web.Applicatio
             async with reading:
                 return _packed(await asyncio.to_thread(viewed.page, number), "application/json")
         except LookupError as error:
-            raise web.HTTPNotFound(text="no such page of traces, or no longer: read the index again") from error
+            raise web.HTTPNotFound(reason="no such page of traces, or no longer: read the index again") from error
 
     app = application(page, host)
     app.add_routes([web.get("/index", index), web.get("/page/{run:[0-9]{1,9}}/{page:[0-9]{1,9}}", traces)])
@@ -81,10 +92,8 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         host.encode("idna")  # else a bare TypeError comes from create_server
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except UnicodeError as error:
-        raise ConfigError(f"--host {host}: no name of a machine; choose another, 127.0.0.1 for this machine alone") from error
-    except OSError as error:
-        why = str(error.strerror or error).partition(" (while")[0]  # Python repeats the address
+    except (OSError, UnicodeError) as error:
+        why = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # Python repeats the address
         raise ConfigError(
             f"cannot listen on {host}, port {port} ({why}); choose another --port, 0 for any that is free, or another --host, "
             "127.0.0.1 for this machine alone"

@@ -9,9 +9,9 @@ const GONE = "The server does not answer. Is it still running?";
 
 /** What the server says against a request, and the field that it is about. */
 class Refusal extends Error {
-  constructor(text, field = "question") {
+  constructor(text) {
     super(text);
-    this.field = field;
+    this.field = ["mode", "samples", "temperature", "seed"].find((name) => text.startsWith(`${name} = `)) ?? "question";
   }
 }
 
@@ -25,7 +25,7 @@ async function request(path, options = {}) {
   }
   if (response.ok) return response;
   const said = await response.json().catch(() => ({ error: `the server answered ${response.status}` }));
-  throw new Refusal(said.error, said.field);
+  throw new Refusal(said.error);
 }
 
 async function getJson(path) {
