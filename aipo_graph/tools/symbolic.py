@@ -88,6 +88,7 @@ _NAMED_UNITS = {name: unit for name, unit in vars(units).items() if type(unit) i
     "in": units.inch, "min": units.minute, "hr": units.hour, "sec": units.second, "Ω": units.ohm, "Å": units.angstrom,
     "°": units.degree, "%": units.percent, "unit": sympy.Symbol("unit"), "Wh": units.watt * units.hour, "week": 7 * units.day,
     "metre": units.meter, "litre": units.liter, "lb": units.pound,
+    "gallon": 231 * units.inch**3, "gal": 231 * units.inch**3,
 }  # fmt: skip
 _UNITS = {prefix + name: sympy.Integer(10) ** power * unit
           for prefixes, power in _PREFIXES.items() for prefix in prefixes.split(" ") for name, unit in _NAMED_UNITS.items()}  # fmt: skip
@@ -241,7 +242,7 @@ def _without_unit(text: str) -> tuple[str, Any]:
         return text, None
     unit, over = sympy.Integer(1), 1
     for slash, word, exponent in re.findall(r"(/?)\s*([A-Za-zμΩÅ°%]+)\.?(?:\^\{(-?\d)\})?", match[3]):
-        names = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
+        names = (word[:2] + word[2:].removesuffix("s"), word, word.lower(), word.lower().removesuffix("s"))  # ms, but not cms
         known = next((_UNITS[name] for name in names if name in _UNITS), None)
         if known is None and (len(word) == 1 or not match[2] or number(match[1]) is None):
             return text, None
