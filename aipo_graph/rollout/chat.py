@@ -53,7 +53,7 @@ THREADS = 1024
 """Plain nodes at once: each waits in a thread of its own while the policy writes, and an engine may wait for all of them to have asked."""
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=64)
 def _with_threads(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
     """The loop, with room for its graphs' plain nodes: asyncio's own few threads would wait for each other for ever."""
     loop.set_default_executor(ThreadPoolExecutor(THREADS, "graph"))
