@@ -17,11 +17,12 @@ from aipo_graph.types import derive_seed
 MODES: tuple[Mode, ...] = ("alone", "with_agents")
 UNNAMED = "heldout"
 """The kind of problems that have none."""
-Row = tuple[str, list[str]]
 RESAMPLES = 2000
 FLIPS = 10_000
 EXACT_FLIPS = 12
 """Up to so many problems that differ, every pattern of signs is counted."""
+WIDE = np.longdouble
+"""Holds counts of subsets, which are beyond a float."""
 Rates = dict[str, float]
 """Problem -> its estimate."""
 
@@ -58,44 +59,25 @@ def maj_at_k(right: tuple[int, ...], wrong: tuple[int, ...], silent: int, k: int
     n = sum(right) + sum(wrong) + silent
     if not 1 <= k <= n:
         raise ValueError(f"maj@{k} of {n} samples is not defined")
-    if k == n:
-        most = max((*right, *wrong), default=0)
-        return right.count(most) / (right.count(most) + wrong.count(most)) if most else 0.0
-    chance = 0.0
+    subsets = WIDE(0)
     for index, size in enumerate(right):
         others = (*right[:index], *right[index + 1 :], *wrong)
         for votes in range(1, min(size, k) + 1):
-            chance += _binomial(size, votes, k / n) * _leads(others, silent, votes, k, n)
-    # Counts of a subset of k are independent binomials (of any share; k/n keeps them in range), given that they add up to k.
-    return chance / _binomial(n, k, k / n)
+            subsets += WIDE(math.comb(size, votes)) * _leads(others, silent, votes, k - votes)
+    return float(subsets / WIDE(math.comb(n, k)))
 
 
-def _leads(others: tuple[int, ...], silent: int, votes: int, k: int, n: int) -> float:
-    """E[1 / (1 + ties)] where no other answer has more than ``votes`` and all others have k - votes samples together.
-
-    1 / (1 + t) is the integral of y^t over [0, 1], so each tied answer is a factor y; Gauss-Legendre is exact for such polynomials.
-    """
+def _leads(others: tuple[int, ...], silent: int, votes: int, rest: int) -> np.longdouble:
+    """The subsets of ``rest`` samples of the others in which no answer has more than ``votes``, each counted 1 / (1 + ties)."""
     free = silent + sum(size for size in others if size < votes)
-    nodes, weights = np.polynomial.legendre.leggauss(k // votes // 2 + 1)
-    y, weights = (nodes + 1) / 2, weights / 2
-    rest = k - votes
-    chances = np.tile([_binomial(free, count, k / n) for count in range(rest + 1)], (len(y), 1))  # [nodes, samples taken so far]
+    ways = np.array([[math.comb(free, taken) for taken in range(rest + 1)]], dtype=WIDE)  # [answers that tie, samples taken so far]
     for size in (size for size in others if size >= votes):
-        grown = np.zeros_like(chances)
+        grown = np.zeros((len(ways) + 1, rest + 1), dtype=WIDE)
         for count in range(min(votes, rest) + 1):
-            share = _binomial(size, count, k / n) * (y[:, None] if count == votes else 1.0)
-            grown[:, count:] += share * chances[:, : rest + 1 - count]
-        chances = grown
-    return float(weights @ chances[:, rest])
-
-
-@functools.lru_cache(maxsize=65536)
-def _binomial(n: int, count: int, p: float) -> float:
-    """The chance of ``count`` of n, for 0 < p < 1; by logarithms, for factorials overflow."""
-    if count > n:
-        return 0.0
-    log_ways = math.lgamma(n + 1) - math.lgamma(count + 1) - math.lgamma(n - count + 1)
-    return math.exp(log_ways + count * math.log(p) + (n - count) * math.log1p(-p))
+            tied = int(count == votes)
+            grown[tied : tied + len(ways), count:] += WIDE(math.comb(size, count)) * ways[:, : rest + 1 - count]
+        ways = grown
+    return np.sum(ways[:, rest] / np.arange(1, len(ways) + 1))
 
 
 def bootstrap(values: Sequence[float], seed: int, level: float = 0.95) -> tuple[float, float]:
@@ -143,22 +125,21 @@ def summarise(parts: Sequence[Part], samples: Mapping[Key, Sample], k: Sequence[
     Raises TaskError if every trace of a part failed.
     """
     kinds: dict[str, Values] = {}
-    rates: dict[tuple[str, str, str], Rates] = {}
+    rates: dict[tuple[str, str], dict[str, Rates]] = defaultdict(dict)
     for part in parts:
         found = [samples[key] for p in part.problems for n in range(part.samples) if (key := (part.name, p.id, n)) in samples]
         values = kinds.setdefault(part.kind, {}).setdefault(part.mode, {"problems": len(part.problems), "intervals": {}})
-        for name, found_rates in _rates(part, found, k).items():
-            rates[part.kind, part.mode, name] = found_rates
+        estimates = _rates(part, found, k)
+        rates[part.kind, part.mode] |= estimates
+        for name, found_rates in estimates.items():
             values[name], values["intervals"][name] = _mean(found_rates, seed, part.kind, name)
         _add_totals(values, part, found)
         if part.mode == "with_agents" and not part.greedy:
             values["helpfulness"] = helpfulness(found, seed, part.kind)
     for kind, modes in kinds.items():
         if len(modes) == 2:
-            shared = [name for name in modes["alone"]["intervals"] if name in modes["with_agents"]["intervals"]]
-            modes["difference"] = difference(
-                {name: (rates[kind, "with_agents", name], rates[kind, "alone", name]) for name in shared}, seed, kind
-            )
+            alone, helped = rates[kind, "alone"], rates[kind, "with_agents"]
+            modes["difference"] = difference({name: (helped[name], alone[name]) for name in alone if name in helped}, seed, kind)
     first, *others = kinds
     return {"kind": first, **kinds[first], "kinds": {kind: kinds[kind] for kind in others}}
 
@@ -217,27 +198,27 @@ def compare(one: Path, two: Path) -> dict[str, Values]:
         one, two: folders of evaluations, or a file in them. Raises ConfigError where there is none, they are of two tasks, or share no
             problem.
     """
-    rates: list[dict[str, Rates]] = []
-    tasks: list[str] = []
-    for place in (one, two):
-        path = (place if place.is_dir() else place.parent) / "samples.jsonl"
-        if not path.is_file():
-            raise ConfigError(f"{place}: no evaluation there (no {path}); give the folder of one")
-        tasks.append(task_of(path))
-        samples = list(read(path).values())
-        rates.append({part: solve_rates([s for s in samples if s.part == part]) for part in dict.fromkeys(s.part for s in samples)})
-    if tasks[0] != tasks[1]:  # two tasks may name their problems alike
-        raise ConfigError(f"{one} is an evaluation on {tasks[0]}, {two} on {tasks[1]}: evaluate both on the same task")
+    (task, before), (other, after) = _pass_rates(one), _pass_rates(two)
+    if task != other:  # two tasks may name their problems alike
+        raise ConfigError(f"{one} is an evaluation on {task}, {two} on {other}: evaluate both on the same task")
     parts: dict[str, Values] = {}
-    for part in (part for part in rates[0] if part in rates[1]):
-        first, second = rates[0][part], rates[1][part]
-        both = [problem for problem in first if problem in second]
+    for part in (part for part in before if part in after):
+        both = [problem for problem in before[part] if problem in after[part]]
         if both:
-            means = {name: sum(found[p] for p in both) / len(both) for name, found in (("first", first), ("second", second))}
-            parts[part] = {**means, **difference({"pass@1": (second, first)}, 0, "compare", part)}
+            means = {name: sum(found[p] for p in both) / len(both) for name, found in (("first", before[part]), ("second", after[part]))}
+            parts[part] = {**means, **difference({"pass@1": (after[part], before[part])}, 0, "compare", part)}
     if not parts:
         raise ConfigError(f"{one} and {two} share no problem: evaluate both on the same task, kind and mode")
     return parts
+
+
+def _pass_rates(place: Path) -> tuple[str, dict[str, Rates]]:
+    """The task of an evaluation, and pass@1 of each of its parts."""
+    path = (place if place.is_dir() else place.parent) / "samples.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"{place}: no evaluation there (no {path}); give the folder of one")
+    samples = list(read(path).values())
+    return task_of(path), {part: solve_rates([s for s in samples if s.part == part]) for part in dict.fromkeys(s.part for s in samples)}
 
 
 def _rates(part: Part, samples: Sequence[Sample], k: Sequence[int]) -> dict[str, Rates]:
@@ -349,28 +330,24 @@ def table(values: Values) -> Table:
     return shown
 
 
-def _details(columns: Sequence[Values]) -> list[Row]:
+def _details(columns: Sequence[Values]) -> list[tuple[str, list[str]]]:
     """The rows below the estimates; those in which no column has anything to say are left out."""
-
-    def row(name: str, figure: Callable[[Values], str]) -> Row:
-        return name, [figure(column) for column in columns]
-
-    rows = [
-        row("problems x samples", size),
-        row("tokens per trace", lambda c: _number(c.get("tokens_per_trace"))),
-        row("tokens, median / 95 %", lambda c: _pair(c.get("length"), ("all", "median"), ("all", "p95"))),
-        row("tokens, solved / not", lambda c: _pair(c.get("length"), ("solved", "mean"), ("unsolved", "mean"))),
-        row("cut at the budget", lambda c: _share(c.get("truncated"))),
-    ]
+    figures: dict[str, Callable[[Values], str]] = {
+        "problems x samples": size,
+        "tokens per trace": lambda c: _number(c.get("tokens_per_trace")),
+        "tokens, median / 95 %": lambda c: _pair(c.get("length"), ("all", "median"), ("all", "p95")),
+        "tokens, solved / not": lambda c: _pair(c.get("length"), ("solved", "mean"), ("unsolved", "mean")),
+        "cut at the budget": lambda c: _share(c.get("truncated")),
+    }
     for agent in dict.fromkeys(agent for column in columns for agent in column.get("consults_per_trace", {})):
-        consults = [column.get("consults_per_trace", {}).get(agent, {}) for column in columns]
-        rows.append((f"{agent} calls", [_number(found.get("calls")) for found in consults]))
-        rows.append((f"{agent} tokens", [_number(found.get("tokens")) for found in consults]))
-        rows.append((f"{agent} helpfulness", [_helpfulness(column.get("helpfulness", {}).get(agent)) for column in columns]))
-    rows.append(
-        row("replies with the answer", lambda c: _share((c.get("leaks") or {}).get("replies")) if c.get("consults_per_trace") else "–")
-    )
-    rows.append(row("violations", lambda c: _share(c["violations"]) if c.get("violations") else "–"))
+        figures |= {
+            f"{agent} calls": functools.partial(_consults, agent, "calls"),
+            f"{agent} tokens": functools.partial(_consults, agent, "tokens"),
+            f"{agent} helpfulness": functools.partial(_helpfulness, agent),
+        }
+    figures["replies with the answer"] = lambda c: _share(c["leaks"]["replies"]) if "leaks" in c and c["consults_per_trace"] else "–"
+    figures["violations"] = lambda c: _share(c["violations"]) if c.get("violations") else "–"
+    rows = [(name, [figure(column) for column in columns]) for name, figure in figures.items()]
     return [(name, cells) for name, cells in rows if any(text != "–" for text in cells)]
 
 
@@ -468,7 +445,12 @@ def size(found: Values) -> str:
     return str(max(found["problems"].values())) if isinstance(found["problems"], dict) else f"{found['problems']} x {found['samples']}"
 
 
-def _helpfulness(found: Values | None) -> str:
+def _consults(agent: str, figure: str, column: Values) -> str:
+    return _number(column.get("consults_per_trace", {}).get(agent, {}).get(figure))
+
+
+def _helpfulness(agent: str, column: Values) -> str:
+    found = column.get("helpfulness", {}).get(agent)
     if not found or found["difference"] is None:
         return "–"
     low, high = found["interval"]
