@@ -35,7 +35,7 @@ SIDE_SAMPLES = 4
 def measure(
     config: Config,
     model: str | Path,
-    out: Path | None = None,
+    out: str | Path | None = None,
     *,
     task: Task | None = None,
     modes: Sequence[Mode] | None = None,
@@ -79,7 +79,7 @@ def measure(
         raise ConfigError(f"modes = {modes!r}: give some of {', '.join(MODES)}")
     parts = plan(config, task, kinds, modes, greedy_only)
     given = settings(config, found, parts)
-    folder = out or Path("evaluations") / f"{Path(found).name}-{digest(given)}"
+    folder = Path(out or f"evaluations/{Path(found).name}-{digest(given)}")
     with hold(folder, "evaluation", "--out"):
         path = folder / "samples.jsonl"
         begin(path, given, aside=aside)
@@ -128,7 +128,6 @@ def evaluate(
     with configured(
         own_settings(model) if config is None else config, graph=graph, solo=solo, agents=agents, task=task, heldout=data, reward=reward
     ) as settings:
-        place = None if out is None else Path(out)
         console = console or Console(soft_wrap=True, highlight=False)
         with ExitStack() as stack:
             if settings.engine.launch:
@@ -137,7 +136,7 @@ def evaluate(
                 settings = stack.enter_context(launched(settings, files.model(str(model)), Path(settings.run.dir), console))
             report = stack.enter_context(progress(console))
             values, folder = measure(
-                settings, model, place, modes=modes, kinds=(kind,), k=k, greedy_only=greedy_only, preset=preset, report=report
+                settings, model, out, modes=modes, kinds=(kind,), k=k, greedy_only=greedy_only, preset=preset, report=report
             )
         return values | {"folder": str(folder)}
 
@@ -216,8 +215,6 @@ class Command(Config):
     """alone, with_agents, or both with their difference."""
     alone_only: CliToggleFlag[bool] = False
     """Short for --modes alone; also written --alone-only."""
-    with_agents_only: CliToggleFlag[bool] = False
-    """Short for --modes with_agents; also written --with-agents-only."""
     out: str = ""
     """Folder of the results; what it holds already is not sampled again. Default: one of its own under evaluations/."""
 
@@ -252,13 +249,11 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(cli.write_yaml(config), end="")
         return
-    only = {"alone": command.alone_only, "with_agents": command.with_agents_only}
-    modes = tuple(mode for mode in MODES if only[mode]) or command.modes
     values = evaluate(
         command.model,
         config,
         out=command.out or None,
-        modes=modes and tuple(dict.fromkeys(modes)),
+        modes=("alone",) if command.alone_only else command.modes,
         kind=command.kind,
         k=command.k,
         greedy_only=command.greedy,

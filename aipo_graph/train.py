@@ -43,7 +43,7 @@ from aipo_graph.types import Engine, Task, TraceGroup
 from aipo_graph.workers import Workers, processes
 
 Cursor = Mapping[str, Any]
-"""What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn, whether it is finished."""
+"""What a checkpoint says of the run beside the learner's state: tokens sampled, training problems drawn."""
 OnStep = Callable[[int, Mapping[str, float]], Any]
 """Called, and awaited if it is asynchronous, after each step with its number and metrics; what is true stops the run."""
 TOLD = 64
@@ -81,7 +81,8 @@ async def loop(
                 if step.too_long and not passed_over:
                     log.note(f"{step.too_long[0].traces[0].error}: such problems are passed over, prompts/too_long counts them")
                 passed_over = passed_over or bool(step.too_long)
-                unhelped = unhelped + 1 if _all_helped_failed(step.groups) else 0
+                helped = [trace.trained for group in step.groups for trace in group.traces if trace.with_agents]
+                unhelped = unhelped + 1 if helped and not any(helped) else 0  # the alone ones can hide it from the share of failed traces
                 if metrics["failed"] > config.rollout.max_failed or unhelped >= config.train.patience:
                     raise TrainError(_too_many_failed(config, step.groups, unhelped))
                 batch = pack(step.groups, config.loss, learner.version - config.rollout.max_lag)
@@ -110,7 +111,7 @@ async def loop(
                 finished = _finished(config, learner.version, tokens)
                 stopped = stopping.is_set() and stream.whole(learner.version)
                 if finished or stopped or learner.version % config.run.checkpoint_every == 0:
-                    warning = learner.save(log.folder / "checkpoints", {"finished": finished, "tokens": tokens, "drawn": step.drawn})
+                    warning = learner.save(log.folder / "checkpoints", {"tokens": tokens, "drawn": step.drawn})
                     if warning:
                         log.note(warning)
                 if finished or stopped:
@@ -130,12 +131,6 @@ def _learn(config: Config, method: Callable[..., Any], *arguments: Any) -> Any:
 def _finished(config: Config, version: int, tokens: float) -> bool:
     """Whether a run is at its end, which later settings may have moved."""
     return version >= config.train.steps or 0 < config.train.tokens <= tokens
-
-
-def _all_helped_failed(groups: Sequence[TraceGroup]) -> bool:
-    """Whether helpers are down: no trace with agents can be trained on. The alone ones can hide it from the share of failed traces."""
-    helped = [trace.trained for group in groups for trace in group.traces if trace.with_agents]
-    return bool(helped) and not any(helped)
 
 
 def _too_many_failed(config: Config, groups: Sequence[TraceGroup], unhelped: int) -> str:

@@ -12,9 +12,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,7 +26,7 @@ from pydantic_core import to_json
 from aipo_graph import cli, loops
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, ContextError, EngineError
-from aipo_graph.evaluation.samples import Key, Part, Sample, append, ballot
+from aipo_graph.evaluation.samples import Key, Part, Sample, ballot
 from aipo_graph.load import objects
 from aipo_graph.tasks.open import open_task
 from aipo_graph.types import Problem, Task, Trace, TraceGroup, derive_seed
@@ -57,12 +57,12 @@ FORKS.set_forkserver_preload(["aipo_graph.engines", "aipo_graph.rollout.collect"
 
 
 class Worker:
-    """A process that does ``target(*arguments, parent)``, where ``parent`` is its end of a pipe. It ends by itself when this one does,
-    however that does; Ctrl-C is this one's to deal with."""
+    """A process that awaits ``target(config, task, *arguments, parent)``, where ``parent`` is its end of a pipe. It ends by itself when
+    this one does, however that does; Ctrl-C is this one's to deal with."""
 
-    def __init__(self, target: Callable[..., None], *arguments: Any, daemon: bool = True) -> None:
+    def __init__(self, target: Callable[..., Coroutine[Any, Any, None]], config: Config, *arguments: Any, daemon: bool = True) -> None:
         self.pipe, theirs = FORKS.Pipe()
-        self._process = FORKS.Process(target=_live, args=(dict(os.environ), target, *arguments, theirs), daemon=daemon)
+        self._process = FORKS.Process(target=_live, args=(dict(os.environ), target, config, *arguments, theirs), daemon=daemon)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             with _main_unseen():
@@ -94,7 +94,7 @@ class Worker:
         self.pipe.close()
 
 
-def _live(environment: Mapping[str, str], target: Callable[..., None], *arguments: Any) -> None:
+def _live(environment: Mapping[str, str], target: Callable[..., Coroutine[Any, Any, None]], config: Config, *arguments: Any) -> None:
     """A worker's life: the target's, in the environment that its parent has now."""
     gc.set_threshold(cli.SELDOM)
     os.environ.clear()
@@ -105,7 +105,7 @@ def _live(environment: Mapping[str, str], target: Callable[..., None], *argument
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is terminated would leave behind
     try:
-        target(*arguments)
+        asyncio.run(target(config, open_task(config), *arguments))
     except (AipoError, OSError) as error:
         arguments[-1].send(error)
 
@@ -147,8 +147,7 @@ class Workers(ExitStack):
         self._versions: dict[Worker, int] = {}  # of the weights in each
         self._threads = self.enter_context(ThreadPoolExecutor(processes(rollouts.config)))  # which wait; those of the loop have work
         for _ in range(processes(rollouts.config) - 1):
-            worker = Worker(_make_groups, rollouts.config, path)
-            self.callback(worker.close)
+            worker = self.enter_context(closing(Worker(_make_groups, rollouts.config, path)))
             self._versions[worker] = 0
 
     async def run_groups(self, draws: Sequence["Draw"]) -> list[TraceGroup]:
@@ -172,22 +171,18 @@ class Workers(ExitStack):
         return [TraceGroup(draw.problem, traces) for draw, traces in zip(draws, found, strict=True)]
 
 
-def _make_groups(config: Config, path: str, parent: Connection) -> None:
+async def _make_groups(config: Config, task: Task, path: str, parent: Connection) -> None:
     """A worker's life: the traces of the draws whose numbers it is sent, with the weights that come with them."""
-
-    async def serve() -> None:
-        async with _opened(config, open_task(config), path) as rollouts:
-            while True:
-                try:
-                    indices, weights, version = pickle.loads(await asyncio.to_thread(parent.recv_bytes))
-                except (EOFError, ConnectionError):  # nobody asks any more
-                    return
-                if weights:
-                    await rollouts.engine.load_weights(weights.items(), version)
-                groups = await rollouts.run_groups([rollouts.draw(index) for index in indices])
-                parent.send([group.traces for group in groups])
-
-    asyncio.run(serve())
+    async with _opened(config, task, path) as rollouts:
+        while True:
+            try:
+                indices, weights, version = pickle.loads(await asyncio.to_thread(parent.recv_bytes))
+            except (EOFError, ConnectionError):  # nobody asks any more
+                return
+            if weights:
+                await rollouts.engine.load_weights(weights.items(), version)
+            groups = await rollouts.run_groups([rollouts.draw(index) for index in indices])
+            parent.send([group.traces for group in groups])
 
 
 # --- samples of held-out problems
@@ -242,37 +237,34 @@ def sample(
         if total:
             loops.run(_sample_all(config, task, parts, iter(todo), path, whole, tell))
         return
-    taken = FORKS.Value("q", 0)
+    left = iter(todo)
     daemon = config.engine.kind != "vllm"  # a daemon may have no children; vLLM in the process has
     with ExitStack() as stack:
         workers: dict[Any, Worker] = {}
         for _ in range(min(processes(config), len(todo))):
-            worker = Worker(_work, config, parts, todo, taken, path, whole, daemon=daemon)
-            stack.callback(worker.close)
+            worker = stack.enter_context(closing(Worker(_work, config, parts, path, whole, daemon=daemon)))
             workers[worker.pipe] = worker
         while workers:
             for pipe in wait(list(workers)):
                 message = workers[pipe].receive()
                 if message is None:
                     del workers[pipe]
-                else:
+                elif message:
                     tell(*message)
+                else:
+                    workers[pipe].pipe.send(next(left, None))
 
 
-def _work(config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: Any, path: Path, whole: bool, parent: Connection) -> None:
-    """A worker's life: take the next unit, sample it, write it, tell the parent how many; None at the end."""
+async def _work(config: Config, task: Task, parts: Sequence[Part], path: Path, whole: bool, parent: Connection) -> None:
+    """A worker's life: ask the parent for a unit (), sample it, write it, say how many, until there is none; None at the end."""
     if config.engine.kind == "vllm":  # it has processes of its own, which would be left behind
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
-    def left() -> Iterator[Unit]:
-        while True:
-            with taken.get_lock():
-                index, taken.value = taken.value, taken.value + 1
-            if index >= len(todo):
-                return
-            yield todo[index]
+    def ask() -> Unit | None:
+        parent.send(())
+        return parent.recv()
 
-    asyncio.run(_sample_all(config, open_task(config), parts, left(), path, whole, lambda done, failed: parent.send((done, failed))))
+    await _sample_all(config, task, parts, iter(ask, None), path, whole, lambda done, failed: parent.send((done, failed)))
     parent.send(None)
 
 
@@ -280,14 +272,12 @@ def _work(config: Config, parts: Sequence[Part], todo: Sequence[Unit], taken: An
 async def _opened(config: Config, task: Task, path: str) -> AsyncIterator["Rollouts"]:
     """Graph runs over an engine of this process, which end with the context."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from aipo_graph.engines import open_engine
     from aipo_graph.engines.chat import open_chats
     from aipo_graph.rollout.collect import Rollouts
 
     torch.set_num_threads(config.run.threads)
-    disable_progress_bar()
     engine = await open_engine(config, path)
     try:
         rollouts = Rollouts.open(config, engine, task, await open_chats(config, engine))
@@ -302,12 +292,60 @@ async def _sample_all(
     config: Config, task: Task, parts: Sequence[Part], left: Iterator[Unit], path: Path, whole: bool, tell: Callable[[int, int], None]
 ) -> None:
     """``tell`` is called with how many more are done, and how many of these failed."""
+    from aipo_graph.rollout.collect import gather
+
     if all(part.mode == "alone" for part in parts):  # helpers need not be up for what runs without them
         config = config.model_copy(update={"agents": config.agents.model_copy(update={"use": {}, "models": {}})})
+    closed = config.engine.kind == "local" and config.engine.deterministic
+
+    def write(samples: Sequence[Sample]) -> None:
+        with path.open("ab") as file:
+            file.write(b"".join(to_json(sample) + b"\n" for sample in samples))
+        tell(len(samples), sum(not sample.scored for sample in samples))
+
     async with _opened(config, task, config.policy.model) as rollouts:
         if whole:
             await _check_context(rollouts, parts)
-        await _sample_units(rollouts, parts, left, path, tell)
+        for index, traces in left:
+            part = parts[index]
+            runner = replace(rollouts, temperature=0.0) if part.greedy else rollouts
+
+            async def one(problem: Problem, number: int, part: Part = part, runner: "Rollouts" = runner) -> Sample:
+                draw = "greedy" if part.greedy else number
+                seed = derive_seed(config.run.seed, "evaluate", problem.id, part.mode, draw)
+                trace = await runner.run_trace(problem, seed=seed, with_agents=part.mode == "with_agents")
+                sample = _sample_of(trace, part, number)
+                if not closed:
+                    write([sample])
+                return sample
+
+            samples = await gather([one(part.problems[problem], number) for problem, number in traces])
+            if closed:
+                write(samples)  # a unit that was written in part would be batched in another way when it is resumed
+
+
+def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
+    from aipo_graph.tasks.grading import last_box
+
+    consults: dict[str, tuple[int, int]] = {}
+    for segment in trace.segments:
+        if segment.source == "agent":
+            calls, tokens = consults.get(segment.author, (0, 0))
+            consults[segment.author] = (calls + 1, tokens + len(segment.token_ids))
+    answered = trace.trained and trace.scores.get("answered", 1.0)  # a task may know that the box is not where an answer counts
+    return Sample(
+        part.name,
+        trace.problem_id,
+        number,
+        trace.status,
+        trace.reward >= 1,
+        sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
+        consults,
+        trace.error and trace.error[:500],
+        answer=ballot(last_box(trace.reply)) if answered else "",
+        leaks=int(trace.scores.get("leaks", 0)),
+        violation=bool(trace.scores.get("violation")),
+    )
 
 
 class _Ruler:
@@ -340,58 +378,3 @@ async def _check_context(rollouts: Any, parts: Sequence[Part]) -> None:
             f"{limit} is {context} tokens, the longest prompt has {ruler.longest} and rollout.max_tokens is {budget}; "
             f"{remedy}, or take a model with a longer context"
         )
-
-
-async def _sample_units(
-    rollouts: "Rollouts", parts: Sequence[Part], left: Iterator[Unit], path: Path, tell: Callable[[int, int], None]
-) -> None:
-    from aipo_graph.rollout.collect import gather
-
-    config = rollouts.config
-    closed = config.engine.kind == "local" and config.engine.deterministic
-    file = os.open(path, os.O_WRONLY | os.O_APPEND)
-
-    def write(samples: Sequence[Sample]) -> None:
-        append(file, b"".join(to_json(sample) + b"\n" for sample in samples))
-        tell(len(samples), sum(not sample.scored for sample in samples))
-
-    for index, traces in left:
-        part = parts[index]
-        runner = replace(rollouts, temperature=0.0) if part.greedy else rollouts
-
-        async def one(problem: Problem, number: int, part: Part = part, runner: "Rollouts" = runner) -> Sample:
-            draw = "greedy" if part.greedy else number
-            seed = derive_seed(config.run.seed, "evaluate", problem.id, part.mode, draw)
-            trace = await runner.run_trace(problem, seed=seed, with_agents=part.mode == "with_agents")
-            sample = _sample_of(trace, part, number)
-            if not closed:
-                write([sample])
-            return sample
-
-        samples = await gather([one(part.problems[problem], number) for problem, number in traces])
-        if closed:
-            write(samples)  # a unit that was written in part would be batched in another way when it is resumed
-
-
-def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
-    from aipo_graph.tasks.grading import last_box
-
-    consults: dict[str, tuple[int, int]] = {}
-    for segment in trace.segments:
-        if segment.source == "agent":
-            calls, tokens = consults.get(segment.author, (0, 0))
-            consults[segment.author] = (calls + 1, tokens + len(segment.token_ids))
-    answered = trace.trained and trace.scores.get("answered", 1.0)  # a task may know that the box is not where an answer counts
-    return Sample(
-        part.name,
-        trace.problem_id,
-        number,
-        trace.status,
-        trace.reward >= 1,
-        sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
-        consults,
-        trace.error and trace.error[:500],
-        answer=ballot(last_box(trace.reply)) if answered else "",
-        leaks=int(trace.scores.get("leaks", 0)),
-        violation=bool(trace.scores.get("violation")),
-    )

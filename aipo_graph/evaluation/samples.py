@@ -139,11 +139,6 @@ def _settings(path: Path, first: bytes) -> Values:
         raise ConfigError(f"{path}:1: not the first line of an evaluation; choose another folder") from error
 
 
-def append(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-
-
 # --- what the samples depend on, and how they came about
 
 
@@ -227,13 +222,11 @@ def contents(config: Config) -> dict[str, str]:
     return digests | {f"{key} ({path.name})" if "/" not in key else key: _hash(path) for key, path in paths.items()}
 
 
-def _instructions(code: CodeType) -> tuple[Any, ...]:
-    def plain(constant: Any) -> Any:
-        if isinstance(constant, CodeType):
-            return _instructions(constant)
-        return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
-
-    return code.co_code, code.co_names, tuple(map(plain, code.co_consts))
+def _instructions(constant: Any) -> Any:
+    """What a function's code does; of another constant, itself."""
+    if isinstance(constant, CodeType):
+        return constant.co_code, constant.co_names, tuple(map(_instructions, constant.co_consts))
+    return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
 
 
 def model_contents(model: str) -> dict[str, str]:
@@ -247,11 +240,8 @@ def model_contents(model: str) -> dict[str, str]:
 
 def problems_digest(problems: Iterable[Problem]) -> str:
     """SHA-256 of what is asked and wanted, wherever it came from."""
-    total = hashlib.sha256()
-    for problem in problems:
-        row = [dict(problem.meta)] if problem.meta else []
-        total.update(json.dumps([problem.id, problem.question, problem.answer, problem.kind, *row], default=str).encode())
-    return total.hexdigest()
+    rows = [[p.id, p.question, p.answer, p.kind, *([dict(p.meta)] if p.meta else [])] for p in problems]
+    return hashlib.sha256("".join(json.dumps(row, default=str) for row in rows).encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:
