@@ -215,6 +215,8 @@ class Command(Config):
     """alone, with_agents, or both with their difference."""
     alone_only: CliToggleFlag[bool] = False
     """Short for --modes alone; also written --alone-only."""
+    with_agents_only: CliToggleFlag[bool] = False
+    """Short for --modes with_agents; also written --with-agents-only."""
     out: str = ""
     """Folder of the results; what it holds already is not sampled again. Default: one of its own under evaluations/."""
 
@@ -249,11 +251,12 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(cli.write_yaml(config), end="")
         return
+    only = {"alone": command.alone_only, "with_agents": command.with_agents_only}
     values = evaluate(
         command.model,
         config,
         out=command.out or None,
-        modes=("alone",) if command.alone_only else command.modes,
+        modes=tuple(mode for mode in MODES if only[mode]) or command.modes,
         kind=command.kind,
         k=command.k,
         greedy_only=command.greedy,
