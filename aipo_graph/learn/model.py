@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -187,13 +188,12 @@ def token_logprobs(
     Rows past the length from which a model scales its positions by the longest row have a forward of their own. Raises TrainError where
     that scale has more than two values. ``packed``: see :func:`packs`.
     """
-    if isinstance(model, FSDPModule):  # its parts meet in what counts as its forward
-        forward: Any = model.row_logprobs
-        found = forward(token_ids, mask, temperature, packed)
-        if not torch.is_grad_enabled():
-            shards.settle(model)
-        return found
-    return row_logprobs(model, token_ids, mask, temperature, packed)
+    # The parts of a sharded model meet in what counts as its forward.
+    forward: Any = model.row_logprobs if isinstance(model, FSDPModule) else partial(row_logprobs, model)
+    found = forward(token_ids, mask, temperature, packed)
+    if not torch.is_grad_enabled():
+        shards.settle(model)
+    return found
 
 
 def row_logprobs(model: PreTrainedModel, token_ids: Tensor, mask: Tensor, temperature: float, packed: bool) -> tuple[Tensor, Tensor]:
