@@ -182,7 +182,7 @@ class Worker(Actor):
         config, path = self.run.config, self.run.path
         samplers = [ray.get_actor(name) for name in self._samplers]
         engine: Any = Remote(Facts.read(config, path).eos_ids, samplers) if samplers else await super()._open()
-        self.rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
+        self.rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config))
         gc.freeze()
         return engine
 

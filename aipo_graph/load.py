@@ -232,7 +232,8 @@ def _told(what: str, spec: str) -> Iterator[None]:
         yield
     except faults() as fault:
         text = " ".join(str(fault).split()) or "no message"
-        raise ConfigError(f"{what}: {type(fault).__name__} in {own_place(fault) or spec}: {text}") from fault
+        remedy = "; install it, or give the file as path/to/file.py:name" if isinstance(fault, ModuleNotFoundError) else ""
+        raise ConfigError(f"{what}: {type(fault).__name__} in {own_place(fault) or spec}: {text}{remedy}") from fault
 
 
 def own_place(fault: BaseException) -> str:

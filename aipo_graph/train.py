@@ -327,7 +327,7 @@ async def opened(config: Config, path: str, task: Task, log: RunLog, cluster: An
         else:
             engine = await open_engine(config, path)
             stack.push_async_callback(engine.close)
-        chats = await open_chats(config, engine)
+        chats = await open_chats(config)
         for line in describe(chats, config):
             log.console.print(line, markup=False)
         rollouts = Rollouts.open(config, engine, task, chats)

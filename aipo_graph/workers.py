@@ -280,7 +280,7 @@ async def _opened(config: Config, task: Task, path: str) -> AsyncIterator["Rollo
     torch.set_num_threads(config.run.threads)
     engine = await open_engine(config, path)
     try:
-        rollouts = Rollouts.open(config, engine, task, await open_chats(config, engine))
+        rollouts = Rollouts.open(config, engine, task, await open_chats(config))
         gc.freeze()  # what is loaded stays: collections need not walk it
         yield rollouts
     finally:

@@ -53,7 +53,7 @@ async def replay(rollouts: Rollouts, trace: Trace) -> int:
 async def measure(config: Config) -> dict[str, list[float]]:
     """Seconds and counts per repeat."""
     engine = await open_engine(config, model(config.policy.model))
-    rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
+    rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config))
     learner = Learner(config, model(config.policy.model))
     gc.freeze()  # as in training
     rows: dict[str, list[float]] = {name: [] for name in ("graph", "engine", "ratio", "learner", "superstep")}

@@ -144,7 +144,7 @@ async def opened(config: Config, provider: Provider, **fields: Any) -> Rollouts:
     """Rollouts whose Knowledge agent asks the provider; ``fields`` replace those of the agent."""
     engine = LocalEngine.load(config, model(config.policy.model))
     with mock.patch.dict(os.environ, provider.environment()):
-        rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config, engine))
+        rollouts = Rollouts.open(config, engine, open_task(config), await open_chats(config))
     prompts = Prompts(rollouts.prompts.folder, {**rollouts.prompts.texts, "knowledge": PROMPT})
     agents = {**rollouts.agents, "knowledge": replace(rollouts.agents["knowledge"], **fields)}
     return replace(rollouts, agents=agents, prompts=prompts)

@@ -169,7 +169,7 @@ async def test_a_frozen_copy_of_the_policy() -> None:
     """Its logprobs are those of the starting weights, also once the policy has others."""
     config = quick_start({"knowledge": "policy"})
     engine = LocalEngine.load(config, OPERATORS)
-    chats = await open_chats(config, engine)
+    chats = await open_chats(config)
     assert describe(chats, config) == ["agents.knowledge: μ recorded"]
     start = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ async def test_a_frozen_copy_of_the_policy() -> None:
 
 async def test_agents_of_one_spec_share_its_model() -> None:
     config = quick_start({"knowledge": "policy", "verify": "policy"})
-    chats = await open_chats(config, LocalEngine.load(config, OPERATORS))
+    chats = await open_chats(config)
     assert chats["knowledge"] is chats["verify"]
 
 
@@ -211,7 +211,7 @@ async def test_models_that_cannot_be_opened(spec: str, keys: tuple[str, ...], me
         monkeypatch.setenv(key, "none")
     config = quick_start({"verify": spec})
     with pytest.raises(ConfigError, match=message) as raised:
-        await open_chats(config, Scribe(bpe(), str))
+        await open_chats(config)
     assert "\n" not in str(raised.value)
 
 
@@ -223,13 +223,13 @@ async def test_a_missing_package(missing: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ConfigError, match=r"pip install 'langchain-anthropic"):
-        await open_chats(quick_start({"verify": "openai:gpt-4o"}), Scribe(bpe(), str))
+        await open_chats(quick_start({"verify": "openai:gpt-4o"}))
 
 
 async def test_a_provider_gets_the_agents_settings_and_no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     config = quick_start({"verify": "openai:gpt-4o"}, agents={"temperature": 0.3, "max_tokens": 77, "timeout": 30.0})
-    chats = await open_chats(config, Scribe(bpe(), str))
+    chats = await open_chats(config)
     chat: Any = chats["verify"]
     assert (chat.temperature, chat.max_tokens, chat.request_timeout, chat.max_retries) == (0.3, 77, 10.0, 0)
     assert describe(chats, config) == ["agents.verify: μ absent: loss.behaviour = 1 stands in"]
@@ -238,7 +238,7 @@ async def test_a_provider_gets_the_agents_settings_and_no_retries(monkeypatch: p
 async def test_a_copy_of_the_policy_needs_somewhere_to_be() -> None:
     config = quick_start({"verify": "policy"}, engine={"kind": "vllm"})
     with pytest.raises(ConfigError, match=r"agents\.models\.verify: policy: engine\.kind = vllm keeps no copy .* say vllm:URL"):
-        await open_chats(config, Scribe(bpe(), str))
+        await open_chats(config)
 
 
 @pytest.mark.parametrize("answer", [{"data": []}, {"object": "list"}, ["?"], "hello"])
@@ -248,7 +248,7 @@ async def test_a_server_that_is_no_vllm(answer: Any) -> None:
 
     async with served(handler) as url:
         with pytest.raises(ConfigError, match=f"{url} is no vLLM server"):
-            await open_chats(quick_start({"verify": f"vllm:{url}"}), Scribe(bpe(), str))
+            await open_chats(quick_start({"verify": f"vllm:{url}"}))
 
 
 @pytest.mark.slow
@@ -262,7 +262,7 @@ async def test_a_helper_on_a_vllm_server(own: bool, vllm_server: str) -> None:
     lora = {"engine": {"kind": "server", "urls": [vllm_server]}, "policy": {"lora_rank": 8}}
     config = quick_start({"knowledge": f"vllm:{vllm_server}/v1"}) if own else quick_start({"knowledge": "policy"}, **lora)
     engine = LocalEngine.load(config, OPERATORS)
-    chats = await open_chats(config, engine)
+    chats = await open_chats(config)
     assert describe(chats, config) == ["agents.knowledge: μ recorded"]
     prompt = "@6475{query}"
     rollouts, traces = await traced(config, engine, chats, prompt)
@@ -299,13 +299,13 @@ async def test_a_vllm_server_whose_logprobs_cannot_be_used(
         config = quick_start({"knowledge": f"vllm:{url}"})
         if "started" in why:
             with pytest.raises(ConfigError, match=f"{why}, and a model without a chat template"):
-                await open_chats(config, Scribe(bpe(), str))
+                await open_chats(config)
         else:
-            chats = await open_chats(config, Scribe(bpe(), str))
+            chats = await open_chats(config)
             assert isinstance(chats["knowledge"], ChatOpenAI)
             assert describe(chats, config) == [f"agents.knowledge: μ absent ({url} {why}): loss.behaviour = 1 stands in"]
         config = quick_start({"knowledge": f"vllm:{url}"}, policy={"model": save_tiny(tmp_path, bpe(chat=True))})
-        chats = await open_chats(config, Scribe(bpe(), str))
+        chats = await open_chats(config)
         assert describe(chats, config)[0].startswith(f"agents.knowledge: μ absent ({url} has another tokenizer than the policy)")
 
 
@@ -486,7 +486,7 @@ async def test_an_answer_without_end_is_not_read_whole(packed: bool, monkeypatch
         monkeypatch.setenv("OPENAI_API_KEY", "none")
         monkeypatch.setenv("OPENAI_API_BASE", f"{url}/v1")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        chats = await open_chats(quick_start({"verify": "openai:m"}), Scribe(bpe(), str))
+        chats = await open_chats(quick_start({"verify": "openai:m"}))
         agent = Agent("verify", model=chats["verify"], attempts=1)
         with pytest.raises(AgentError, match="compressed, which was not asked for" if packed else f"longer than {LONGEST_ANSWER} bytes"):
             await agent(Request("verify", "1+1=2"), Prompts(Path(), {"verify": "Check."}))
@@ -608,7 +608,7 @@ async def test_the_agents_of_each_gpu_config_answer_over_a_server(path: str, tok
     """Verify is shown its tool, calls it and judges by what it returned; all three replies are spliced into the policy's trace."""
     async with served(like_vllm(helper, tokens)) as url:
         config = gpu_config(path, helper, f"vllm:{url}")
-        chats = await open_chats(config, Scribe(bpe(), str))
+        chats = await open_chats(config)
         trace = await consulted(config, Facts.read(config, helper).tokenizer, chats)
     assert [line.partition(" (")[0] for line in describe(chats, config)] == [
         f"agents.{name}: μ {'recorded' if tokens else 'absent'}" for name in REPLIES

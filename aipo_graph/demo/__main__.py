@@ -210,7 +210,7 @@ def command(argv: list[str]) -> None:
         runner = stack.enter_context(asyncio.Runner())
         engine = runner.run(open_engine(served, demo.policy.model))
         stack.callback(lambda: runner.run(engine.close()))
-        rollouts = Rollouts.open(served, engine, open_task(demo), runner.run(open_chats(served, engine)))
+        rollouts = Rollouts.open(served, engine, open_task(demo), runner.run(open_chats(served)))
         if demo.temperature is not None:
             rollouts = replace(rollouts, temperature=demo.temperature)
         if demo.web:

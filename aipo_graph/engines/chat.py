@@ -25,7 +25,7 @@ from aipo_graph.engines.server import PROBE, TOKENS, Client, Refused, Unanswered
 from aipo_graph.errors import ConfigError, EngineError, install
 from aipo_graph.load import faults, model, nearest
 from aipo_graph.messages import DATE, ChatFormat, decode
-from aipo_graph.types import Completion, Engine, Generate, Reply, Stop, derive_seed
+from aipo_graph.types import Completion, Generate, Reply, Stop, derive_seed
 
 KEYS = {
     "anthropic": "ANTHROPIC_API_KEY",
@@ -131,7 +131,7 @@ class EngineChatModel(BaseChatModel):
         return Reply(text, ids, tuple(logprobs[first:last])) if read(ids) == text else Reply(text)
 
 
-async def open_chats(config: Config, engine: Engine) -> dict[str, BaseChatModel]:
+async def open_chats(config: Config) -> dict[str, BaseChatModel]:
     """The language model of each agent that `agents.models` names; agents of one spec share it.
 
     Raises ConfigError: no such provider or model, a package or key missing, a server that does not answer.
