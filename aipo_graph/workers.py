@@ -95,7 +95,7 @@ class Worker:
 
 
 def _live(environment: Mapping[str, str], target: Callable[..., Coroutine[Any, Any, None]], config: Config, *arguments: Any) -> None:
-    """A worker's life: the target's, in the environment that its parent has now."""
+    """A worker's life: the target's, in the environment that its parent has now. None at its end, or what it raised."""
     gc.set_threshold(cli.SELDOM)
     os.environ.clear()
     os.environ.update(environment)
@@ -106,8 +106,10 @@ def _live(environment: Mapping[str, str], target: Callable[..., Coroutine[Any, A
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is terminated would leave behind
     try:
         asyncio.run(target(config, open_task(config), *arguments))
+        arguments[-1].send(None)  # the loop has ended, too: whoever is told may end this process
     except (AipoError, OSError) as error:
-        arguments[-1].send(error)
+        with suppress(OSError):  # nobody asks any more
+            arguments[-1].send(error)
 
 
 def end_with_parent() -> None:
@@ -256,7 +258,7 @@ def sample(
 
 
 async def _work(config: Config, task: Task, parts: Sequence[Part], path: Path, whole: bool, parent: Connection) -> None:
-    """A worker's life: ask the parent for a unit (), sample it, write it, say how many, until there is none; None at the end."""
+    """A worker's life: ask the parent for a unit (), sample it, write it, say how many, until there is none."""
     if config.engine.kind == "vllm":  # it has processes of its own, which would be left behind
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
@@ -265,7 +267,6 @@ async def _work(config: Config, task: Task, parts: Sequence[Part], path: Path, w
         return parent.recv()
 
     await _sample_all(config, task, parts, iter(ask, None), path, whole, lambda done, failed: parent.send((done, failed)))
-    parent.send(None)
 
 
 @asynccontextmanager
