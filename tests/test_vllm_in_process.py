@@ -60,7 +60,7 @@ def test_an_evaluation_samples_in_its_own_process(vllm_python: str, tmp_path: Pa
     sizes = ["--problems", "2", "--evaluate.problems_with_agents", "2", "--samples", "1", "--alone-only", "--out", str(tmp_path / "out")]
     engine = ["--engine.kind", "vllm", "--engine.max_context", "384", "--engine.max_batch", "16", "--run.device", "cpu"]
     command = [vllm_python, "-m", "aipo_graph.evaluate", "operators", *sizes, *engine]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["alone"]["failed"] == {}
 
