@@ -57,7 +57,7 @@ def parse(
         if key.replace("-", "_") in cls.model_fields:
             key = key.replace("-", "_")
         elif word.startswith("--") and key not in known:
-            raise ConfigError(f"no setting --{key}{_nearest_key(key, known)} (see {prog} --help)")
+            raise ConfigError(f"no setting --{key}{_nearest_key(key, known, '--')} (see {prog} --help)")
         # pydantic-settings gives a field of one letter a short flag only.
         words.append(f"-{'-' * (len(key) > 1)}{key}{equals}{value}" if word.startswith("--") else word)
     given = _command_line(words, cls, prog, doc, default)
@@ -96,10 +96,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES:,} bytes; this is not a configuration")
         loader = _Loader(text(path))
         node = loader.get_single_node()
+        lines = dict(_lines(node, "")) if node else {}
         values = loader.construct_document(node) if node else {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path}:1: a mapping of sections is wanted (train: {{steps: 10}}), not a {type(values).__name__}")
-        return values, dict(_lines(node, "")) if node else {}
+        return values, lines
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -249,16 +250,19 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
-    """(dotted key, line) of every key below a mapping. Raises YAMLError on a repeated key."""
+def _lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of every key below a mapping. Raises YAMLError on a repeated key and on one that is no word."""
+    if not isinstance(node, yaml.MappingNode):
+        return
     seen = set()
     for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{prefix}{key.value} is given twice", key.start_mark)
         seen.add(key.value)
         yield f"{prefix}{key.value}", key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, f"{prefix}{key.value}.")
+        yield from _lines(value, f"{prefix}{key.value}.")
 
 
 def _resolve_paths(values: dict[str, Any], base: Path) -> None:
@@ -295,8 +299,11 @@ def _explain(error: ValidationError, cls: type[BaseModel], places: Mapping[str, 
         key = text.partition(" = ")[0]
     elif first["type"] == "extra_forbidden":
         text = f"no setting {key!r}{_nearest_key(key, [*cls.model_fields, *leaves(cls)])}"
+    elif first["type"] == "missing":
+        text = f"{key} is missing"
     else:
-        text = f"{key} = {value!r:.80}: {re.sub('^[A-Z][a-z]+ should ', 'must ', first['msg'])}"
+        wanted = "must be a mapping of settings" if first["type"] == "model_type" else re.sub("^[A-Z][a-z]+ should ", "must ", first["msg"])
+        text = f"{key} = {value!r:.80}: {wanted}"
         # YAML reads an unquoted no, yes, on or off as a truth value.
         text += "; put quotes around it" if isinstance(value, bool) and first["type"] == "string_type" else ""
     stem = next((known for known in leaves(cls) if key == known or key.startswith(f"{known}.")), key)
@@ -305,7 +312,7 @@ def _explain(error: ValidationError, cls: type[BaseModel], places: Mapping[str, 
     return text + found + more
 
 
-def _nearest_key(key: str, known: Sequence[str]) -> str:
+def _nearest_key(key: str, known: Sequence[str], dashes: str = "") -> str:
     """The same word in another section, else a near key."""
     moved = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    return nearest(key.replace("-", "_"), moved or known)
+    return nearest(dashes + key.replace("-", "_"), [dashes + k for k in moved or known])

@@ -124,7 +124,7 @@ def load(spec: str) -> Any:
         raise ConfigError(f"{spec!r} names nothing to load: write path/to/file.py:name or package.module:name")
     path = find(target) if target.endswith(".py") else None
     # Text outside UTF-8 or a NUL byte in the file arrives as SyntaxError or ValueError: IMPORT_FAULTS has both.
-    with _told(f"{spec!r} does not load", spec):
+    with _told(f"{spec!r} does not load", str(path or spec)):
         module = _import_file(path) if path else importlib.import_module(target)
     if not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
@@ -226,14 +226,14 @@ def _import_file(path: Path) -> ModuleType:
 
 
 @contextmanager
-def _told(what: str, spec: str) -> Iterator[None]:
-    """What a user's code raises within becomes a ConfigError in one line: ``what``, what was raised and where."""
+def _told(what: str, place: str) -> Iterator[None]:
+    """What a user's code raises within becomes a ConfigError in one line: ``what``, what was raised and where, else ``place``."""
     try:
         yield
     except faults() as fault:
         text = " ".join(str(fault).split()) or "no message"
         remedy = "; install it, or give the file as path/to/file.py:name" if isinstance(fault, ModuleNotFoundError) else ""
-        raise ConfigError(f"{what}: {type(fault).__name__} in {own_place(fault) or spec}: {text}{remedy}") from fault
+        raise ConfigError(f"{what}: {type(fault).__name__} in {own_place(fault) or place}: {text}{remedy}") from fault
 
 
 def own_place(fault: BaseException) -> str:

@@ -125,7 +125,7 @@ def test_questions_find_their_answers(rollouts: Rollouts) -> None:
         (["operators", "@1234A?", "--alone", "--graph", "graphs/smallest.py:build"], "leave out --alone"),
         (["operators", "@1234A?", "--graph", "graphs/smalest.py:build"], "did you mean"),
         (["operators", "@1234A?", "--graph", "graphs/smallest.py:build"], "the graph has no node"),
-        (["operators", "@1234A?", "--tempreature", "1"], "did you mean 'temperature'"),
+        (["operators", "@1234A?", "--tempreature", "1"], "did you mean '--temperature'"),
         (["operators", "1234" * 200], "the model's context is 512"),
     ],
 )

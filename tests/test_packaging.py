@@ -154,7 +154,7 @@ def test_the_viewer_in_an_empty_folder(python: str, tmp_path: Path) -> None:
 def test_a_user_error_is_one_line_and_exit_code_2(python: str, tmp_path: Path) -> None:
     done = run(python, tmp_path, "-m", "aipo_graph.train", "--train.stepz", "3")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "did you mean 'train.steps'?" in done.stderr
+    assert "did you mean '--train.steps'?" in done.stderr
 
 
 def test_constraints_pin_every_direct_dependency_within_its_range(root: Path) -> None:

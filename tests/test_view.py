@@ -649,7 +649,7 @@ def test_a_run_is_found_by_its_name_and_opened(tmp_path: Path, monkeypatch: pyte
         (["tiny", "--serve", "--host", "no.such.host.invalid", "--port", "0"], "cannot listen on no.such.host.invalid"),
         (["tiny", "--serve", "--out", "x.html"], "--serve writes no file"),
         (["tiny", "nosuch", "more"], "unrecognized arguments: more"),
-        (["tiny", "--traced", "3"], "no setting --traced; did you mean 'traces'?"),
+        (["tiny", "--traced", "3"], "no setting --traced; did you mean '--traces'?"),
         ([], "the following arguments are required: RUN"),
     ],
 )

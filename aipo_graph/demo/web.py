@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from aiohttp import web
 from langchain_core.callbacks import AsyncCallbackHandler
-from pydantic import Field, StringConstraints
+from pydantic import Field
 from pydantic_core import from_json
 
 from aipo_graph import __version__
@@ -136,7 +136,7 @@ MODES = {"both": (False, True), "alone": (False,), "with_agents": (True,)}
 class Ask(Section):
     """What the page sends to have a question answered."""
 
-    question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    question: str
     mode: Literal["both", "alone", "with_agents"] = "both"
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
@@ -278,6 +278,9 @@ class Server:
 
     def _read(self, question: str) -> Problem:
         """Raises ConfigError."""
+        question = question.strip()
+        if not question:
+            raise ConfigError(f"the question is empty: type one such as {self._questions.example}")
         engine: Any = self._rollouts.engine
         context: int = engine.max_context
         if len(self._rollouts.tokenizer.plain(question, context)[0]) >= context:

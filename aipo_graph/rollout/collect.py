@@ -176,6 +176,11 @@ class Rollouts:
             Inputs.open(rollout.inputs, self.solo, rollout.solo, partly=True),
         )
 
+    @cached_property
+    def _budget(self) -> Budget:
+        rollout = self.config.rollout
+        return Budget(rollout.max_tokens, rollout.max_consults, self.config.agents.max_reply_tokens)
+
     async def _consult(self, agent: Agent, request: Request) -> Reply:
         with self.engine.busy():
             return await agent(request, self.prompts)
@@ -224,30 +229,18 @@ class Rollouts:
         """The trace without scores, and the graph's last state."""
         rollout = self.config.rollout
         ledger = Ledger(self.engine)
-        budget = Budget(rollout.max_tokens, rollout.max_consults, self.config.agents.max_reply_tokens)
         context = Context(
             generate=ledger.generate,
             tokenizer=self.tokenizer,
             agents=self.agents,
             consult=self._consult,
             prompts=self.prompts,
-            budget=budget,
+            budget=self._budget,
             seed=seed,
             temperature=self.temperature,
         )
         graph = self.graph if with_agents else self.solo
-        chat = None
-        if in_messages(graph):
-            chat = ChatRun(
-                ledger,
-                self.tokenizer.chat,
-                budget=budget.tokens,
-                seed=seed,
-                temperature=self.temperature,
-                helpers=rollout.helpers,
-                longest=budget.reply_tokens,
-                alone=not with_agents,
-            )
+        chat = self._chat(ledger, seed, alone=not with_agents) if in_messages(graph) else None
         segments: tuple[Segment, ...] = ()
         state: Mapping[str, Any] = {}
         path: list[str] = []
@@ -321,6 +314,18 @@ class Rollouts:
         scores = {name: float(getattr(chat, name)) for name in counted}
         return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason, reply), state
 
+    def _chat(self, ledger: Ledger, seed: int, *, alone: bool) -> ChatRun:
+        return ChatRun(
+            ledger,
+            self.tokenizer.chat,
+            budget=self._budget.tokens,
+            seed=seed,
+            temperature=self.temperature,
+            helpers=self.config.rollout.helpers,
+            longest=self._budget.reply_tokens,
+            alone=alone,
+        )
+
     def _stream(
         self, graph: Graph, given: Sequence[dict[str, Any]], problem: Problem, context: Context, chat: ChatRun | None
     ) -> AsyncIterator[Any]:
@@ -351,7 +356,7 @@ class Rollouts:
         sampled = [s for s in segments if s.source == "policy"]
         if not sampled or sampled[-1].token_ids[-1] in self.tokenizer.eos_ids:
             return "done"
-        if sum(len(s.token_ids) for s in sampled) >= self.config.rollout.max_tokens:
+        if sum(len(s.token_ids) for s in sampled) >= self._budget.tokens:
             return "length"
         return "budget" if parse_request(final_text(segments), self.agents) else "done"
 
