@@ -293,6 +293,8 @@ class Loss(Section):
     luffy, gated, sft, echo, or your file.py:name."""
     agent_weight: NonNegativeFloat = 1.0
     """Lambda: weight of the agent-token loss beside the policy-token loss."""
+    tags: bool = False
+    """Learn the tags around a reply as its words, where the policy would not write them by itself."""
     floor: NonNegativeFloat = 0.3
     """Smallest coefficient of an agent token in a trace with positive advantage."""
     ceiling: PositiveFloat = 2.0

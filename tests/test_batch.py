@@ -131,6 +131,25 @@ def test_credit_where_nothing_can_be_compared_is_aipo() -> None:
         assert torch.equal(pack(groups, CREDIT).advantages, pack(groups, DR).advantages)
 
 
+def test_the_tags_of_a_reply_are_learned_as_its_words_where_the_setting_says_so() -> None:
+    """And kept out where the reply is; nothing else of the context is learned."""
+    told, leaked = asked("12+", 1), asked("12+", 1)
+    leaked = replace(leaked, segments=tuple(replace(s, masked=s.source == "agent") for s in leaked.segments))
+    groups = [group(told, asked("12+", 0), leaked, asked("12+", 0, helped=False))]
+    plain, batch = pack(groups, DR), pack(groups, DR.model_copy(update={"tags": True}))
+    assert plain.mask.int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 1]] * 2 + [[0, 1, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 0, 0]]
+    assert batch.mask.int().tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]] * 2 + plain.mask.int().tolist()[2:]
+    assert batch.source[0].tolist() == [0, POLICY, POLICY, AGENT, AGENT, AGENT, AGENT, POLICY]
+    assert batch.advantages[:2, 1:].tolist() == [[0.5] * 7, [-0.5] * 7]
+    assert (plain.agent_tokens, batch.agent_tokens, batch.policy_tokens) == (4, 8, plain.policy_tokens)
+    credit = pack([group(asked("12+", 1), asked("12+", 0), asked("99-", 0))], CREDIT.model_copy(update={"tags": True}))
+    assert (
+        credit.counts["credited_tokens"]
+        == pack([group(asked("12+", 1), asked("12+", 0), asked("99-", 0))], CREDIT).counts["credited_tokens"]
+        > 0
+    )
+
+
 def test_plan_covers_all_rows_once_within_the_budget_and_is_deterministic() -> None:
     batch = pack(random_groups(0, problems=5), Loss())
     parts = [batch.select(rows) for rows in batch.plan(60)]

@@ -1,8 +1,8 @@
 """Advantages of the traces of one problem, from their rewards alone."""
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
 
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import own
@@ -11,27 +11,16 @@ from aipo_graph.types import differ
 Estimator = Callable[[float, Sequence[float]], float]
 
 
-def _grpo(reward: float, rewards: Sequence[float]) -> float:
-    """(r - mean) / std with the sample standard deviation (DeepSeekMath, arXiv 2402.03300, section 4.1.2)."""
-    return (reward - statistics.fmean(rewards)) / statistics.stdev(rewards)
-
-
-def _dr_grpo(reward: float, rewards: Sequence[float]) -> float:
-    """r - mean: no division, which would favour problems of low variance (arXiv 2503.20783, section 3.2)."""
-    return reward - statistics.fmean(rewards)
-
-
-def _rloo(reward: float, rewards: Sequence[float]) -> float:
-    """r - mean of the others, written as n / (n - 1) * (r - mean) (arXiv 2402.14740, equation 7)."""
-    return len(rewards) / (len(rewards) - 1) * (reward - statistics.fmean(rewards))
-
-
-def _raft(reward: float, rewards: Sequence[float]) -> float:
-    """r itself, whatever the others': with rewards of 0 and 1, fine-tuning on accepted traces (RAFT, arXiv 2304.06767)."""
-    return reward
-
-
-ESTIMATORS: dict[str, Estimator] = {"grpo": _grpo, "dr_grpo": _dr_grpo, "rloo": _rloo, "raft": _raft}
+ESTIMATORS: dict[str, Estimator] = {
+    # (r - mean) / std with the sample standard deviation: DeepSeekMath, arXiv 2402.03300, section 4.1.2
+    "grpo": lambda reward, rewards: (reward - fmean(rewards)) / stdev(rewards),
+    # r - mean, without a division, which would favour problems of low variance: arXiv 2503.20783, section 3.2
+    "dr_grpo": lambda reward, rewards: reward - fmean(rewards),
+    # r - mean of the others, written as n / (n - 1) * (r - mean): arXiv 2402.14740, equation 7
+    "rloo": lambda reward, rewards: len(rewards) / (len(rewards) - 1) * (reward - fmean(rewards)),
+    # r itself, whatever the others'; with rewards of 0 and 1, fine-tuning on accepted traces: RAFT, arXiv 2304.06767
+    "raft": lambda reward, rewards: reward,
+}
 
 
 def estimate(estimator: str, reward: float, peers: Sequence[float]) -> float:

@@ -23,6 +23,7 @@ CONTEXT, POLICY, AGENT = SOURCES.values()
 ROUNDING = 1e-4
 """A sampler's float error: a logprob above 0 by no more than this is not a fault."""
 ASKED = re.compile(r"<(\w+)>[^<]*</\1>")
+TAGS = ("<feedback>", "</feedback>")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,17 +159,26 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
         counts["traces"] += len(faults)
         for trace, reason, value in zip(group.traces, faults, values, strict=True):
             if reason is None:
-                rows += [(row, value, trace.reward) for row in trace.rows()]
+                rows += [(_tagged(row) if loss.tags else row, value, trace.reward) for row in trace.rows()]
     batch = _tensors(rows, counts, _credits(rows, loss.advantage) if loss.agent == "credit" else {})
     if found := [version for version in batch.versions.tolist() if 0 <= version < oldest]:
         raise GraphError(f"a policy token of weights {min(found)} in a batch that takes none before {oldest} (rollout.max_lag); report it")
     return batch
 
 
+def _tagged(row: Sequence[Segment]) -> tuple[Segment, ...]:
+    """A row in which the tags around a reply are words of it, masked where it is."""
+    beside = {at + side: segment.masked for at, segment in enumerate(row) if segment.source == "agent" for side in (-1, 1)}
+    return tuple(
+        replace(segment, source="agent", masked=beside[at]) if at in beside and segment.text in TAGS else segment
+        for at, segment in enumerate(row)
+    )
+
+
 def _consults(row: Sequence[Segment]) -> list[tuple[str, str]]:
     """What was asked, ``<knowledge>B</knowledge>`` or without tags the words before, and the reply, a helper's or in the policy's words."""
-    said = "".join(s.text for s in dropwhile(lambda s: s.source == "context", row)).split("<feedback>")
-    pairs = [(before.rpartition("</feedback>")[2], after.partition("</feedback>")[0]) for before, after in pairwise(said)]
+    said = "".join(s.text for s in dropwhile(lambda s: s.source == "context", row)).split(TAGS[0])
+    pairs = [(before.rpartition(TAGS[1])[2], after.partition(TAGS[1])[0]) for before, after in pairwise(said)]
     return [((ASKED.search(words) or [words])[0], reply) for words, reply in pairs]
 
 
@@ -186,7 +196,7 @@ def _credits(rows: Sequence[tuple[tuple[Segment, ...], float, float]], estimator
             earned[consult[0]].append(reward)
     found = {}
     for asked, (row, _, reward) in zip(consults, rows, strict=True):
-        for segment, consult in zip((s for s in row if s.source == "agent"), asked, strict=False):
+        for segment, consult in zip((s for s in row if s.source == "agent" and s.text not in TAGS), asked, strict=False):
             n, mean, peers = len(earned[consult]), fmean(earned[consult]), earned[consult[0]]
             if reward < fmean(peers) < mean and differ(peers):
                 found[id(segment)] = n / (n + 1) * estimate(estimator, mean, peers)
