@@ -83,7 +83,8 @@ class Completion:
 class Segment:
     """A run of tokens with one source. A trace is a tuple of segments, only ever appended to.
 
-    ``context``: prompt, templates, tool text; never trained. ``policy``: sampled by the policy, logprobs mandatory.
+    ``context``: prompt, templates, tool text; never trained, but tags around a reply with ``loss.tags``.
+    ``policy``: sampled by the policy, logprobs mandatory.
     ``agent``: a helper's words spliced in; logprobs only if the helper's own sampler gave them for exactly these tokens.
 
     >>> Segment("policy", "policy", (5, 7), text="ab", logprobs=(-0.1, -2.0), version=3).source
