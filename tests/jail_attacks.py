@@ -338,6 +338,7 @@ async def fare(cell, world, text):
 
 async def assault(layer):
     """Attack -> what is wrong; those without fault too."""
+    jail.IDLE = 1  # the thread bomb waits for a thread that found no memory to begin
     cell = jail.Jail(layer, 1)
     with World() as world:
         return {name: await fare(cell, world, text) for name, text in (REAL | REST).items()}
