@@ -20,7 +20,9 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}  # read when it is imported
+# Read when it is imported: who may connect, at which priority, and how long it takes to notice that a node or its head is gone.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
+os.environ |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_health_check_period_ms": "500"}
 gc.set_threshold(50_000)  # of what thousands of tests are made of, none is garbage
 
 collect_ignore = ["hasty.py", "vllm_quiet.py"]

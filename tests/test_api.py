@@ -203,7 +203,8 @@ async def test_an_interrupt_in_a_notebook_lets_the_step_under_way_end() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_in_a_notebook(policy: str, tmp_path: Path) -> None:
+def test_in_a_notebook(policy: str, warm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", warm_python)  # the kernel's
     cells = [
         "from langchain.agents import create_agent\nfrom aipo_graph import train, evaluate, view, Config, Agent, PolicyChatModel",
         f"run = train({policy!r}, {SMALL!r}, graph=create_agent(PolicyChatModel(), tools=[]), data={ROWS!r},\n"
