@@ -75,7 +75,7 @@ def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: P
     """The point of it all, in small: helpers' words are learned with aipo and not when masked, and with them what the policy does alone."""
     monkeypatch.chdir(root)
     short = {
-        "train.steps": 6, "train.epochs": 4, "train.minibatches": 8, "optimizer.warmup_steps": 20, "run.dir": tmp_path / "runs",
+        "train.steps": 4, "train.epochs": 6, "train.minibatches": 8, "optimizer.warmup_steps": 20, "run.dir": tmp_path / "runs",
         "run.trackers": "[]", "evaluate.problems": 24, "evaluate.problems_with_agents": 2, "evaluate.samples": 2,
     }  # fmt: skip
     words = [
@@ -100,7 +100,7 @@ def test_a_short_study_puts_mask_below_aipo_and_goes_on_where_it_was(tmp_path: P
     gained = {name: (sum(found[-3:]) - sum(known["mask"][:3])) / 3 for name, found in known.items()}
     assert gained["aipo"] > 1
     assert gained["mask"] < gained["aipo"] / 2
-    assert len(rows["aipo"]["curve"]["reward/alone/hard"]) == 6
+    assert len(rows["aipo"]["curve"]["reward/alone/hard"]) == 4
     assert cli.main(study.main, [*words, "--variants", "aipo", "mask", "base"]) == 0
     after = (tmp_path / "coefficients.jsonl").read_text()
     assert after.startswith(before)
