@@ -121,7 +121,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         WORDY_VARIANTS
         | {f"aipo_lambda_{weight}": agent("aipo") | WORDY | {"loss.agent_weight": weight} for weight in ("0.1", "0.3")}
         | {"aipo_tags": agent("aipo") | WORDY | {"loss.agent_weight": "0.3", "loss.tags": "true"}}
-        | {"aipo_tags_lambda_1": agent("aipo") | WORDY | {"loss.tags": "true"}},
+        | {"aipo_tags_x2": agent("aipo") | WORDY | {"loss.agent_weight": "0.3", "loss.tags": "true", "train.steps": "150"}},
         settings={"rollout.max_tokens": "240"},
         bases={"*": "reader"},
     ),
@@ -194,7 +194,7 @@ ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("second", ("aipo", "mask", "grpo"), (1, 2, 3)),
     ("generality", ("qwen3/grpo/aipo", "gemma3/grpo/aipo", "qwen3/grpo/alone", "gemma3/grpo/alone"), (1,)),
     ("language_model", ("aipo_no_mu",), (1, 2, 3)),
-    ("foreign", ("aipo_tags", "aipo_lambda_0.3", "aipo"), (1, 2, 3)),
+    ("foreign", ("aipo_tags", "aipo_lambda_0.3", "aipo", "aipo_tags_x2"), (1, 2, 3)),
     ("faulty", ("ppo@10", "mask@10", "ppo@same40", "mask@same40"), (1, 2, 3)),
     ("choice", ("same30/aipo", "wordy/aipo", "clean/aipo"), (101,)),
     ("ablations", ("no_verify", "no_knowledge", "no_reasoning"), (1, 2, 3)),
