@@ -38,6 +38,8 @@ class Case:
     """Every token is as likely as any, so that completions end by chance: their mean length is the vocabulary's size."""
     consults: bool = False
     """Traces ask for help, as `chain` has it."""
+    trl_batch: int = PROBLEMS * TRACES
+    """TRL's rows in a backward pass."""
 
 
 CASES = {
@@ -143,6 +145,7 @@ def ours(case: Case, folder: Path) -> None:
         | ({"graph": "graphs/smallest.py:build", "prompts": "prompts/operators"} if case.consults else {}),
         agents={"use": {"knowledge": "object:knowledge"} if case.consults else {}},
         optimizer={"lr": 1e-6},
+        train={"micro_batch_tokens": 2048},
         run={"device": "cpu", "threads": 1},
     )
 
@@ -211,7 +214,8 @@ def trl(case: Case, folder: Path) -> None:
             say(ready=True)
 
     settings = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=PROBLEMS * TRACES, num_generations=TRACES,
+        output_dir=str(folder / "trl"), per_device_train_batch_size=case.trl_batch, num_generations=TRACES,
+        gradient_accumulation_steps=PROBLEMS * TRACES // case.trl_batch,
         max_completion_length=case.longest, learning_rate=1e-6, max_steps=STEPS + WARM, use_cpu=True, bf16=False,
         gradient_checkpointing=False, shuffle_dataset=False, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1000,
     )  # fmt: skip
