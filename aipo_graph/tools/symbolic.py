@@ -123,7 +123,7 @@ def same(answer: str, gold: str, rounded: int) -> bool:
     if names and gold_names and names != gold_names:
         return False
     if len(answers) == len(golds) == 1 and "⦃" not in brackets + gold_brackets:
-        sides = [parse(side.strip()) for side in answers[0].split("=")]
+        sides = [parse(side.strip()) for side in answers[0].split("=")] if "=" in answers[0] else [None]
         if None not in sides and all(is_zero(a - b) for a, b in pairwise(sides)):  # 2+2 = 4, but not 1 = 2 = 5
             answers = [answers[0].rpartition("=")[2].strip()]
         return _same_value(answers[0], golds[0], rounded)
@@ -163,6 +163,7 @@ def _listed(text: str) -> tuple[str, set[str], list[str]]:
     return brackets, {*names}, values
 
 
+@functools.lru_cache(maxsize=256)
 def _region(text: str) -> tuple[str, Any] | None:
     """The variable, "" if none is named, and the set of reals that a condition, an interval or a union of them states; None for others."""
     for signs, join in (("∨", sympy.Union), ("∧,", sympy.Intersection)):
@@ -182,7 +183,7 @@ def _region(text: str) -> tuple[str, Any] | None:
 
 def _relations(text: str) -> Collection[Any]:
     """The relations between numbers in a chain; none of anything else."""
-    links = sympy.And.make_args(parse(text))
+    links = sympy.And.make_args(parse(text)) if re.search("[=<>≤≥≠]", text) else ()
     return links if all(isinstance(each, Relational) and not each.has(sympy.Set, sympy.Tuple) for each in links) else ()
 
 
