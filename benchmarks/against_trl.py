@@ -3,8 +3,8 @@
 Both stand ready in processes of their own (TRL's in `.venv-trl`) and take steps in turn, so that both see the same load; medians and
 ranges are shown. A step samples, rewards and learns; tokens are those sampled, counted on both sides. Models have random weights but for
 the shipped one and that of the case with consults: there each token is drawn by the one before it, so that a trace asks twice in the mean,
-an agent of ours and a tool of TRL's that reply the same words. TRL masks them, we learn from them. Backward passes are of the size that is
-fastest on a CPU: for us 2,048 tokens, for TRL the whole batch.
+an agent of ours and a tool of TRL's that reply the same words. TRL masks them, we learn from them. Our backward passes
+are of 2,048 tokens, TRL's of the whole batch.
 """
 
 import argparse

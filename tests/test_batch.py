@@ -142,12 +142,13 @@ def test_the_tags_of_a_reply_are_learned_as_its_words_where_the_setting_says_so(
     assert batch.source[0].tolist() == [0, POLICY, POLICY, AGENT, AGENT, AGENT, AGENT, POLICY]
     assert batch.advantages[:2, 1:].tolist() == [[0.5] * 7, [-0.5] * 7]
     assert (plain.agent_tokens, batch.agent_tokens, batch.policy_tokens) == (4, 8, plain.policy_tokens)
-    credit = pack([group(asked("12+", 1), asked("12+", 0), asked("99-", 0))], CREDIT.model_copy(update={"tags": True}))
-    assert (
-        credit.counts["credited_tokens"]
-        == pack([group(asked("12+", 1), asked("12+", 0), asked("99-", 0))], CREDIT).counts["credited_tokens"]
-        > 0
-    )
+    mixed = [group(asked("12+", 1), asked("12+", 0), asked("99-", 0))]
+    without, credit = (pack(mixed, CREDIT.model_copy(update={"tags": tags})).counts["credited_tokens"] for tags in (False, True))
+    assert credit == without > 0
+    own = replace(told.segments[1], text="<feedback>")  # what the policy wrote stays its own
+    bare = trace(told.segments[0], told.segments[1], told.segments[3], own, reward=1, with_agents=True)
+    batch = pack([group(bare, asked("12+", 0, helped=False))], DR.model_copy(update={"tags": True}))
+    assert batch.source[0].tolist() == [0, POLICY, POLICY, AGENT, AGENT, POLICY, POLICY]
 
 
 def test_plan_covers_all_rows_once_within_the_budget_and_is_deterministic() -> None:

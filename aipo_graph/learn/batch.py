@@ -159,8 +159,12 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
         counts["traces"] += len(faults)
         for trace, reason, value in zip(group.traces, faults, values, strict=True):
             if reason is None:
-                rows += [(_tagged(row) if loss.tags else row, value, trace.reward) for row in trace.rows()]
-    batch = _tensors(rows, counts, _credits(rows, loss.advantage) if loss.agent == "credit" else {})
+                rows += [(row, value, trace.reward) for row in trace.rows()]
+    batch = _tensors(
+        [(_tagged(row), value, reward) for row, value, reward in rows] if loss.tags else rows,
+        counts,
+        _credits(rows, loss.advantage) if loss.agent == "credit" else {},
+    )
     if found := [version for version in batch.versions.tolist() if 0 <= version < oldest]:
         raise GraphError(f"a policy token of weights {min(found)} in a batch that takes none before {oldest} (rollout.max_lag); report it")
     return batch
@@ -170,8 +174,8 @@ def _tagged(row: Sequence[Segment]) -> tuple[Segment, ...]:
     """A row in which the tags around a reply are words of it, masked where it is."""
     beside = {at + side: segment.masked for at, segment in enumerate(row) if segment.source == "agent" for side in (-1, 1)}
     return tuple(
-        replace(segment, source="agent", masked=beside[at]) if at in beside and segment.text in TAGS else segment
-        for at, segment in enumerate(row)
+        replace(s, source="agent", masked=beside[at]) if at in beside and s.source == "context" and s.text in TAGS else s
+        for at, s in enumerate(row)
     )
 
 
@@ -196,7 +200,7 @@ def _credits(rows: Sequence[tuple[tuple[Segment, ...], float, float]], estimator
             earned[consult[0]].append(reward)
     found = {}
     for asked, (row, _, reward) in zip(consults, rows, strict=True):
-        for segment, consult in zip((s for s in row if s.source == "agent" and s.text not in TAGS), asked, strict=False):
+        for segment, consult in zip((s for s in row if s.source == "agent"), asked, strict=False):
             n, mean, peers = len(earned[consult]), fmean(earned[consult]), earned[consult[0]]
             if reward < fmean(peers) < mean and differ(peers):
                 found[id(segment)] = n / (n + 1) * estimate(estimator, mean, peers)

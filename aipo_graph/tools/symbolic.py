@@ -123,8 +123,8 @@ def same(answer: str, gold: str, rounded: int) -> bool:
     if names and gold_names and names != gold_names:
         return False
     if len(answers) == len(golds) == 1 and "⦃" not in brackets + gold_brackets:
-        sides: list[Any] = [parse(side.strip()) for side in answers[0].split("=")] if "=" in answers[0] else [None]
-        if None not in sides and all(is_zero(a - b) for a, b in pairwise(sides)):  # 2+2 = 4, but not 1 = 2 = 5
+        sides = [parse(side.strip()) for side in answers[0].split("=")] if "=" in answers[0] else []
+        if sides and None not in sides and all(is_zero(a - b) for a, b in pairwise(sides)):  # 2+2 = 4, but not 1 = 2 = 5
             answers = [answers[0].rpartition("=")[2].strip()]
         return _same_value(answers[0], golds[0], rounded)
     if {brackets, gold_brackets} <= {"", "⦃⦄"}:
