@@ -251,17 +251,16 @@ class Server:
             kept["traces"].append(await make(rollouts, problem, planned, self._pieces, events.put_nowait))
 
         async def answer() -> None:
-            try:
-                with suppress(asyncio.CancelledError):  # each run has ended and was kept
-                    async with asyncio.TaskGroup() as runs:
-                        for run in planned:
-                            runs.create_task(keep(run))
-            finally:
-                del self._running[thread]
-                events.put_nowait(None)
+            with suppress(asyncio.CancelledError):  # each run has ended and was kept
+                async with asyncio.TaskGroup() as runs:
+                    for run in planned:
+                        runs.create_task(keep(run))
 
         # A task of its own: a closed tab cancels this handler, and what was made until then is still to be kept.
         work = self._running[thread] = asyncio.create_task(answer())
+        # Not at the end of answer(): stopped before its first step, a task never gets there.
+        work.add_done_callback(lambda _: self._running.pop(thread))
+        work.add_done_callback(lambda _: events.put_nowait(None))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         try:
             await response.prepare(request)

@@ -122,25 +122,25 @@ class VllmEngine(vllm_api.VllmSampler):
             raise EngineError(f"weights {version} cannot be loaded while {self._under_way} requests are sampled; wait for them")
         label = self._labels.of(version)
         try:
-            if self.in_flight:
-                await self._llm.pause_generation(mode="keep", clear_cache=False)
-            if self._asleep:
-                await self._llm.wake_up(["weights"])
-            if self.takes == "adapter":
-                await self._switch(label, weights)
-            elif self._sleeps and not self._files.renames:
-                await asyncio.to_thread(self._send_ipc, list(weights), asyncio.get_running_loop())
-            else:
-                path = await asyncio.to_thread(self._files.write, label, weights)
-                await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-                self._files.keep(label)
-            if self._asleep:
-                await self._llm.wake_up(["kv_cache"])
-                self._asleep = False
-            await self._llm.reset_prefix_cache(reset_running_requests=self.in_flight)
-            await self._llm.update_weight_version(label)
-            if self.in_flight:
-                await self._llm.resume_generation()
+            async with contextlib.AsyncExitStack() as paused:
+                if self.in_flight:
+                    await self._llm.pause_generation(mode="keep", clear_cache=False)
+                    paused.push_async_callback(self._llm.resume_generation)
+                if self._asleep:
+                    await self._llm.wake_up(["weights"])
+                if self.takes == "adapter":
+                    await self._switch(label, weights)
+                elif self._sleeps and not self._files.renames:
+                    await asyncio.to_thread(self._send_ipc, list(weights), asyncio.get_running_loop())
+                else:
+                    path = await asyncio.to_thread(self._files.write, label, weights)
+                    await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+                    self._files.keep(label)
+                if self._asleep:
+                    await self._llm.wake_up(["kv_cache"])
+                    self._asleep = False
+                await self._llm.reset_prefix_cache(reset_running_requests=self.in_flight)
+                await self._llm.update_weight_version(label)
         except (ValueError, RuntimeError, _vllm().exceptions.VLLMServerError) as error:
             raise EngineError(f"weights {version} were not taken by vLLM: {first_line(error)}; send the same model") from error
         self.version = version
