@@ -111,31 +111,9 @@ def wordy_reasoning(config: Config) -> Agent:
     return _wordy("reasoning", config)
 
 
-def _wordy(name: str, config: Config, mu: bool = False) -> Agent:
+def _wordy(name: str, config: Config) -> Agent:
     """The reply between signs drawn anew each time: words around the fact that nobody needs to learn."""
-
-    def change(rng: random.Random, query: str, reply: Reply) -> Reply:
-        before, after = signs(rng), signs(rng)
-        if not mu:
-            return Reply(before + reply.text + after)
-        ids = encode([Piece(before + reply.text + after)])[0]
-        chance, fact = [-math.log(len(SIGNS))] * WORDY, [0.0] * (len(ids) - 2 * WORDY)
-        return Reply(before + reply.text + after, tuple(ids), tuple(chance + fact + chance))
-
-    return _changed(name, config, change)
-
-
-def wordy_verify_mu(config: Config) -> Agent:
-    return _wordy("verify", config, mu=True)
-
-
-def wordy_knowledge_mu(config: Config) -> Agent:
-    """Wordy, and with the true chance of each of its tokens recorded."""
-    return _wordy("knowledge", config, mu=True)
-
-
-def wordy_reasoning_mu(config: Config) -> Agent:
-    return _wordy("reasoning", config, mu=True)
+    return _changed(name, config, lambda rng, query, reply: Reply(signs(rng) + reply.text + signs(rng)))
 
 
 def expert(config: Config) -> Agent:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aipo_graph import cli
-from experiments.grid import EXPERIMENTS
+from experiments.grid import EXPERIMENTS, METHODS
 from experiments.report import __main__ as report
 from experiments.report import summary
 from experiments.report.claims import MARGIN, Comparison, judge, together
@@ -180,11 +180,11 @@ def test_the_words_flip_with_the_data(aipo: Sequence[float], ppo: Sequence[float
 
 def test_the_main_table_counts_where_the_default_is_above_and_below(store: Write) -> None:
     """Methods that are above it nowhere and below it everywhere reach the goal; one that is above it in one condition misses it."""
-    others = [name for name in summary.METHODS if name != "aipo"]
+    others = [name for name in METHODS if name != "aipo"]
     rows = [
         row
         for experiment, tail in summary.CONDITIONS.values()
-        for name in summary.METHODS
+        for name in METHODS
         for row in cell(experiment, f"{name}{tail}", HIGH if name == "aipo" else LOW)
     ]
     told = summary.counted(read(store(rows)))
@@ -223,9 +223,10 @@ def test_missing_cells_show_as_missing(store: Write) -> None:
 
 def test_the_unchanged_end_of_a_series_comes_from_coefficients(store: Write) -> None:
     """As long as it ran from the same config."""
-    folder = store(cell("coefficients", "aipo", HIGH) + cell("ablations", "floor_0", LOW))
+    folder = store(cell("coefficients", "aipo", HIGH) + cell("ablations", "floor_0", LOW) + cell("generality", "llama/grpo/alone", LOW))
     made(folder)
     assert cells(behind(folder, "ablations"), "aipo (from coefficients)")[1] == "3"
+    assert cells(behind(folder, "generality"), "llama/grpo/aipo (from coefficients)")[1] == "3"
     other = cell("coefficients", "aipo", HIGH) + cell("ablations", "floor_0", LOW, config="other.yaml")
     assert read(store(other)).cell("ablations", "aipo") == []
 

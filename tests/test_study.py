@@ -1,7 +1,6 @@
 """The study: its grid, its helpers, and a short version of it through the real command, resumed."""
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from aipo_graph.log import read_metrics
 from aipo_graph.rollout.agents import Prompts
 from aipo_graph.tasks.operators import OPERATORS, RULES
 from aipo_graph.types import Reply, Request
-from examples.operators.pretrain import tokenizer
 from experiments import helpers, probe, study
 from experiments.grid import CHOOSING, EXPERIMENTS, TUNING_SEEDS, Run, runs
 
@@ -54,14 +52,11 @@ async def test_same_wrong_tells_one_lie_per_operator() -> None:
         assert 0.28 < said[RULES[letter]] / 200 < 0.52
 
 
-async def test_wordy_replies_hold_the_fact_and_their_recorded_chances() -> None:
-    for reply in await replies(helpers.wordy_knowledge_mu(Config()), "B", 20):
-        assert reply.text[helpers.WORDY : -helpers.WORDY] == RULES["B"]
-        assert reply.token_ids is not None
-        assert reply.logprobs is not None
-        assert tokenizer().decode(list(reply.token_ids)) == reply.text
-        assert math.exp(sum(reply.logprobs)) == pytest.approx(len(helpers.SIGNS) ** (-2 * helpers.WORDY))
-    assert (await replies(helpers.wordy_knowledge(Config()), "B", 1))[0].logprobs is None
+async def test_wordy_replies_hold_the_fact_between_signs_of_each_reply() -> None:
+    said = [reply.text for reply in await replies(helpers.wordy_knowledge(Config()), "B", 20)]
+    assert {text[helpers.WORDY : -helpers.WORDY] for text in said} == {RULES["B"]}
+    assert {*"".join(said).replace(RULES["B"], "")} == {*helpers.SIGNS}
+    assert len({*said}) == len(said)
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from aipo_graph import cli
 from experiments import grid
 from experiments.report import figures
 from experiments.report.markdown import listed, plain, table
-from experiments.report.stored import Mean, Order, Study, compare, untrained
+from experiments.report.stored import SHARED, Mean, Order, Study, compare, untrained
 
 METRICS = ("alone pass@1", "alone greedy", "alone pass@max", "with_agents pass@1", "easy pass@1")
 DRAWN = {"coefficients": "bars pass_at_k curves", "boundary": "pass_at_k", "second": "bars curves", "verbose": "bars curves"}
@@ -28,8 +28,7 @@ def reference(variant: str) -> str:
 def variants(study: Study, experiment: str) -> list[str]:
     """The grid's in its order, then the others as stored; those that are compared with each other stand together."""
     planned = grid.EXPERIMENTS[experiment].variants if experiment in grid.EXPERIMENTS else ()
-    shared = ("aipo", "signed") if experiment == "ablations" else ()
-    names = list(dict.fromkeys([*shared, *planned, *study.cells.get(experiment, {})]))
+    names = list(dict.fromkeys([*SHARED.get(experiment, ()), *planned, *study.cells.get(experiment, {})]))
     places = list(dict.fromkeys(map(reference, names)))
     return sorted(names, key=lambda name: places.index(reference(name)))
 

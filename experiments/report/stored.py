@@ -153,12 +153,13 @@ class Study:
 
     def cell(self, experiment: str, variant: str) -> list[Run]:
         """The runs of a variant. Where an experiment changes something of `coefficients`, its unchanged end is that of `coefficients`:
-        METHOD@0 of `faulty`, METHOD of `ablations`, as long as both ran from the same config."""
+        METHOD@0 of `faulty`, METHOD of `ablations`, llama/grpo/METHOD of `generality`, as long as both ran from the same config."""
         own = self.cells.get(experiment, {}).get(variant, [])
         if own or experiment not in SHARED:
             return own
         configs = {run.config for run in self.runs(experiment)}
-        return [run for run in self.cells.get("coefficients", {}).get(variant.removesuffix("@0"), []) if {run.config} == configs]
+        unchanged = variant.removesuffix("@0").removeprefix("llama/grpo/")
+        return [run for run in self.cells.get("coefficients", {}).get(unchanged, []) if {run.config} == configs]
 
     def ks(self, experiment: str) -> list[int]:
         """Every k for which a pass@k alone is stored, ascending."""
@@ -178,8 +179,8 @@ class Study:
         return found
 
 
-SHARED = ("faulty", "ablations")
-"""Experiments on the task, the policy and the budget of `coefficients`."""
+SHARED = {"faulty": (), "ablations": ("aipo", "signed"), "generality": ("llama/grpo/aipo",)}
+"""Experiments on the task, the policy and the budget of `coefficients` -> what their tables show of it."""
 
 
 def read(folder: Path) -> Study:

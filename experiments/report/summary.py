@@ -20,7 +20,6 @@ CONDITIONS = {
     "a language model": ("language_model", ""),
 }
 """What the helpers are -> the experiment, and what follows a method's name in it."""
-METHODS = ("aipo", "gated", "sft", "luffy", "ppo", "mask", "signed")
 
 
 def mean_of(study: Study, condition: str, method: str) -> Mean | None:
@@ -42,9 +41,9 @@ def short(found: Mean | None) -> str:
 def conditions(study: Study) -> str:
     rows = []
     for condition in CONDITIONS:
-        own, *others = (mean_of(study, condition, method) for method in METHODS)
+        own, *others = (mean_of(study, condition, method) for method in grid.METHODS)
         rows.append([condition, short(own), *(marked(short(other), own, other) for other in others)])
-    return table(["helpers are", *(f"`{method}`" for method in METHODS)], rows)
+    return table(["helpers are", *(f"`{method}`" for method in grid.METHODS)], rows)
 
 
 def quick_start(study: Study, metrics: Sequence[str] = METRICS) -> str:
@@ -59,7 +58,7 @@ def counted(study: Study) -> str:
     """In how many conditions `aipo` is separated from each other method, and whether it is never below and above each somewhere."""
     orders = {
         method: Counter(compare(mean_of(study, condition, "aipo"), mean_of(study, condition, method)) for condition in CONDITIONS)
-        for method in METHODS[1:]
+        for method in grid.METHODS[1:]
     }
     told = ", ".join(f"`{method}` in {found['above']} / {found['below']}" for method, found in orders.items())
     below, never = [m for m in orders if orders[m]["below"]], [m for m in orders if not orders[m]["above"]]
@@ -112,8 +111,8 @@ def missing(study: Study) -> str:
 
 def draw(study: Study, path: Path) -> None:
     """The main table's figure."""
-    panels = {condition: [mean_of(study, condition, method) for method in METHODS] for condition in CONDITIONS}
-    figures.bars(path, METHODS, panels, 3)
+    panels = {condition: [mean_of(study, condition, method) for method in grid.METHODS] for condition in CONDITIONS}
+    figures.bars(path, grid.METHODS, panels, 3)
 
 
 def parts(study: Study) -> dict[str, str]:
