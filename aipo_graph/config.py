@@ -194,7 +194,7 @@ class Rollout(Section):
     max_failed: Fraction = 0.5
     """Share of failed traces in a step past which the run stops."""
     max_lag: NonNegativeInt = 0
-    """Weight updates by which a token may be behind when it is learned from: 0 is synchronous, 1 overlaps sampling and learning, more evens
+    """Steps by which a token's weights may be behind when it is learned from: 0 is synchronous, 1 overlaps sampling and learning, more evens
     out long traces. With engine.kind = local, whole steps, and never across a checkpoint."""
 
     @property
@@ -338,8 +338,8 @@ class Loss(Section):
 
 
 class Optimizer(Section):
-    lr: PositiveFloat = 5e-4
-    """Peak learning rate."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate. The default is for all weights of a pretrained model; LoRA takes some 20 times as much, a tiny model more."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW betas."""
     warmup_steps: NonNegativeInt = 5
