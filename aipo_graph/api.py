@@ -138,9 +138,7 @@ def settings_of(config: Settings) -> Config:
     """Raises ConfigError in one line."""
     if isinstance(config, Config):
         return config
-    if isinstance(config, Mapping):
-        return cli.validated(Config, dict(config))
-    return cli.parse([str(config)], Config, prog="train")[0]
+    return cli.validated(Config, dict(config)) if isinstance(config, Mapping) else cli.parse([str(config)], Config, prog="train")[0]
 
 
 def _alone(base: Config, graph: str, bare: bool) -> dict[str, Any]:

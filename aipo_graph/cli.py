@@ -308,8 +308,7 @@ def _explain(error: ValidationError, cls: type[BaseModel], places: Mapping[str, 
         text += "; put quotes around it" if isinstance(value, bool) and first["type"] == "string_type" else ""
     stem = next((known for known in leaves(cls) if key == known or key.startswith(f"{known}.")), key)
     found = next((f" ({places[k]})" for k in (key, stem, key.rpartition(".")[0]) if k in places), "")
-    more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
-    return text + found + more
+    return text + found + (f"; and {len(errors) - 1} more" if len(errors) > 1 else "")
 
 
 def _nearest_key(key: str, known: Sequence[str], dashes: str = "") -> str:

@@ -314,8 +314,11 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> 
 
 def tensors(parts: Iterable[Weights]) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor a copy: the store's own bytes are read by others, too."""
-    for name, dtype, shape, array in (one for part in parts for one in part):
-        yield name, torch.from_numpy(np.array(array)).view(getattr(torch, dtype)).reshape(shape)
+    return (
+        (name, torch.from_numpy(np.array(array)).view(getattr(torch, dtype)).reshape(shape))
+        for part in parts
+        for name, dtype, shape, array in part
+    )
 
 
 async def answer(reference: Any) -> Any:

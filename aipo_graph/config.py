@@ -90,7 +90,7 @@ class Run(Section):
     """Name of the run; everything it writes is under DIR/NAME."""
     dir: str = "runs"
     """Folder of all runs."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Root of every random draw."""
     threads: PositiveInt = 1
     """Torch threads per process. On a shared CPU more than one is often far slower."""
@@ -194,8 +194,8 @@ class Rollout(Section):
     max_failed: Fraction = 0.5
     """Share of failed traces in a step past which the run stops."""
     max_lag: NonNegativeInt = 0
-    """Steps by which a token's weights may be behind when it is learned from: 0 is synchronous, 1 overlaps sampling and learning, more evens
-    out long traces. With engine.kind = local, whole steps, and never across a checkpoint."""
+    """Steps by which a token's weights may be behind when it is learned from: 0 is synchronous, 1 overlaps sampling and learning, more
+    evens out long traces. With engine.kind = local, whole steps, and never across a checkpoint."""
 
     @property
     def traces_with_agents(self) -> int:
@@ -328,9 +328,9 @@ class Loss(Section):
     def _check(self) -> Self:
         if self.floor > self.ceiling:
             raise ValueError(f"loss.floor = {self.floor}: above loss.ceiling = {self.ceiling}")
-        if self.clip_low >= 1 and self.algorithm != "cispo":
-            reason = f"with loss.algorithm = {self.algorithm} the ratio's lower clip is 1 - clip_low; give less than 1"
-            raise ValueError(f"loss.clip_low = {self.clip_low}: {reason}")
+        if self.clip_low >= 1 and (self.algorithm != "cispo" or self.agent == "ppo"):
+            which = "agent = ppo" if self.algorithm == "cispo" else f"algorithm = {self.algorithm}"
+            raise ValueError(f"loss.clip_low = {self.clip_low}: with loss.{which} the ratio's lower clip is 1 - clip_low; give less than 1")
         if self.clip_dual and (self.clip_dual <= 1 or self.algorithm == "cispo"):
             reason = "cispo clips every ratio; leave it 0" if self.algorithm == "cispo" else "give more than 1 (3 is usual), or 0 for none"
             raise ValueError(f"loss.clip_dual = {self.clip_dual}: {reason}")
@@ -411,6 +411,8 @@ class Config(Section):
             raise ValueError(f"engine.gpus = {self.engine.gpus}: used by engine.kind = vllm in a cluster alone; leave it 1")
         if self.loss.baseline == "counterfactual" and self.rollout.with_agents == 1:
             raise ValueError("loss.baseline = counterfactual: rollout.with_agents = 1 leaves no traces alone to compare with; use 0.5")
+        if self.loss.advantage == "raft" and self.rollout.redraws:
+            raise ValueError(f"rollout.redraws = {self.rollout.redraws}: loss.advantage = raft learns from equal rewards, too; leave it 0")
         if self.train.minibatches > self.rollout.problems:
             raise ValueError(f"train.minibatches = {self.train.minibatches}: more than rollout.problems = {self.rollout.problems}")
         return self

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -158,6 +159,8 @@ def plan(config: Config, task: Task, kinds: Sequence[str], modes: Sequence[Mode]
             raise TaskError(
                 f"the task {config.task.name!r} has no held-out problems{f' of kind {kind!r}' if kind else ''}: nothing to evaluate"
             )
+        if twice := [id for id, count in Counter(problem.id for problem in problems).items() if count > 1]:
+            raise TaskError(f"the task {config.task.name!r} has several held-out problems of the id {twice[0]!r}; give each its own")
         name = kind or problems[0].kind or UNNAMED
         samples = wanted.samples if position == 0 else min(SIDE_SAMPLES, wanted.samples)
         chosen_modes: Sequence[Mode] = [mode for mode in reversed(MODES) if mode in modes] if position == 0 else ["alone"]

@@ -196,9 +196,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(known)}" if 0 < len(known) <= 12 else ""
+    listed = f"; there is {', '.join(known)}" if 0 < len(known) <= 12 else ""
+    return f"; did you mean {close[0]!r}?" if close else listed
 
 
 def _import_file(path: Path) -> ModuleType:

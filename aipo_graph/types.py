@@ -172,6 +172,11 @@ class Trace:
         return self.scores.get("reward", 0.0)
 
     @property
+    def solved(self) -> bool:
+        """A reward of 1 or more, but for float noise."""
+        return self.reward >= 1 or not differ([self.reward, 1.0])
+
+    @property
     def trained(self) -> bool:
         return self.status in TRAINED
 

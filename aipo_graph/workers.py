@@ -339,7 +339,7 @@ def _sample_of(trace: Trace, part: Part, number: int) -> Sample:
         trace.problem_id,
         number,
         trace.status,
-        trace.reward >= 1,
+        trace.solved,
         sum(len(segment.token_ids) for segment in trace.segments if segment.source == "policy"),
         consults,
         trace.error and trace.error[:500],

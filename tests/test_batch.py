@@ -116,6 +116,16 @@ def test_credit_is_by_reply_in_failed_traces_and_all_else_stays() -> None:
     assert (plain.counts["credited_tokens"], batch.counts["credited_tokens"]) == (0, 4)
 
 
+def test_credit_compares_by_the_last_request_and_counts_a_trace_once() -> None:
+    """Tags of another kind before the request are none; one that asked the same twice, and heard two things, earns once."""
+    thought = [replace(s, text=s.text.replace("so ", "<b>so</b> ")) for s in asked("12+", 0).segments]
+    groups = [group(asked("12+", 1), trace(*thought, reward=0, with_agents=True), asked("99-", 0))]
+    assert pack(groups, CREDIT).advantages[1, 4].item() == pytest.approx(2 / 3 * (1 / 2 - 1 / 3))
+    twice = (*asked("12+", 1).segments, *asked("99-", 1).segments[1:])
+    groups = [group(trace(*twice, reward=1, with_agents=True), asked("12+", 0), asked("34+", 0))]
+    assert pack(groups, CREDIT).advantages[1, 4].item() == pytest.approx(2 / 3 * (1 / 2 - 1 / 3))
+
+
 def test_credit_where_nothing_can_be_compared_is_aipo() -> None:
     """Replies that all agree, a lucky one beside a worse one, other requests, consults that nobody asked for in tags."""
     other, unasked = (
@@ -143,8 +153,9 @@ def test_the_tags_of_a_reply_are_learned_as_its_words_where_the_setting_says_so(
     assert batch.advantages[:2, 1:].tolist() == [[0.5] * 7, [-0.5] * 7]
     assert (plain.agent_tokens, batch.agent_tokens, batch.policy_tokens) == (4, 8, plain.policy_tokens)
     mixed = [group(asked("12+", 1), asked("12+", 0), asked("99-", 0))]
-    without, credit = (pack(mixed, CREDIT.model_copy(update={"tags": tags})).counts["credited_tokens"] for tags in (False, True))
-    assert credit == without > 0
+    credit = pack(mixed, CREDIT.model_copy(update={"tags": True})).advantages
+    assert credit[1, 3:7].tolist() == [pack(mixed, CREDIT).advantages[1, 4].item()] * 4 > [0] * 4  # the tags have their reply's
+    assert torch.equal(credit[2, 3:7], credit[2, :1].new_full((4,), -1 / 3))
     own = replace(told.segments[1], text="<feedback>")  # what the policy wrote stays its own
     bare = trace(told.segments[0], told.segments[1], told.segments[3], own, reward=1, with_agents=True)
     batch = pack([group(bare, asked("12+", 0, helped=False))], DR.model_copy(update={"tags": True}))

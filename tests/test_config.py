@@ -184,6 +184,15 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("--rollout.traces 4 --rollout.with_agents 0.1", "rollout.with_agents = 0.1: that is 0 of rollout.traces = 4"),
         ("--loss.floor 3", "loss.floor = 3.0: above loss.ceiling = 2.0"),
         ("--loss.clip_low 1", "loss.clip_low = 1.0: with loss.algorithm = grpo the ratio's lower clip is 1 - clip_low; give less than 1"),
+        (
+            "--loss.clip_low 1 --loss.algorithm cispo --loss.agent ppo",
+            "loss.clip_low = 1.0: with loss.agent = ppo the ratio's",
+        ),
+        (
+            "--loss.advantage raft --rollout.redraws 2",
+            "rollout.redraws = 2: loss.advantage = raft learns from equal rewards, too",
+        ),
+        ("--run.seed 99999999999999999999", "run.seed = '99999999999999999999': must be less than"),
         ("--loss.clip_low 1 --loss.algorithm gspo", "loss.clip_low = 1.0: with loss.algorithm = gspo"),
         ("--loss.clip_low -0.1 --loss.algorithm cispo", "loss.clip_low = '-0.1': must be greater than or equal to 0"),
         ("--loss.clip_high 0 --loss.algorithm cispo", "loss.clip_high = '0': must be greater than 0"),

@@ -306,6 +306,15 @@ def test_a_task_without_heldout_problems_is_refused() -> None:
         plan(empty, open_task(empty), ("",), ("alone",), greedy_only=False)
 
 
+def test_problems_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their samples would take each other's place."""
+    given = config(task={"name": f"{__file__}:no_problems"})
+    task = open_task(given)
+    monkeypatch.setattr(task, "heldout", lambda count, kind="": [Problem(id, f"{i}?", "1") for i, id in enumerate(("a", "b", "a"))])
+    with pytest.raises(TaskError, match="has several held-out problems of the id 'a'; give each its own"):
+        plan(given, task, ("",), ("alone",), greedy_only=False)
+
+
 def test_an_edited_graph_is_another_evaluation(tmp_path: Path, root: Path) -> None:
     graph = tmp_path / "mine.py"
     shutil.copy(root / "graphs/solo.py", graph)
@@ -331,6 +340,11 @@ def test_an_edited_task_is_another_evaluation(tmp_path: Path) -> None:
     aside = [path for path in tmp_path.glob("samples-*.jsonl") if path.read_text().endswith("\n{}\n")]
     assert len(aside) == 1
     assert json.loads((tmp_path / "samples.jsonl").read_text())["settings"] == now
+    for settings_then in (given, now):  # and back, and again: what was kept first stays
+        with (tmp_path / "samples.jsonl").open("a") as file:
+            file.write('{"other": 1}\n')
+        begin(tmp_path / "samples.jsonl", settings_then, aside=True)
+    assert [path for path in tmp_path.glob("samples-*.jsonl") if path.read_text().endswith("\n{}\n")] == aside
 
 
 CHANGES = {

@@ -160,6 +160,9 @@ def summed(log_rho, logprobs, advantages, settings):
 def odd(log_rho, logprobs, advantages, settings):
     return logprobs @ logprobs
 
+def cut(log_rho, logprobs, advantages, settings):
+    return -advantages * logprobs.detach()
+
 def squared(reward, rewards):
     return reward ** 2
 
@@ -184,6 +187,7 @@ def test_functions_of_ones_own_are_parts_of_the_loss(tmp_path: Path, monkeypatch
     for spec, said in (
         ("mine.py:summed", r"loss.agent = 'mine.py:summed': returns \[\]; a loss per token is wanted, a tensor of \[2, "),
         ("mine.py:odd", r"loss.agent = 'mine.py:odd': RuntimeError in .*mine.py:9: "),
+        ("mine.py:cut", "loss.agent = 'mine.py:cut': returns a tensor without a gradient, from which nothing is learned; detach less"),
         ("mine.py:name", "loss.agent = 'mine.py:name': a str is no function; name one"),
         ("mine.py:gatd", "mine.py has no 'gatd'; did you mean 'gated'?"),
         ("none.py:gated", "no file 'none.py'"),

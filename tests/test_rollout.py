@@ -110,6 +110,30 @@ async def test_another_sample_step_or_seed_gives_another_trace() -> None:
     assert len({trace.segments for group in groups for trace in group.traces}) == 12
 
 
+class Few:
+    """A task of two problems."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def train(self, index: int) -> Problem:
+        return self._task.train(index % 2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+
+async def test_a_problem_that_is_drawn_twice_for_a_step_is_sampled_anew() -> None:
+    rollouts = on_operators(rollout=SMALL["rollout"] | {"problems": 5})
+    rollouts = replace(rollouts, temperature=3.0, task=Few(rollouts.task))
+    draws = [rollouts.draw(index) for index in range(7)]
+    assert [draw.again for draw in draws] == [0, 0, 1, 1, 2, 0, 0]
+    traces = [trace for group in await rollouts.run_groups(draws) for trace in group.traces]
+    assert len({trace.seed for trace in traces}) == len({trace.segments for trace in traces}) == len(traces) == 28
+    assert [trace.seed for trace in traces[:4]] == [derive_seed(0, 0, draws[0].problem.id, i) for i in range(4)]
+    assert {trace.seed for trace in rollouts.lost_group(draws[2], "gone").traces} <= {trace.seed for trace in traces}
+
+
 async def test_greedy_traces_of_one_problem_agree() -> None:
     greedy = replace(on_operators(), temperature=0.0)
     traces = await gather([greedy.run_trace(greedy.task.train(0), seed=seed, with_agents=False) for seed in range(3)])
@@ -249,11 +273,17 @@ async def ended(rollouts: Rollouts, with_agents: bool = True) -> tuple[Trace, di
 
 
 async def test_an_agents_fault(root: Path) -> None:
-    trace, metrics = await ended(world(root, asks, failing(RuntimeError("no disk"))))
+    trace, metrics = await ended(world(root, asks, failing(RuntimeError("no disk\ud83d"))))
     assert (trace.status, trace.trained, dict(trace.scores)) == ("failed", False, {})
-    assert trace.error == "AgentError: agent 'verify': RuntimeError: no disk"
+    assert trace.error == "AgentError: agent 'verify': RuntimeError: no disk?"  # half a character cannot be logged
     assert [s.text for s in trace.segments] == ["what is p?", ASK]
     assert (metrics["failed"], metrics["ended/failed/AgentError"]) == (0.5, 0.5)
+
+
+def test_a_reward_of_one_but_for_float_noise_is_solved() -> None:
+    noisy, less = (Trace("p", 0, False, (), (), scores={"reward": reward}) for reward in (sum([0.1] * 10), 0.9999))
+    assert noisy.reward < 1
+    assert (noisy.solved, less.solved, replace(noisy, scores={}).solved) == (True, False, False)
 
 
 async def test_a_tools_refusal_is_an_answer(root: Path) -> None:

@@ -86,7 +86,7 @@ def summary(trace: Trace, answer: str) -> Turn:
     box = last_box(trace.reply)
     parts = ["no boxed answer" if box is None else f"answer {visible(box)}"]
     if answer and trace.trained:
-        parts.append(f"reward {trace.reward:g}" + ("" if trace.reward >= 1 else f" (right is {visible(answer)})"))
+        parts.append(f"reward {trace.reward:g}" + ("" if trace.solved else f" (right is {visible(answer)})"))
     consults = Counter(s.author for s in trace.segments if s.source == "agent")
     parts.append("consults: " + (", ".join(f"{visible(name)} {count}" for name, count in sorted(consults.items())) or "none"))
     tokens = {source: sum(len(s.token_ids) for s in trace.segments if s.source == source) for source in STYLES}
@@ -127,8 +127,7 @@ class Screen:
     def beside(self, columns: Mapping[str, Sequence[Turn]]) -> RenderableType:
         """One panel per title, next to each other where there is room."""
         panels = [Panel(Group(*map(self.row, shown)), title=title, border_style="dim") for title, shown in columns.items()]
-        across = 1 if self.console.width < SIDE_BY_SIDE else len(panels)
-        return Columns(panels, width=self.console.width // across - 1)
+        return Columns(panels, width=self.console.width // (1 if self.console.width < SIDE_BY_SIDE else len(panels)) - 1)
 
     def note(self, text: str) -> None:
         self.console.print(Text(visible(text)), soft_wrap=True)
@@ -166,7 +165,7 @@ def show_traces(runner: asyncio.Runner, rollouts: Rollouts, screen: Screen, demo
                 if demo.compare and screen.plain:
                     screen.note(f"--- {mode}")
                 trace = runner.run(trace_of(rollouts, problem, seed, mode != "alone", column.append if beside else screen.show))
-                solved[mode] += trace.reward >= 1
+                solved[mode] += trace.solved
                 failed = failed or (None if trace.trained else trace.error)
         if beside:
             screen.console.print(screen.beside(columns))

@@ -110,7 +110,7 @@ async def make(rollouts: Rollouts, problem: Problem, planned: Json, pieces: Piec
         "error": trace.error,
         "scores": dict(trace.scores),
         "reward": trace.scores.get("reward"),
-        "right": trace.reward >= 1 if problem.answer and trace.trained and not status else None,
+        "right": trace.solved if problem.answer and trace.trained and not status else None,
         "answer": box,
         "vote": ballot(box),
         "path": list(trace.path),

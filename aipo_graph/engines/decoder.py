@@ -65,9 +65,8 @@ class _Slots(CacheLayerMixin):
         self.keys[place.slots, :, place.columns] = key_states.transpose(1, 2)
         self.values[place.slots, :, place.columns] = value_states.transpose(1, 2)
         keys, values = self.keys[:, :, : place.width], self.values[:, :, : place.width]
-        if place.dense:
-            return keys[: place.last + 1], values[: place.last + 1]
-        return keys[place.slots[:, 0]], values[place.slots[:, 0]]
+        slots = slice(place.last + 1) if place.dense else place.slots[:, 0]
+        return keys[slots], values[slots]
 
     def move(self, source: torch.Tensor, target: torch.Tensor, width: int) -> None:
         self._fit(int(target.max()) + 1, width)

@@ -250,9 +250,7 @@ def _majority(samples: Sequence[Sample], k: int) -> float:
 
 def _mean(rates: Rates, seed: int, *address: str) -> tuple[float | None, tuple[float, float] | None]:
     values = list(rates.values())
-    if not values:
-        return None, None
-    return sum(values) / len(values), bootstrap(values, derive_seed(seed, "bootstrap", *address))
+    return (sum(values) / len(values), bootstrap(values, derive_seed(seed, "bootstrap", *address))) if values else (None, None)
 
 
 def _add_totals(values: Values, part: Part, found: Sequence[Sample]) -> None:
@@ -458,9 +456,7 @@ def _helpfulness(agent: str, column: Values) -> str:
 
 
 def _pair(found: Values | None, *keys: tuple[str, str]) -> str:
-    if not found:
-        return "–"
-    return " / ".join(f"{part[figure]:.0f}" if (part := found[name]) else "–" for name, figure in keys)
+    return " / ".join(f"{part[figure]:.0f}" if (part := found[name]) else "–" for name, figure in keys) if found else "–"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -114,7 +114,7 @@ def begin(path: Path, settings: Mapping[str, Any], *, aside: bool = False) -> No
             "choose another --out, or delete it"
         )
     if rest:
-        path.rename(path.with_name(f"samples-{hashlib.sha256(first).hexdigest()[:8]}.jsonl"))
+        path.rename(path.with_name(f"samples-{hashlib.sha256(data[:whole]).hexdigest()[:8]}.jsonl"))
     path.write_bytes(header)
 
 

@@ -125,9 +125,8 @@ def fault(trace: Trace) -> str | None:
         return "untrained"
     if not math.isfinite(trace.reward):
         return "bad_reward"
-    if any(_bad(p) for s in trace.segments if s.source == "policy" for p in s.logprobs or ()):
-        return "bad_logprob"
-    return None
+    bad = any(_bad(p) for s in trace.segments if s.source == "policy" for p in s.logprobs or ())
+    return "bad_logprob" if bad else None
 
 
 def _behaviour(segment: Segment) -> Sequence[float]:
@@ -157,33 +156,32 @@ def pack(groups: Sequence[TraceGroup], loss: Loss, oldest: int = -1) -> Batch:
         )
         counts.update(reason for reason in faults if reason)
         counts["traces"] += len(faults)
-        for trace, reason, value in zip(group.traces, faults, values, strict=True):
-            if reason is None:
-                rows += [(row, value, trace.reward) for row in trace.rows()]
-    batch = _tensors(
-        [(_tagged(row), value, reward) for row, value, reward in rows] if loss.tags else rows,
-        counts,
-        _credits(rows, loss.advantage) if loss.agent == "credit" else {},
-    )
-    if found := [version for version in batch.versions.tolist() if 0 <= version < oldest]:
-        raise GraphError(f"a policy token of weights {min(found)} in a batch that takes none before {oldest} (rollout.max_lag); report it")
+        found = zip(group.traces, faults, values, strict=True)
+        rows += [(row, value, trace.reward) for trace, reason, value in found if reason is None for row in trace.rows()]
+    credits = _credits(rows, loss.advantage) if loss.agent == "credit" else {}
+    batch = _tensors([(_tagged(row, credits), value, reward) for row, value, reward in rows] if loss.tags else rows, counts, credits)
+    if stale := [version for version in batch.versions.tolist() if 0 <= version < oldest]:
+        raise GraphError(f"a policy token of weights {min(stale)} in a batch that takes none before {oldest} (rollout.max_lag); report it")
     return batch
 
 
-def _tagged(row: Sequence[Segment]) -> tuple[Segment, ...]:
-    """A row in which the tags around a reply are words of it, masked where it is."""
-    beside = {at + side: segment.masked for at, segment in enumerate(row) if segment.source == "agent" for side in (-1, 1)}
-    return tuple(
-        replace(s, source="agent", masked=beside[at]) if at in beside and s.source == "context" and s.text in TAGS else s
+def _tagged(row: tuple[Segment, ...], credits: dict[int, float]) -> tuple[Segment, ...]:
+    """A row in which the tags around a reply are words of it, masked where it is, and with its credit."""
+    replies = {at + side: segment for at, segment in enumerate(row) if segment.source == "agent" for side in (-1, 1)}
+    found = tuple(
+        replace(s, source="agent", masked=replies[at].masked) if at in replies and s.source == "context" and s.text in TAGS else s
         for at, s in enumerate(row)
     )
+    of = [(id(tag), id(replies[at])) for at, tag in enumerate(found) if tag is not row[at]]
+    credits |= {tag: credits[reply] for tag, reply in of if reply in credits}
+    return found
 
 
 def _consults(row: Sequence[Segment]) -> list[tuple[str, str]]:
     """What was asked, ``<knowledge>B</knowledge>`` or without tags the words before, and the reply, a helper's or in the policy's words."""
     said = "".join(s.text for s in dropwhile(lambda s: s.source == "context", row)).split(TAGS[0])
     pairs = [(before.rpartition(TAGS[1])[2], after.partition(TAGS[1])[0]) for before, after in pairwise(said)]
-    return [((ASKED.search(words) or [words])[0], reply) for words, reply in pairs]
+    return [(([found[0] for found in ASKED.finditer(words)] or [words])[-1], reply) for words, reply in pairs]
 
 
 def _credits(rows: Sequence[tuple[tuple[Segment, ...], float, float]], estimator: str) -> dict[int, float]:
@@ -195,9 +193,9 @@ def _credits(rows: Sequence[tuple[tuple[Segment, ...], float, float]], estimator
     consults = [_consults(row) for row, _, _ in rows]
     earned = defaultdict[str | tuple[str, str], list[float]](list)
     for asked, (_, _, reward) in zip(consults, rows, strict=True):
-        for consult in set(asked):
-            earned[consult].append(reward)
-            earned[consult[0]].append(reward)
+        compared: set[str | tuple[str, str]] = {*asked, *(request for request, _ in asked)}
+        for each in compared:
+            earned[each].append(reward)
     found = {}
     for asked, (row, _, reward) in zip(consults, rows, strict=True):
         for segment, consult in zip((s for s in row if s.source == "agent"), asked, strict=False):

@@ -365,8 +365,7 @@ class ChatRun(BaseCallbackHandler):
         """Of what stands between two replies: one tool's results are the tool's, if it is not a name that the policy made up."""
         names = {message.name if isinstance(message, ToolMessage) else None for message in messages}
         known = {tool.get("function", {}).get("name") for tool in tools}
-        author = names.pop() if len(names) == 1 and names <= known else None
-        return author or node
+        return (names.pop() if len(names) == 1 and names <= known else None) or node
 
     def _helper(self, message: BaseMessage) -> str | None:
         """Whose words a message holds, if a helper's."""

@@ -108,6 +108,8 @@ class Draw:
 
     index: int
     problem: Problem
+    again: int = 0
+    """Earlier draws of the same problem for the same step, each of which has seeds of its own."""
 
 
 MakeGroups = Callable[[Sequence[Draw]], Coroutine[Any, Any, list[TraceGroup]]]  # such as Rollouts.run_groups
@@ -312,7 +314,9 @@ class Rollouts:
                 status, reason = "failed", f"NoOutput: the graph ended without {key!r} in its state (rollout.output); see its routes"
         counted = ("rewrites", "invalid_calls", "misfits") if chat else ()
         scores = {name: float(getattr(chat, name)) for name in counted}
-        return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason, reply), state
+        # They are logged as JSON, which takes no half of a surrogate pair.
+        told, answer = (text and text.encode(errors="replace").decode() for text in (reason, reply))
+        return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, told, answer or ""), state
 
     def _chat(self, ledger: Ledger, seed: int, *, alone: bool) -> ChatRun:
         return ChatRun(
@@ -345,9 +349,7 @@ class Rollouts:
         that ends a run by a call the call's arguments.
         """
         text = answer_text(segments, [self.tokenizer.decode([token]) for token in self.tokenizer.eos_ids])
-        if in_messages(graph):
-            return self.tokenizer.chat.said(text, calls=status == "done")
-        return self.tokenizer.without_specials(text)
+        return self.tokenizer.chat.said(text, calls=status == "done") if in_messages(graph) else self.tokenizer.without_specials(text)
 
     def _ending(self, segments: tuple[Segment, ...], chat: ChatRun | None) -> Status:
         """Why a run that ended by itself did: out of tokens, refused a consult, or done."""
@@ -378,24 +380,29 @@ class Rollouts:
             return replace(trace, status="leaked", error="a reply gave the answer away")
         return replace(trace, segments=tuple(marked))
 
-    async def run_group(self, problem: Problem, step: int) -> TraceGroup:
-        """The G traces of one problem: first those with agents, then those alone."""
-        members = self._members(problem, step)
-        return TraceGroup(problem, tuple(await gather([self.run_trace(problem, seed=seed, with_agents=w) for seed, w in members])))
+    async def run_group(self, problem: Problem, step: int, again: int = 0) -> TraceGroup:
+        """The G traces of one problem, of which the step has ``again`` groups already: first those with agents, then those alone."""
+        runs = [self.run_trace(problem, seed=seed, with_agents=w) for seed, w in self._members(problem, step, again)]
+        return TraceGroup(problem, tuple(await gather(runs)))
 
-    def _members(self, problem: Problem, step: int) -> list[tuple[int, bool]]:
+    def _members(self, problem: Problem, step: int, again: int) -> list[tuple[int, bool]]:
         """Seed of each trace of a group, and whether it runs with agents."""
-        rollout, seed = self.config.rollout, self.config.run.seed
-        return [(derive_seed(seed, step, problem.id, i), i < rollout.traces_with_agents) for i in range(rollout.traces)]
+        rollout, seed, more = self.config.rollout, self.config.run.seed, [again] if again else []
+        return [(derive_seed(seed, step, problem.id, i, *more), i < rollout.traces_with_agents) for i in range(rollout.traces)]
 
     async def run_groups(self, draws: Sequence[Draw]) -> list[TraceGroup]:
         """The group of each draw, all at once. The first error ends them all."""
-        return await gather([self.run_group(draw.problem, draw.index // self.config.rollout.problems) for draw in draws])
+        return await gather([self.run_group(draw.problem, draw.index // self.config.rollout.problems, draw.again) for draw in draws])
 
     def lost_group(self, draw: Draw, error: str) -> TraceGroup:
         """What stands for a group that could not be run: its traces, failed."""
-        members = self._members(draw.problem, draw.index // self.config.rollout.problems)
-        return TraceGroup(draw.problem, tuple(Trace(draw.problem.id, *member, (), (), "failed", {}, error) for member in members))
+        return TraceGroup(
+            draw.problem,
+            tuple(
+                Trace(draw.problem.id, *member, (), (), "failed", {}, error)
+                for member in self._members(draw.problem, draw.index // self.config.rollout.problems, draw.again)
+            ),
+        )
 
     def probe_ids(self) -> tuple[int, ...]:
         """A text to compare logprobs on: the first training problems' questions, up to PROBE_TOKENS tokens."""
@@ -407,7 +414,8 @@ class Rollouts:
         for index in range(cursor, cursor + MOST_PASSED_OVER + 1):
             problem = self.task.train(index)
             if not limit or len(self.tokenizer.plain(problem.question, limit + 1)[0]) <= limit:
-                return Draw(index, problem)
+                of_the_step = range(index - index % self.config.rollout.problems, index)
+                return Draw(index, problem, sum(self.task.train(before).id == problem.id for before in of_the_step))
         raise ConfigError(f"task.max_prompt_tokens = {limit}: each of {MOST_PASSED_OVER} problems in a row is longer; raise it")
 
 

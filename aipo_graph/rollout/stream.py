@@ -247,7 +247,7 @@ def rollout_metrics(
         "reward": _mean(t.reward for t in kept),
         "reward/alone": _mean(t.reward for t in alone),
         "reward/with_agents": _mean(t.reward for t in helped),
-        "solved": _mean(float(any(t.trained and t.reward >= 1 for t in group.traces)) for group in groups),
+        "solved": _mean(float(any(t.trained and t.solved for t in group.traces)) for group in groups),
         "violations": _mean(t.scores.get("violation", 0.0) for t in helped),
         "leaks": _mean(t.scores.get("leaks", 0.0) for t in helped),
         "failed": 1 - len(kept) / len(traces),

@@ -137,6 +137,7 @@ class Tokenizer:
         A prompt file explains the tags, so the text is taken as it is: what it quotes from others is neutralised before.
         """
         bos, template = self._tokenizer.bos_token_id, self._tokenizer.apply_chat_template
+        text = text.encode(errors="replace").decode()
         if self._tokenizer.chat_template is not None:
             messages, bos = [{"role": "user", "content": text}], None
             text = str(template(messages, tokenize=False, add_generation_prompt=True, **settings(self._thinking)))

@@ -360,7 +360,7 @@ def _text(cell: Any) -> str:
         cell = next((m.get("content") for m in reversed(cell) if isinstance(m, dict) and m.get("role") == "user"), None)
     if isinstance(cell, bool) or (isinstance(cell, float) and not math.isfinite(cell)):
         return ""
-    return str(cell).strip() if isinstance(cell, (str, int, float)) else ""
+    return str(cell).strip().encode(errors="replace").decode() if isinstance(cell, (str, int, float)) else ""
 
 
 def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, Any]]:

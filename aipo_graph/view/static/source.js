@@ -104,7 +104,7 @@ function wasCut(entry) {
 
 /** "solved", "partly" or "unsolved". */
 function outcomeOf(entry) {
-  if (entry.reward >= 1) return "solved";
+  if (entry.reward >= 1 - 5e-7) return "solved";
   return entry.reward > 0 ? "partly" : "unsolved";
 }
 
