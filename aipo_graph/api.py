@@ -95,7 +95,7 @@ def configured(
         objects[name] = value
         return f"{load.OBJECT}{name}"
 
-    use = agents if agents is None or isinstance(agents, Mapping) else {agent.name: agent for agent in agents}
+    use = agents if agents is None or isinstance(agents, Mapping) else {getattr(agent, "name", str(agent)): agent for agent in agents}
     changes = settings | {
         "rollout.graph": named("graph", graph),
         "rollout.solo": named("solo", solo),

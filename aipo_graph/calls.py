@@ -389,7 +389,7 @@ CLOSING = {"[": "]", "(": ")", "{": "}"}
 CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n": ""}
 NUMERAL = re.compile(r"[+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
-KEYS = r"[\w.$-]+(?: [\w.$-]+)*"
+KEYS = r"[\w.$-]+(?: [\w.$-]+){0,15}"
 """A key without quotes."""
 TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,),
@@ -552,7 +552,7 @@ class Literals:
                 closings.append(CLOSING[token[kind]])
             written.append(_as_json(kind, token[kind]))
             at = token.end()
-        return STRICT.decode("".join(written)), at
+        return STRICT.decode(" ".join(written)), at
 
 
 def _as_json(kind: str, text: str) -> str:

@@ -294,6 +294,13 @@ async def test_cancelling_passes_through() -> None:
             await task
 
 
+async def test_plain_tools_that_never_return_keep_no_thread_from_others() -> None:
+    stuck = Agent("verify", tools=(lambda query: threading.Event().wait(),), timeout=0.01, attempts=1)
+    found = await asyncio.gather(*(ask(stuck) for _ in range(50)), return_exceptions=True)
+    assert {type(error) for error in found} == {AgentError}
+    assert await asyncio.wait_for(asyncio.to_thread(str.upper, "pi"), 20) == await ask(echo("verify", str.upper)) == "PI"
+
+
 async def test_without_a_model_the_first_tool_answers() -> None:
     async def refuse(query: str) -> str:
         raise ToolError(f"cannot read {query!r}")

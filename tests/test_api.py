@@ -237,6 +237,8 @@ def test_agents_that_are_objects_in_the_shipped_graph() -> None:
     assert said == {"2695-"}
     with pytest.raises(ConfigError, match=r"agents.use.verify: object:agents.verify is the agent 'knowledge'"):
         train("operators", config, agents={"verify": agents[1]}, name="other")
+    with pytest.raises(ConfigError, match="agents.use.*<function"):
+        train("operators", config, agents=[lambda config: agents[0]], name="other")
 
 
 class Words:

@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.graph import END, START, MessagesState, StateGraph
-from langgraph.types import Send
+from langgraph.types import Command, Send
 from pydantic import BaseModel
 from rollout_world import Exact, Scribe, bpe, settings
 from test_chat_graph import messages_graph, spoken
@@ -125,6 +125,21 @@ async def test_exactly_the_words_of_a_tool_are_learned_from(manner: str, tokens:
     assert [completion.token_ids for _, completion in spoken([trace])] == rollouts.engine.sampled
     batch = pack([TraceGroup(PROBLEM, (trace, replace(trace, scores={"reward": 0.0})))], Loss())
     assert int((batch.source == AGENT).sum()) == 2 * sum(len(s.token_ids) for s in trace.segments if s.source == "agent")
+
+
+@tool
+async def calculator(question: str) -> str:
+    """Works out what an expert would say, too."""
+    return WORDS
+
+
+async def test_another_tool_that_says_the_same_is_no_helper() -> None:
+    raw, tools = tool_manners.tokenizer(QWEN_LIKE), [ask_expert, calculator]
+    schema = [convert_to_openai_tool(each) for each in tools]
+    requests = [call(raw, name, schema) for name in ("ask_expert", "calculator")]
+    graph = create_agent(PolicyChatModel(), tools=tools)
+    trace = await run(build(raw, graph, lambda text: [*requests, "\\boxed{42}"][text.count(WORDS)]))
+    assert (trace.status, trace.reward, said(trace)) == ("done", 1.0, [("ask_expert", WORDS)])
 
 
 def test_a_token_that_reaches_into_the_template_is_context() -> None:
@@ -476,6 +491,19 @@ async def test_a_sub_graph_as_helper_says_what_is_new_and_no_more_than_it_may() 
     trace = await run(build(raw, graph, lambda text: "\\boxed{42}", ["experts"], max_reply_tokens=12))
     assert (trace.status, said(trace)) == ("done", [("experts", "Six and six,")])
     assert PROBLEM.question in trace.segments[0].text
+
+
+async def test_a_helper_that_hands_over_to_its_parents_graph_is_learned_from() -> None:
+    async def expert(state: MessagesState) -> Any:
+        return Command(graph=Command.PARENT, goto="say", update={"messages": [AIMessage("Six sevens.")]})
+
+    async def say(state: MessagesState) -> Any:
+        return {"messages": [await PolicyChatModel().ainvoke(state["messages"])]}
+
+    inner = messages_graph({"expert": expert}, [(START, "expert")])
+    graph = messages_graph({"experts": inner, "say": say}, [(START, "experts")])
+    trace = await run(build(tool_manners.tokenizer(QWEN_LIKE), graph, lambda text: "\\boxed{42}", ["experts"]))
+    assert (trace.status, said(trace)) == ("done", [("experts", "Six sevens.")])
 
 
 async def test_a_forced_call_of_a_helper_fits_alone_too() -> None:

@@ -174,6 +174,7 @@ def test_the_held_out_twentieth_is_the_same_whatever_the_order_and_the_seed(tmp_
 def test_unusable_rows_are_counted_and_repeated_ones_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     bad = [{"question": " ", "answer": "1"}, {"question": "Why?", "answer": ""}, {"question": "How?", "answer": None}, {"answer": "1"}]
     assert _text(math.nan) == _text(True) == ""  # pandas writes NaN for what is missing
+    assert (_text(True, whole=True), _text({"a": 1}, whole=True), _text(None, whole=True)) == ("true", '{"a": 1}', "")  # a reward reads it
     assert _text("1\ud83d?") == "1??"  # half a character, which JSON can hold and no tokenizer takes
     long = {"question": "Prove it.", "answer": "because " * 100}
     again = {"question": "What  is 3 +\n1?", "answer": "5"}

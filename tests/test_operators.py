@@ -183,3 +183,9 @@ def test_problems_vary() -> None:
     questions = [p.question for p in islice(map(TASK.train, range(10_000)), 500)]
     assert len(set(questions)) > 495
     assert {q[0] for q in questions} == set(operators.MARKERS)
+
+
+@pytest.mark.parametrize("given", [{"data": "own.jsonl"}, {"heldout": "own.jsonl"}, {"columns": {"question": "own.jsonl"}}])
+def test_problems_of_ones_own_are_refused(given: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"task.name = operators: it makes its own problems; leave out .*own\.jsonl"):
+        operators.build(Config.model_validate({"task": given}))

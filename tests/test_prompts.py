@@ -31,7 +31,7 @@ def test_fields_that_are_not_given_are_blank(tmp_path: Path) -> None:
     assert write(tmp_path, verify="{query}|{transcript}").render("verify", query="1=1") == "1=1|"
 
 
-@pytest.mark.parametrize("field", ["answer", "question.__class__", "question[0]", "", "0"])
+@pytest.mark.parametrize("field", ["query: what is asked", "query!z", "answer", "question.__class__", "question[0]", "", "0"])
 def test_an_unknown_field_is_named(tmp_path: Path, field: str) -> None:
     with pytest.raises(ConfigError, match=r"policy\.md: unknown field .*known are question, query, transcript"):
         write(tmp_path, policy=f"{{{field}}}")

@@ -224,6 +224,12 @@ def test_two_scores_of_one_name() -> None:
         score({"right": lambda: 1.0, "other": lambda: {"reward": 1.0, "right": 2.0}})
 
 
+@pytest.mark.parametrize("name", ["reward", "leaks", "misfits"])
+def test_a_name_that_the_sum_or_the_rollout_takes(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"gave a score named '{name}', as another reward does; rename one"):
+        score({name: lambda: 1.0, "other": lambda: 0.5})
+
+
 # --- those that are here
 
 

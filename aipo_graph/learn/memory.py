@@ -202,9 +202,8 @@ def shown(size: int) -> str:
     >>> shown(3 * 2**30), shown(5 * 2**19), shown(0)
     ('3.0 GiB', '2.5 MiB', '-')
     """
-    if not size:
-        return "-"
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
+    unit, name = (2**30, "GiB") if size >= 2**30 / 10 else (2**20, "MiB")
+    return f"{size / unit:,.1f} {name}" if size else "-"
 
 
 def table(found: Estimate) -> Table | str:

@@ -67,7 +67,8 @@ class Prompts:
 
     def fields(self, name: str) -> set[str]:
         """The fields that one prompt asks for."""
-        return {found for _, found, _, _ in string.Formatter().parse(self._text(name)) if found is not None}
+        parts = string.Formatter().parse(self._text(name))
+        return {found + (f"!{how}" if how else "") + (f":{form}" if form else "") for _, found, form, how in parts if found is not None}
 
     def render(self, name: str, **fields: str) -> str:
         """The text of one prompt with its fields filled in; values are never parsed again."""

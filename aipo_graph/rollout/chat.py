@@ -34,7 +34,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.config import get_config
-from langgraph.errors import GraphBubbleUp
+from langgraph.errors import GraphBubbleUp, ParentCommand
 from langgraph.types import Command
 from pydantic import model_validator
 
@@ -54,14 +54,18 @@ THREADS = 1024
 
 
 @lru_cache(maxsize=64)
-def _with_threads(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
+def with_threads(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
     """The loop, with room for its graphs' plain nodes: asyncio's own few threads would wait for each other for ever."""
     loop.set_default_executor(ThreadPoolExecutor(THREADS, "graph"))
     return loop
 
 
 Said = tuple[str, str]
-"""A message's type and text."""
+"""A message's type and its text, or of a tool's result which call it answers."""
+
+
+def _said(message: BaseMessage) -> Said:
+    return message.type, str(getattr(message, "tool_call_id", "") or message.text)
 
 
 class OutOfTokens(GraphBubbleUp):
@@ -168,7 +172,7 @@ class ChatRun(BaseCallbackHandler):
         self._budget = budget
         self._seed = seed
         self._temperature = temperature
-        self._loop = _with_threads(asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
         self._bridged: set[Future[Any]] = set()
         self._tasks: dict[str, tuple[str, ...]] = {}
         self._turns: list[Turn] = []
@@ -200,8 +204,12 @@ class ChatRun(BaseCallbackHandler):
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """A helper's node has ended: what it wrote are its words."""
         name, given = self._helping.pop(run_id, ("", frozenset()))
-        for said in {(message.type, str(message.text)) for message in _messages(outputs if name else ())} - given:
+        for said in {*map(_said, _messages(outputs if name else ()))} - given:
             self._said[said] = min(name, self._said.get(said, name))  # whoever of two that say the same ends first
+
+    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """A helper's node has failed, or handed over to its parent's graph with what it wrote."""
+        self.on_chain_end(error.args[0] if isinstance(error, ParentCommand) else (), run_id=run_id)
 
     def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: UUID, tags: list[str] | None = None, **kwargs: Any) -> None:
         """A node's task starts. Where it does so again, LangGraph retries it: what the failed attempt sampled is no part of the trace."""
@@ -209,7 +217,7 @@ class ChatRun(BaseCallbackHandler):
             return
         metadata = kwargs.get("metadata") or {}
         if (node := metadata.get("langgraph_node")) in self._helpers:
-            self._helping[run_id] = str(node), frozenset((message.type, str(message.text)) for message in _messages(inputs))
+            self._helping[run_id] = str(node), frozenset(map(_said, _messages(inputs)))
         ns, step = str(metadata.get("langgraph_checkpoint_ns", "")), int(metadata.get("langgraph_step", 0))
         if "|" not in ns and step != self._step:
             self.settle()
@@ -371,7 +379,7 @@ class ChatRun(BaseCallbackHandler):
         """Whose words a message holds, if a helper's."""
         if str(message.id) in self._own or (isinstance(message, ToolMessage) and (self._alone or message.status == "error")):
             return None  # alone, no helper's tool runs: the policy wrote it
-        return message.name if message.name in self._helpers else self._said.get((message.type, str(message.text)))
+        return message.name if message.name in self._helpers else self._said.get(_said(message))
 
     def _shortened(self, message: BaseMessage) -> BaseMessage:
         """A helper's message as the policy reads it: no longer than `agents.max_reply_tokens`."""
@@ -379,8 +387,9 @@ class ChatRun(BaseCallbackHandler):
         if not name:
             return message
         text = self._chat.cut(str(message.text), self._longest)
-        self._said.setdefault((message.type, text), name)
-        return message if text == message.text else message.model_copy(update={"content": text})
+        shown = message if text == message.text else message.model_copy(update={"content": text})
+        self._said.setdefault(_said(shown), name)
+        return shown
 
     def _heard(
         self, text: str, messages: Sequence[BaseMessage], start: int, author: str, write: Callable[[Sequence[BaseMessage]], str | None]

@@ -24,7 +24,7 @@ from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, 
 from aipo_graph.load import call, find, load, model, nearest, own_place
 from aipo_graph.messages import THOUGHTS, after_reasoning, read_tokenizer
 from aipo_graph.rollout.agents import CLOCK, Agent, Clock, Prompts
-from aipo_graph.rollout.chat import ChatRun, Misfit, OutOfTokens
+from aipo_graph.rollout.chat import ChatRun, Misfit, OutOfTokens, with_threads
 from aipo_graph.rollout.graph import Budget, Context, Graph
 from aipo_graph.rollout.inputs import STORES, Inputs, apart, in_messages, said, unsolved, within
 from aipo_graph.rollout.ledger import Ledger
@@ -230,6 +230,7 @@ class Rollouts:
     ) -> tuple[Trace, Mapping[str, Any]]:
         """The trace without scores, and the graph's last state."""
         rollout = self.config.rollout
+        with_threads(asyncio.get_running_loop())
         ledger = Ledger(self.engine)
         context = Context(
             generate=ledger.generate,

@@ -1,6 +1,5 @@
 """Tools of agents: functions and LangChain tools, how a model is shown them, and what they return as text."""
 
-import asyncio
 import functools
 import inspect
 import json
@@ -14,6 +13,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, ConfigDict, create_model
 from pydantic.errors import PydanticUserError
 
+from aipo_graph import loops
 from aipo_graph.errors import ConfigError, first_line
 
 Tool = Callable[..., Any] | BaseTool
@@ -60,7 +60,7 @@ def check_alone(agent: str, tool: Tool) -> None:
 async def answer(tool: Tool, query: str) -> str:
     """What a tool makes of the query, without a model that could fill in more."""
     if not isinstance(tool, BaseTool):
-        return text(await _run(tool, query))
+        return text(await loops.call(tool, query, named={}, late=[]))
     schema = _schema(tool)
     return text(await tool.ainvoke({next(iter((*schema.get("required", ()), *schema["properties"]))): query}))
 
@@ -74,26 +74,20 @@ def text(result: Any) -> str:
     return json.dumps(result, ensure_ascii=False, default=str) if isinstance(result, (dict, list, tuple, bool, type(None))) else str(result)
 
 
-async def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    in_loop = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-    result = function(*args, **kwargs) if in_loop else await asyncio.to_thread(function, *args, **kwargs)
-    return await result if inspect.isawaitable(result) else result
-
-
 def _structured(function: Callable[..., Any]) -> StructuredTool:
     """A function as LangChain's tool. Raises ValueError, or what reading its signature raises."""
     if isinstance(function, type) or not callable(function):
         raise ValueError("it is no function; write one, or give an instance")
     signature = inspect.signature(function, eval_str=True)
     fields: Any = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in _open(function, signature)}
-    inner = _inner(function)
+    inner = loops.inner(function)
     about = inner.__doc__ if inspect.isroutine(inner) else type(inner).__call__.__doc__ or type(inner).__doc__
     name = getattr(inner, "__name__", type(inner).__name__)
 
     async def call(**arguments: Any) -> Any:
         bound = signature.bind_partial()
         bound.arguments.update(arguments)
-        return await _run(function, *bound.args, **bound.kwargs)
+        return await loops.call(function, *bound.args, named=bound.kwargs, late=[])
 
     schema = create_model(name, __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
     return StructuredTool(name=name, description=inspect.cleandoc(about or ""), args_schema=schema, coroutine=call)
@@ -123,9 +117,5 @@ def _schema(tool: BaseTool) -> dict[str, Any]:
     return {"properties": {}} | found
 
 
-def _inner(function: Any) -> Any:
-    return _inner(function.func) if isinstance(function, functools.partial) else function
-
-
 def _name(tool: Tool) -> str:
-    return repr(tool.name if isinstance(tool, BaseTool) else getattr(_inner(tool), "__name__", type(tool).__name__))
+    return repr(tool.name if isinstance(tool, BaseTool) else getattr(loops.inner(tool), "__name__", type(tool).__name__))

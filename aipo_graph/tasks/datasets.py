@@ -300,7 +300,7 @@ def _read(name: str, setting: str, source: str, layout: Layout, required: frozen
     for count, row in enumerate(_rows(setting, source, layout)):
         if count == 0:
             columns = _columns(source, row, layout.columns, required)
-        cells = {what: _text(_cell(row, column)) for what, column in columns.items()}
+        cells = {what: _text(_cell(row, column), layout.own and what == "answer") for what, column in columns.items()}
         question, gold = (layout.compose or layout.read)(cells)
         key = " ".join(question.split())
         if key and layout.apart:
@@ -352,14 +352,14 @@ def _cell(row: Mapping[str, Any], column: str, lacking: Any = None) -> Any:
     return row[column] if column in row else fields.get(inner, lacking) if isinstance(fields, dict) else lacking
 
 
-def _text(cell: Any) -> str:
-    """Text, a number, either as a list of one, or the user's last message, as text; anything else is none."""
+def _text(cell: Any, whole: bool = False) -> str:
+    """Text, a number, either as a list of one, or the user's last message, as text; anything else is none, or ``whole`` as JSON."""
     if isinstance(cell, list) and cell and all(isinstance(entry, (str, int, float)) for entry in cell):
         cell = cell[0] if len(cell) == 1 else json.dumps([str(entry) for entry in cell])
     if isinstance(cell, list):
         cell = next((m.get("content") for m in reversed(cell) if isinstance(m, dict) and m.get("role") == "user"), None)
-    if isinstance(cell, bool) or (isinstance(cell, float) and not math.isfinite(cell)):
-        return ""
+    if isinstance(cell, (bool, dict)) or (isinstance(cell, float) and not math.isfinite(cell)):
+        return json.dumps(cell, default=str) if whole and not isinstance(cell, float) else ""
     return str(cell).strip().encode(errors="replace").decode() if isinstance(cell, (str, int, float)) else ""
 
 

@@ -176,8 +176,10 @@ class ReasoningGym:
 
 def build(config: Config) -> ReasoningGym:
     """The factory that ``task.name = reasoning_gym`` stands for. Raises ConfigError for a data file: generators make their own problems."""
-    if config.task.data is not None:
-        raise ConfigError(f"task.data = {config.task.data!r}: reasoning-gym makes its own problems; leave it out, or name another task")
+    if (data := config.task.data) is not None or config.task.heldout or config.task.columns:
+        raise ConfigError(
+            f"task.name = reasoning_gym: it makes its own problems; leave out {data or config.task.heldout or config.task.columns!r}"
+        )
     return ReasoningGym(config.task.options, config.run.seed)
 
 

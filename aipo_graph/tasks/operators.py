@@ -154,6 +154,8 @@ def evaluate(state: str, steps: str) -> str:
 
 def build(config: Config) -> Operators:
     """The factory that ``task.name = operators`` stands for. Raises ConfigError for a data file: this task makes its own problems."""
-    if config.task.data is not None:
-        raise ConfigError(f"task.data = {config.task.data!r}: the operator task makes its own problems; leave it out, or name another task")
+    if (data := config.task.data) is not None or config.task.heldout or config.task.columns:
+        raise ConfigError(
+            f"task.name = operators: it makes its own problems; leave out {data or config.task.heldout or config.task.columns!r}"
+        )
     return Operators(config.run.seed, task_options(config.task, Options).easy_share)

@@ -1,8 +1,6 @@
 """What a trace is worth: plain functions that are given what they name, and the scores that they return."""
 
-import _thread
 import asyncio
-import contextvars
 import functools
 import inspect
 import json
@@ -18,6 +16,7 @@ from jsonschema.validators import validator_for
 from referencing import Registry
 
 from aipo_graph import load as files
+from aipo_graph import loops
 from aipo_graph.config import Config
 from aipo_graph.errors import AipoError, ConfigError, TaskError
 from aipo_graph.tasks import grading
@@ -137,7 +136,7 @@ class Rewards:
             if name:
                 parts.append(self._weights.get(name, 1.0) * own["reward"])
                 own = {name if key == "reward" else key: value for key, value in own.items()}
-            if twice := next((key for key in own if key in scores), None):
+            if twice := next((key for key in own if key in scores or (name and key in ("reward", *COUNTED))), None):
                 raise ConfigError(f"{label}: gave a score named {twice!r}, as another reward does; rename one")
             scores |= own
         return scores if "" in self._functions else {"reward": maths.fsum(parts), **scores}
@@ -147,9 +146,7 @@ class Rewards:
         async with self._room:
             try:
                 async with asyncio.timeout(self._seconds) as limit:
-                    in_loop = inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__)
-                    value = found(**given) if in_loop else await self._in_thread(functools.partial(found, **given))
-                    return await value if inspect.isawaitable(value) else value
+                    return await loops.call(found, named=given, late=self._late)
             except AipoError:
                 raise
             except Exception as error:  # the boundary of a user's reward
@@ -160,34 +157,10 @@ class Rewards:
                     raise ConfigError(f"{label}: {late}, and {still} such calls still run: look for a loop without an end") from None
                 raise TaskError(f"{label}: {late}") from None
 
-    async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        """A thread that nobody waits for at the end of the process: what does not end in time cannot be ended."""
-        context = contextvars.copy_context()
-        ended: Future[Any] = Future()
-        ended.set_running_or_notify_cancel()  # so that whoever stops waiting for it does not cancel it
-
-        def work() -> None:
-            try:
-                ended.set_result(context.run(call))
-            except BaseException as error:  # noqa: BLE001  # raised where the call is awaited
-                ended.set_exception(error)
-
-        _thread.start_new_thread(work, ())  # a Thread's start waits for it, and the whole event loop with it
-        try:
-            return await asyncio.wrap_future(ended)
-        except asyncio.CancelledError:
-            self._late = [*(call for call in self._late if not call.done()), ended]
-            raise
-
 
 def _label(spec: Any, config: Config) -> str:
-    if isinstance(spec, str):
-        return f"task.reward = {spec!r}"
-    return f"{getattr(_inner(spec), '__name__', type(spec).__name__)}() of task {config.task.name}"
-
-
-def _inner(found: Any) -> Any:
-    return _inner(found.func) if isinstance(found, functools.partial) else found
+    own = f"{getattr(loops.inner(spec), '__name__', type(spec).__name__)}() of task {config.task.name}"
+    return f"task.reward = {spec!r}" if isinstance(spec, str) else own
 
 
 def _parameters(label: str, found: Function) -> tuple[frozenset[str], frozenset[str]]:
