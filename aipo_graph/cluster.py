@@ -45,7 +45,7 @@ from aipo_graph.types import Completion, Learned, Stop, TraceGroup
 
 try:
     import ray
-    from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+    from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 except ImportError as missing:
     raise ConfigError(f"cluster.address: Ray is not installed; {install('ray')}, or leave it empty") from missing
 
@@ -56,6 +56,8 @@ AWAY, ABSENT = 5.0, 4
 """Seconds between two looks at Ray's head, and how many may fail in a row."""
 RESTARTS = 3
 """Times that a process is started again over a run."""
+DEAD = (RayActorError, OutOfMemoryError)
+"""What a call of a process raises that has died, the second where Ray ended it for its memory."""
 AGAIN = 1.0
 """Seconds until a process that was lost is asked again."""
 BUCKET = 2**30
@@ -329,6 +331,8 @@ async def answer(reference: Any) -> Any:
         ray.cancel(reference)
         raise
     except RayTaskError as error:
+        if isinstance(error.cause, ObjectLostError):  # the weights that rank 0 had published
+            raise LostError(first_line(error.cause)) from None
         raise (error.cause if isinstance(error.cause, AipoError) else error) from None
 
 
@@ -393,7 +397,7 @@ class Process:
         self.found: dict[str, str] = {}
         self._cluster = cluster
         self.alone, self._lock = asyncio.Lock(), asyncio.Lock()
-        options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD", "max_concurrency": 1000}
+        options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD", "max_concurrency": 10**6}
         self.actor: Any = cluster.start(kind, name, run, *arguments, max_restarts=RESTARTS, **options)
 
     async def ready(self) -> None:
@@ -401,7 +405,7 @@ class Process:
         async with self._lock:
             try:
                 found = await self._opened()
-            except ActorDiedError as error:
+            except (ActorDiedError, OutOfMemoryError) as error:
                 where = f"{self.name} on {self.found.get('node', 'a node')}"
                 raise TrainError(
                     f"{where} was lost {RESTARTS + 1} times: {first_line(error)[:200]}; see the folder logs of Ray's session there"
@@ -436,7 +440,7 @@ class Process:
         except TimeoutError:
             ray.kill(self.actor, no_restart=False)
             raise Lost from None
-        except RayActorError:
+        except DEAD:
             raise Lost from None
 
     async def close(self) -> None:
@@ -588,7 +592,7 @@ class Learners:
                 if isinstance(error.cause, RuntimeError) and not isinstance(error.cause, torch.OutOfMemoryError):  # of a collective
                     raise self._lost(first_line(error.cause)) from None
                 raise
-            except RayActorError as error:
+            except DEAD as error:
                 raise self._lost(first_line(error)) from None
         return ray.get(references)
 
@@ -668,7 +672,7 @@ class Samplers:
         self.version = version
 
     async def _load(self, sampler: Process) -> None:
-        with contextlib.suppress(Lost):  # then it gets them when it is there again
+        with contextlib.suppress(Lost, LostError):  # then it gets them when it is there again
             await sampler.call("load_weights", *self.last)
 
     async def feed(self, sampler: Process) -> None:
@@ -677,7 +681,7 @@ class Samplers:
             while True:
                 try:
                     await answer(sampler.actor.until_killed.remote())
-                except RayActorError:
+                except DEAD:
                     await asyncio.sleep(AGAIN)
                     if self.last[1]:
                         await self._load(sampler)

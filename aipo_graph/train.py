@@ -75,8 +75,7 @@ async def loop(
             async for step in steps:
                 sampled = time.monotonic()
                 names = config.rollout.helpers or config.agents.use
-                metrics = rollout_metrics(step.groups, names, learner.version, step.discarded, step.too_long)
-                metrics |= stream.metrics
+                metrics = rollout_metrics(step.groups, names, learner.version, step.discarded, step.too_long) | stream.metrics
                 log.excluded(learner.version + 1, exclusions(step.groups), alarm=metrics["alarm"] > 0)
                 if step.too_long and not passed_over:
                     log.note(f"{step.too_long[0].traces[0].error}: such problems are passed over, prompts/too_long counts them")
@@ -111,7 +110,7 @@ async def loop(
                 finished = _finished(config, learner.version, tokens)
                 stopped = stopping.is_set() and stream.whole(learner.version)
                 if finished or stopped or learner.version % config.run.checkpoint_every == 0:
-                    warning = learner.save(log.folder / "checkpoints", {"tokens": tokens, "drawn": step.drawn})
+                    warning = await asyncio.to_thread(learner.save, log.folder / "checkpoints", {"tokens": tokens, "drawn": step.drawn})
                     if warning:
                         log.note(warning)
                 if finished or stopped:
@@ -252,6 +251,7 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
             del learner  # its memory is the evaluation's, which is another process, or the caller's
             gc.collect()
             torch.cuda.empty_cache()
+        sweep(log.folder)
         if evaluated:
             values["trained"] = evaluate(log.folder / "policy", "trained")
         rows = read_metrics(log.folder / "metrics.jsonl")
@@ -346,6 +346,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"train.micro_batch_tokens = {config.train.micro_batch_tokens}: below rollout.max_tokens = {config.rollout.max_tokens}, "
             "so one trace would not fit"
+        )
+    if config.engine.kind == "server" and config.evaluate.problems and "policy" in config.agents.models.values():
+        raise ConfigError(
+            "agents.models: policy: the evaluation gives the servers the trained weights; serve the starting ones apart and say vllm:URL, "
+            "or evaluate.problems: 0"
         )
 
 

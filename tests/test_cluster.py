@@ -1,5 +1,6 @@
 """Training over real Ray: the bits of a run without it, over killed processes, too; every failure ends in one line, and nothing is left."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -10,9 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OwnerDiedError, RayTaskError
 from safetensors.torch import load_file
 from started import Started, run_module
 from test_train import bits, words_of
@@ -191,6 +194,13 @@ def test_a_problem_that_kills_its_worker_is_given_up_and_the_second_ends_the_run
     assert "worker-0 on " in one_line(done)
     assert "was lost 4 times" in one_line(done)
     assert gone(tmp_path)
+
+
+async def test_weights_that_went_with_rank_0_are_a_loss_of_the_learner() -> None:
+    gone, reference = OwnerDiedError("0" * 56, None, ""), concurrent.futures.Future[Any]()
+    reference.set_exception(RayTaskError("load_weights", "", gone))
+    with pytest.raises(LostError):
+        await cluster.answer(SimpleNamespace(future=lambda: reference))
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,10 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("--engine.kind vllm --rollout.max_lag 1", "rollout.max_lag = 1: engine.kind = vllm sleeps while the learner learns"),
         ("--cluster.learners 2", "cluster.learners = 2: needs a Ray cluster; say cluster.address: local, or a running one's"),
         ("--cluster.address here", "cluster.address = 'here': must match"),
+        (
+            "--cluster.address local --engine.kind server --engine.launch true",
+            "engine.launch: in a cluster others do not reach this machine",
+        ),
         ("--cluster.address local --run.device cuda:1", "run.device = cuda:1: in a cluster Ray chooses the GPU of each process; say cuda"),
         (
             '--cluster.address local --engine.kind vllm --agents.models {"verify":"policy"}',
@@ -280,3 +284,11 @@ def test_a_trace_must_fit_a_training_batch_where_there_is_training(capsys: pytes
         importlib.import_module("aipo_graph.train").main(words)
     importlib.import_module("aipo_graph.evaluate").main(["operators", *words])
     assert "micro_batch_tokens: 9" in capsys.readouterr().out
+
+
+def test_a_helper_that_the_evaluation_would_train_is_refused() -> None:
+    words = ["--engine.kind", "server", "--engine.urls", "http://localhost:1", "--policy.lora_rank", "4"]
+    words += ["--agents.models", '{"verify": "policy"}', "--dry-run"]
+    with pytest.raises(ConfigError, match=r"agents.models: policy: the evaluation gives the servers the trained weights"):
+        importlib.import_module("aipo_graph.train").main(words)
+    importlib.import_module("aipo_graph.train").main([*words, "--evaluate.problems", "0"])

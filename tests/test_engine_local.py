@@ -4,8 +4,11 @@ import asyncio
 import contextvars
 import operator
 import random
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -478,6 +481,28 @@ async def test_weights_that_do_not_fit_are_refused_and_nothing_is_copied() -> No
     with pytest.raises(EngineError, match="while 1"):
         await engine.load_weights(good.items(), 1)
     assert await waiting == before
+
+
+async def test_weights_wait_for_the_last_step_of_what_was_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a trace is that runs out of time: on a GPU its step is still under way in a thread."""
+    engine, stepping = engine_of(tiny()), threading.Event()
+    step = engine._step
+
+    def slow(*args: Any) -> None:
+        stepping.set()
+        time.sleep(0.05)
+        step(*args)
+
+    monkeypatch.setattr(engine, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(engine, "_step", slow)
+    late = asyncio.ensure_future(engine.generate([1, 2], seed=0, max_tokens=50))
+    await asyncio.to_thread(stepping.wait)
+    with pytest.raises(EngineError, match="while 1"):
+        await engine.load_weights(tiny(seed=7).named_parameters(), 1)
+    late.cancel()
+    await asyncio.wait({late})
+    await engine.load_weights(tiny(seed=7).named_parameters(), 1)
+    assert (engine.version, late.cancelled()) == (1, True)
 
 
 def test_a_model_that_keeps_no_columns_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from test_lora import MODELS
 from tiny_learner import VOCAB, group, random_groups, segment, tiny_learner, tiny_model, trace
-from transformers import Gemma2Config, Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, MambaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from aipo_graph.config import Config, Loss
 from aipo_graph.learn.batch import pack
@@ -136,6 +136,8 @@ def test_the_samplers_share_follows_the_engine(tmp_path: Path, monkeypatch: pyte
     assert (names(kind="server", launch=True), names(kind="vllm")) == (set(), {"vLLM"})  # a launched server takes the last GPU
     found = sizes(estimate(Config.model_validate({"engine": {"max_batch": 10}, "rollout": {"max_tokens": 50}}), tmp_path))
     assert found["sampler's weights"] == found["weights"]
+    helper = Config.model_validate({"agents": {"models": {"verify": "policy"}}})  # a copy of the starting policy
+    assert sizes(estimate(helper, tmp_path))["sampler's weights"] == 2 * found["weights"]
     assert found["sampler's cache"] == 10 * 50 * 2 * 32 * 2 * 4  # rows, tokens, keys and values, width, layers, float32
 
 
@@ -166,6 +168,8 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()  # no weights are read
     assert estimate(Config(), tmp_path).parts
+    MambaConfig(hidden_size=16, num_hidden_layers=2).save_pretrained(tmp_path)
+    assert text(estimate(Config(), tmp_path)).startswith("no memory estimate: what a model of the type mamba keeps")
 
 
 @pytest.mark.slow

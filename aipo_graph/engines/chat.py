@@ -228,7 +228,7 @@ async def _open_policy(config: Config, name: str) -> BaseChatModel:
     path = model(name)
     if config.engine.kind == "local":
         return _over(LocalEngine.load(config, path).generate, Facts.read(config, path), config)
-    if config.engine.kind == "server" and config.policy.lora_rank and config.engine.urls:
+    if config.engine.kind == "server" and config.policy.lora_rank and config.engine.urls and path == model(config.policy.model):
         return await _open_vllm(config.engine.urls[0], config)
     raise ConfigError(
         f"policy: engine.kind = {config.engine.kind} keeps no copy of the starting weights; serve them apart and say vllm:URL, "

@@ -48,9 +48,11 @@ os._exit(code % 256)
 
 def serve_command(config: Config, facts: Facts, port: int, *, python: str = sys.executable) -> list[str]:
     """Starts a server that fits this run. Raises ConfigError for a rank that vLLM does not have."""
-    command = [python, "-m", MODULE, "--model", facts.path, "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", config.policy.dtype, "--max-model-len", str(facts.context), "--max-num-seqs", str(config.engine.max_batch)]
-    command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--disable-uvicorn-access-log"]
+    command = [
+        *(python, "-m", MODULE, "--model", facts.path, "--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", config.policy.dtype, "--max-model-len", str(facts.context), "--max-num-seqs", str(config.engine.max_batch)),
+        *("--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--disable-uvicorn-access-log"),
+    ]
     if rank := config.policy.lora_rank:  # requests keep the adapter that they began with
         command += ["--enable-lora", "--max-lora-rank", str(max_rank(rank)), "--max-loras", str(config.rollout.max_lag + 2)]
     if not on_cuda(config):

@@ -256,6 +256,8 @@ class LocalEngine:
 
         Raises EngineError while a request is served, and for unknown, missing or misshapen tensors.
         """
+        if self._stepping and self._loop and all(row.future.done() for row in [*self._live, *self._waiting]):
+            await asyncio.wait({self._loop})  # the last step of what was cancelled
         if not self._stepping:
             self._drop_cancelled()
         if count := len(self._live) + len(self._waiting):
@@ -347,8 +349,7 @@ class LocalEngine:
                 mine.remove(best)
                 row.slot, row.cached = best.slot, best.length - 1
                 self._slots[row.slot] = row
-        spare = [slot for slot, old in enumerate(self._slots) if old is None]
-        spare += [old.slot for mine in pasts.values() for old in mine]
+        spare = [slot for slot, old in enumerate(self._slots) if old is None] + [old.slot for mine in pasts.values() for old in mine]
         for row, slot in zip((row for row in joiners if row.slot < 0), spare, strict=False):
             row.slot = slot
             self._slots[slot] = row

@@ -6,6 +6,7 @@ In three parts: requests to one server, whether a server fits a run, and the eng
 import asyncio
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import secrets
@@ -273,6 +274,7 @@ class ServerEngine(Seats, vllm_api.VllmSampler):
         self._lora = lora
         self._dtype = config.policy.dtype
         self._in_use: Counter[str | None] = Counter()
+        self._loads = itertools.count()
         """Requests under way by adapter, whose files vLLM may read again as long as one uses it."""
 
     @classmethod
@@ -332,9 +334,10 @@ class ServerEngine(Seats, vllm_api.VllmSampler):
     async def _score_next(self, client: Client, prompt: Sequence[int], token: int) -> float:
         """One token, on a server with adapters. Prompt logprobs beside other requests end its engine (vLLM 0.32 maps the batch's rows to
         adapters, not the prompt's), and only completions return the logprob of a given token."""
-        body: dict[str, Any] = {"model": self._adapter or self._names[client.url], "prompt": list(prompt)}
-        body |= {"max_tokens": 1, "temperature": 0.0, "logprobs": 0}
-        body |= {"logprob_token_ids": [token], "return_tokens_as_token_ids": True}
+        body: dict[str, Any] = {
+            **{"model": self._adapter or self._names[client.url], "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0},
+            **{"logprobs": 0, "logprob_token_ids": [token], "return_tokens_as_token_ids": True},
+        }
         answer = await client.sample(TEXT, body)
         return float(answer["choices"][0]["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
 
@@ -348,10 +351,11 @@ class ServerEngine(Seats, vllm_api.VllmSampler):
             async with self._paused(self._clients, version):
                 await asyncio.to_thread(vllm.send_nccl, [client.url for client in self._clients], weights)
         else:
-            label = self._labels.of(version)
+            # An adapter's name never comes twice, since vLLM finds what it has cached by it.
+            label = self._labels.of(version) + (f".{next(self._loads)}" if self.takes == "adapter" else "")
             path = await asyncio.to_thread(self._files.write, label, weights)
             if self.takes == "adapter":
-                await self._switch(label, path)
+                await self._switch(label, path, version)
             else:
                 await self._reload(self._clients, str(path), version)
                 self._files.keep(label)
@@ -382,15 +386,13 @@ class ServerEngine(Seats, vllm_api.VllmSampler):
         body = {"new_version": self._labels.of(version)}
         await _all(client.call("POST", "/update_weight_version", body) for client in clients)
 
-    async def _switch(self, name: str, path: Path) -> None:
+    async def _switch(self, name: str, path: Path, version: int) -> None:
         """New requests name the new adapter; the one before is forgotten, its files go when its last request is done."""
         old = self._adapter
-        if name == old:  # a run that loads its version again
-            await _all(client.call("POST", "/v1/unload_lora_adapter", {"lora_name": old}) for client in self._clients)
         body = {"lora_name": name, "lora_path": str(path)}
         await _all(client.call("POST", "/v1/load_lora_adapter", body) for client in self._clients)
-        self._adapter = name
-        if old is not None and old != name:
+        self._adapter, self.version = name, version
+        if old is not None:
             await _all(client.call("POST", "/v1/unload_lora_adapter", {"lora_name": old}) for client in self._clients)
         self._files.keep(name, *(adapter for adapter, count in self._in_use.items() if adapter and count))
 

@@ -158,9 +158,11 @@ def settings(config: Config, model: str, parts: Sequence[Part]) -> Values:
             "engine": {"kind", "max_context", "max_batch", "deterministic"},
         },
     )
-    flat = cli.flat(sections)
-    flat |= {f"task.{key}": value for key in ("reward", "weights") if (value := getattr(config.task, key))}
-    flat |= {f"rollout.{key}": value for key in ("inputs", "output", "helpers") if (value := getattr(config.rollout, key))}
+    flat = {
+        **cli.flat(sections),
+        **{f"task.{key}": value for key in ("reward", "weights") if (value := getattr(config.task, key))},
+        **{f"rollout.{key}": value for key in ("inputs", "output", "helpers") if (value := getattr(config.rollout, key))},
+    }
     if files.objects():
         flat["objects"] = uuid4().hex  # nobody can say whether they are those of an earlier call
     if config.task.options:
@@ -208,10 +210,13 @@ def _revision(model: str) -> str | None:
 
 def contents(config: Config) -> dict[str, str]:
     """SHA-256 of each file that the settings name, by setting: code, prompts, local data; of a function that a call gave, of its code."""
-    code = {"rollout.graph": config.rollout.graph, "rollout.solo": config.rollout.solo, "task.name": config.task.name}
     reward = config.task.reward if isinstance(config.task.reward, dict) else {"": config.task.reward}
-    code |= {f"task.reward.{name}".rstrip("."): spec for name, spec in reward.items()}
-    code |= {f"agents.use.{name}": spec for name, spec in config.agents.use.items()} | {f"loss.{p}": getattr(config.loss, p) for p in FORMS}
+    code = {
+        **{"rollout.graph": config.rollout.graph, "rollout.solo": config.rollout.solo, "task.name": config.task.name},
+        **{f"task.reward.{name}".rstrip("."): spec for name, spec in reward.items()},
+        **{f"agents.use.{name}": spec for name, spec in config.agents.use.items()},
+        **{f"loss.{part}": getattr(config.loss, part) for part in FORMS},
+    }
     paths = {key: path for key, spec in code.items() if (path := files.source(spec))}
     paths |= {f"rollout.prompts/{path.name}": path for path in sorted(files.find(config.rollout.prompts, "dir").glob("*.md"))}
     schemas = {key: files.find(spec.removeprefix("json:")) for key, spec in code.items() if spec.startswith("json:")}

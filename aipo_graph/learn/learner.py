@@ -94,9 +94,8 @@ class Learner:
         self.device = torch.device(device)
         policy = config.policy
         self.model = load_model(model_path, dtype=policy.dtype if policy.lora_rank else "float32", device=device)
-        self.adapted = None
-        if policy.lora_rank:  # vLLM takes no adapters of fused experts
-            self.adapted = lora.attach(self.model, policy, derive_seed(config.run.seed, "lora"), experts=config.engine.kind == "local")
+        seed, experts = derive_seed(config.run.seed, "lora"), config.engine.kind == "local"  # vLLM takes no adapters of fused experts
+        self.adapted = lora.attach(self.model, policy, seed, experts=experts) if policy.lora_rank else None
         self.frozen: dict[str, Any] | None = None
         """What an adapter means nothing without."""
         if self.adapted is not None:
@@ -132,8 +131,10 @@ class Learner:
         by that update. Raises TrainError after three bad steps in a row, or ``train.patience`` steps in a row with nothing to train on.
         """
         self.version += 1
-        metrics = {f"batch_{name}": float(count) for name, count in batch.counts.items()}
-        metrics |= {"policy_tokens": float(batch.policy_tokens), "agent_tokens": float(batch.agent_tokens), "skipped": 0.0}
+        metrics = {
+            **{f"batch_{name}": float(count) for name, count in batch.counts.items()},
+            **{"policy_tokens": float(batch.policy_tokens), "agent_tokens": float(batch.agent_tokens), "skipped": 0.0},
+        }
         if reason := _fault(batch):
             return metrics | {"trainable_tokens": 0.0} | self._skip(reason)
         metrics["trainable_tokens"] = float(batch.trainable(self.config.loss).sum())

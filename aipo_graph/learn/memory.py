@@ -59,6 +59,8 @@ def estimate(config: Config, model_path: str | Path | None = None) -> Estimate:
     """
     try:
         shape = read_config(model_path or config.policy.model)
+        if not hasattr(shape.get_text_config(), "num_attention_heads"):
+            raise ValueError(f"what a model of the type {shape.model_type} keeps of a text is not counted here")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, _weight_type(config)))
     except (ConfigError, ValueError) as error:
@@ -175,11 +177,12 @@ def _sampler(config: Config, model: PreTrainedModel, whole: int, gpu: tuple[str,
     if setting.kind == "local":
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        copies = setting.workers * (1 + ("policy" in config.agents.models.values()))
         rows = min(setting.workers * setting.max_batch, config.rollout.problems * config.rollout.traces)
         length = config.rollout.max_tokens + config.task.max_prompt_tokens
         cache = rows * length * 2 * heads * width * text.num_hidden_layers * size
         return [
-            Part("sampler's weights", setting.workers * whole, BOTH, f"{config.policy.dtype}, in {setting.workers} (engine.workers)"),
+            Part("sampler's weights", copies * whole, BOTH, f"{config.policy.dtype}, {copies} copies (engine.workers, agents.models)"),
             Part("sampler's cache", cache, BOTH, f"{rows} rows of {length:,} tokens; longer prompts and replies take more"),
         ]
     if setting.kind == "server" and (not setting.launch or torch.cuda.device_count() > 1):  # a launched one takes the last GPU

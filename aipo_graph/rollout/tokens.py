@@ -120,9 +120,8 @@ class Tokenizer:
 
         A normaliser inside the tokenizer can make a tag out of look-alikes, hence the second look at the decoded text.
         """
-        text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can hold, and no tokenizer takes
-        if limit is not None:
-            text = text[: 64 * limit]  # no token is longer; a reply of megabytes must not stall the event loop
+        # No tokenizer takes half a surrogate pair, which JSON can hold. No token is longer: a reply of megabytes would stall the loop.
+        text = text.encode(errors="replace").decode()[: None if limit is None else 64 * limit]
         for _ in range(3):
             encoded = self._tokenizer.encode(self.neutralise(text), add_special_tokens=False, split_special_tokens=True)
             ids = tuple(token for token in encoded if token not in self.control_ids)[:limit]
