@@ -183,8 +183,13 @@ async def test_an_adapter_is_sampled_from_and_requests_keep_theirs(vllm_server: 
         after = await engine.generate(PROMPT, seed=1, max_tokens=20)
         assert after.version == 2
         assert gap(after.logprobs, exact(second, [*PROMPT, *after.token_ids])[prefix:]) < CLOSE
-        await engine.load_weights(first_tensors, 3)
-        assert [path.name.rpartition("-")[2] for path in engine._files.folder.iterdir()] == ["3"]
+        for model, tensors in ((first, first_tensors), (second, second_tensors)):  # and one that went back makes other weights of it
+            await engine.load_weights(tensors, 3)
+            assert gap(await engine.logprobs(ids), exact(model, ids)) < CLOSE
+            again = await engine.generate(PROMPT * 34, seed=1, max_tokens=5)  # blocks of its cache are full
+            assert gap(again.logprobs, exact(model, [*PROMPT * 34, *again.token_ids])[34 * len(PROMPT) - 1 :]) < CLOSE
+        [left] = engine._files.folder.iterdir()
+        assert f"{left.name}.".partition("-")[2].startswith("3.")
 
 
 async def test_weights_that_a_lora_run_evaluated_do_not_pass_for_the_servers_own(vllm_server: str, tmp_path: Path) -> None:
