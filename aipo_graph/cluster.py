@@ -45,7 +45,7 @@ from aipo_graph.types import Completion, Learned, Stop, TraceGroup
 
 try:
     import ray
-    from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+    from ray.exceptions import ActorDiedError, OutOfMemoryError, OwnerDiedError, RayActorError, RayError, RayTaskError
 except ImportError as missing:
     raise ConfigError(f"cluster.address: Ray is not installed; {install('ray')}, or leave it empty") from missing
 
@@ -277,7 +277,7 @@ class Remote(Seats):
             self.load[sampler] += 1
             try:
                 return await answer(sampler.generate.remote(list(prompt_ids), settings))
-            except ActorDiedError:
+            except (ActorDiedError, OutOfMemoryError):
                 self._samplers = [other for other in self._samplers if other != sampler]
             except RayActorError:
                 self._lost[sampler] = time.monotonic()
@@ -331,7 +331,7 @@ async def answer(reference: Any) -> Any:
         ray.cancel(reference)
         raise
     except RayTaskError as error:
-        if isinstance(error.cause, ObjectLostError):  # the weights that rank 0 had published
+        if isinstance(error.cause, OwnerDiedError):  # rank 0, which had published the weights
             raise LostError(first_line(error.cause)) from None
         raise (error.cause if isinstance(error.cause, AipoError) else error) from None
 

@@ -398,7 +398,7 @@ class Config(Section):
         if self.cluster.address:
             if ":" in self.run.device:
                 raise ValueError(f"run.device = {self.run.device}: in a cluster Ray chooses the GPU of each process; say cuda")
-            if self.engine.launch:
+            if self.engine.launch and self.cluster.address != "local":
                 raise ValueError("engine.launch: in a cluster others do not reach this machine's server; start one and give engine.urls")
             if self.engine.kind != "local" and any(spec.partition(":")[0] == "policy" for spec in self.agents.models.values()):
                 raise ValueError("agents.models: policy: in a cluster nothing keeps the starting weights; serve them and say vllm:URL")

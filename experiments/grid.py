@@ -167,7 +167,7 @@ CHOOSING = ("tuning", "choice")
 ORDER: Sequence[tuple[str, Sequence[str], Sequence[int]]] = (
     ("coefficients", ("aipo", "gated", "sft", "luffy", "ppo", "mask", "signed", "grpo"), (1, 2, 3)),
     ("faulty", tuple(f"{name}@same30" for name in METHODS), (1, 2, 3)),
-    ("verbose", METHODS, (1, 2, 3)),
+    ("verbose", ("base", *METHODS), (1, 2, 3)),
     ("faulty", tuple(f"{name}@{level}" for level in ("10", "25") for name in METHODS[:6]), (1, 2, 3)),
     ("choice", tuple(EXPERIMENTS["choice"].variants), TUNING_SEEDS[:1]),
     ("generality", ("qwen3/grpo/aipo", "qwen3/grpo/alone", "gemma3/grpo/aipo", "gemma3/grpo/alone"), (1, 2)),

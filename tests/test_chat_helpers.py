@@ -506,6 +506,23 @@ async def test_a_helper_that_hands_over_to_its_parents_graph_is_learned_from() -
     assert (trace.status, said(trace)) == ("done", [("experts", "Six sevens.")])
 
 
+async def test_a_helper_that_rewrites_anothers_result_is_learned_from() -> None:
+    async def consult(state: MessagesState) -> Any:
+        call = {"name": "look_up", "args": {"question": "how?"}, "id": "123456789", "type": "tool_call"}
+        return {"messages": [AIMessage("", tool_calls=[call]), ToolMessage("Six sevens are 42, I think.", tool_call_id=call["id"], id="r")]}
+
+    async def condense(state: MessagesState) -> Any:
+        return {"messages": [ToolMessage("six sevens: 42", tool_call_id="123456789", id="r")]}
+
+    async def say(state: MessagesState) -> Any:
+        return {"messages": [await PolicyChatModel().ainvoke(state["messages"])]}
+
+    order = [(START, "consult"), ("consult", "condense"), ("condense", "say")]
+    graph = messages_graph({"consult": consult, "condense": condense, "say": say}, order)
+    trace = await run(build(tool_manners.tokenizer(QWEN_LIKE), graph, lambda text: "\\boxed{42}", ["condense"]))
+    assert (trace.status, said(trace)) == ("done", [("condense", "six sevens: 42")])
+
+
 async def test_a_forced_call_of_a_helper_fits_alone_too() -> None:
     raw = tool_manners.tokenizer(QWEN_LIKE)
     request = call(raw)

@@ -175,7 +175,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ("--cluster.learners 2", "cluster.learners = 2: needs a Ray cluster; say cluster.address: local, or a running one's"),
         ("--cluster.address here", "cluster.address = 'here': must match"),
         (
-            "--cluster.address local --engine.kind server --engine.launch true",
+            "--cluster.address auto --engine.kind server --engine.launch true",
             "engine.launch: in a cluster others do not reach this machine",
         ),
         ("--cluster.address local --run.device cuda:1", "run.device = cuda:1: in a cluster Ray chooses the GPU of each process; say cuda"),

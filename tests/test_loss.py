@@ -151,6 +151,8 @@ def test_every_name_of_the_config_has_a_formula() -> None:
 
 
 MINE = """
+import torch
+
 def gated(log_rho, logprobs, advantages, settings):
     return -advantages.clamp(min=0) * logprobs
 
@@ -159,6 +161,9 @@ def summed(log_rho, logprobs, advantages, settings):
 
 def odd(log_rho, logprobs, advantages, settings):
     return logprobs @ logprobs
+
+def nothing_yet(log_rho, logprobs, advantages, settings):
+    return -advantages * logprobs if (advantages > 0).any() else torch.zeros_like(logprobs)
 
 def cut(log_rho, logprobs, advantages, settings):
     return -advantages * logprobs.detach()
@@ -180,13 +185,14 @@ def test_functions_of_ones_own_are_parts_of_the_loss(tmp_path: Path, monkeypatch
     total, _, gradient = parts(Loss(algorithm="mine.py:gated"), batch_of())
     assert total.isfinite()
     assert gradient.abs().sum() > 0
+    assert parts(Loss(agent="mine.py:nothing_yet"), batch_of(a0=-1.0))[0].isfinite()
     traces = [trace(segment("context", 1), segment("policy", 2), reward=reward) for reward in (3.0, 1.0)]
     batch = pack([group(*traces)], Loss(advantage="mine.py:squared", baseline="group"))
     assert batch.advantages[:, -1].tolist() == [9.0, 1.0]
     assert "loss.agent (mine.py)" in contents(Config(loss=Loss(agent="mine.py:gated"))), "a begun run notices an edit"
     for spec, said in (
         ("mine.py:summed", r"loss.agent = 'mine.py:summed': returns \[\]; a loss per token is wanted, a tensor of \[2, "),
-        ("mine.py:odd", r"loss.agent = 'mine.py:odd': RuntimeError in .*mine.py:9: "),
+        ("mine.py:odd", r"loss.agent = 'mine.py:odd': RuntimeError in .*mine.py:11: "),
         ("mine.py:cut", "loss.agent = 'mine.py:cut': returns a tensor without a gradient, from which nothing is learned; detach less"),
         ("mine.py:name", "loss.agent = 'mine.py:name': a str is no function; name one"),
         ("mine.py:gatd", "mine.py has no 'gatd'; did you mean 'gated'?"),

@@ -209,6 +209,12 @@ def test_several_by_name_with_weights() -> None:
 @pytest.mark.parametrize(
     ("several", "weights", "said"),
     [
+        (
+            {"reward": "text", "short": "text"},
+            {},
+            r"task.reward.reward: the whole reward, or what the rollout counts itself, has",
+        ),
+        ({"leaks": "text"}, {}, r"task.reward.leaks: the whole reward, or what the rollout counts itself, has that name; give it another"),
         ({"right": "text"}, {"rihgt": 1.0}, r"task.weights.rihgt: task.reward has no 'rihgt'; did you mean 'right'\?"),
         ("text", {"text": 1.0}, r"task.weights.text: task.reward has no 'text'; weights are those of rewards by name"),
         ("style", {}, r"task.reward = 'style': no such reward; there is json:SCHEMA_FILE, math, text; write path/to/rewards.py:name"),
@@ -222,12 +228,6 @@ def test_settings_that_name_no_reward(several: Any, weights: dict[str, float], s
 def test_two_scores_of_one_name() -> None:
     with pytest.raises(ConfigError, match=r"gave a score named 'right', as another reward does; rename one"):
         score({"right": lambda: 1.0, "other": lambda: {"reward": 1.0, "right": 2.0}})
-
-
-@pytest.mark.parametrize("name", ["reward", "leaks", "misfits"])
-def test_a_name_that_the_sum_or_the_rollout_takes(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"gave a score named '{name}', as another reward does; rename one"):
-        score({name: lambda: 1.0, "other": lambda: 0.5})
 
 
 # --- those that are here

@@ -555,7 +555,7 @@ async def test_a_problem_whose_prompt_fills_the_context_makes_way(tmp_path: Path
     assert (await run_step(rollouts, 1, step.drawn)).groups[0].problem.id == "p7"
     Long.every = 1
     with pytest.raises(ConfigError, match=r"the prompt has 1\d\d tokens, .* none fits"):
-        await run_step(rollouts, 2, 0)
+        await run_step(replace(rollouts), 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -268,13 +268,9 @@ class ServerEngine(Seats, vllm_api.VllmSampler):
     ) -> None:
         Seats.__init__(self)
         vllm_api.VllmSampler.__init__(self, config, facts, secrets.token_hex(4))
-        self._clients = clients
-        self._names = names
-        self._nccl = nccl
-        self._lora = lora
-        self._dtype = config.policy.dtype
-        self._in_use: Counter[str | None] = Counter()
+        self._clients, self._names, self._nccl, self._lora, self._dtype = clients, names, nccl, lora, config.policy.dtype
         self._loads = itertools.count()
+        self._in_use: Counter[str | None] = Counter()
         """Requests under way by adapter, whose files vLLM may read again as long as one uses it."""
 
     @classmethod

@@ -148,7 +148,7 @@ def _yours(setting: str, spec: str) -> Surrogate:
         if not isinstance(found, Tensor) or found.shape != logprobs.shape:
             what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError(f"{setting} = {spec!r}: returns {what}; a loss per token is wanted, a tensor of {list(logprobs.shape)}")
-        if logprobs.requires_grad and not found.requires_grad:
+        if logprobs.requires_grad and not found.requires_grad and found.any():
             raise ConfigError(f"{setting} = {spec!r}: returns a tensor without a gradient, from which nothing is learned; detach less")
         return found
 

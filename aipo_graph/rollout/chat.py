@@ -61,11 +61,11 @@ def with_threads(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
 
 
 Said = tuple[str, str]
-"""A message's type and its text, or of a tool's result which call it answers."""
+"""A message's type, and which call it answers, if one, with its text."""
 
 
 def _said(message: BaseMessage) -> Said:
-    return message.type, str(getattr(message, "tool_call_id", "") or message.text)
+    return message.type, f"{getattr(message, 'tool_call_id', '')}\n{message.text}"
 
 
 class OutOfTokens(GraphBubbleUp):

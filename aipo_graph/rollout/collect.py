@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -409,14 +409,19 @@ class Rollouts:
         """A text to compare logprobs on: the first training problems' questions, up to PROBE_TOKENS tokens."""
         return self.tokenizer.plain(" ".join(self.task.train(index).question for index in range(8)), PROBE_TOKENS)[0]
 
+    @cached_property
+    def _train(self) -> Callable[[int], Problem]:
+        """The task's, which may take its time and is asked again for the steps under way."""
+        return lru_cache(4096)(self.task.train)
+
     def draw(self, cursor: int) -> Draw:
         """The first training problem from number ``cursor`` on that is short enough. Raises ConfigError where none comes."""
         limit = self.config.task.max_prompt_tokens
         for index in range(cursor, cursor + MOST_PASSED_OVER + 1):
-            problem = self.task.train(index)
+            problem = self._train(index)
             if not limit or len(self.tokenizer.plain(problem.question, limit + 1)[0]) <= limit:
                 of_the_step = range(index - index % self.config.rollout.problems, index)
-                return Draw(index, problem, sum(self.task.train(before).id == problem.id for before in of_the_step))
+                return Draw(index, problem, sum(self._train(before).id == problem.id for before in of_the_step))
         raise ConfigError(f"task.max_prompt_tokens = {limit}: each of {MOST_PASSED_OVER} problems in a row is longer; raise it")
 
 

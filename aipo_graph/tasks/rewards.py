@@ -111,6 +111,8 @@ class Rewards:
                 f"task.weights.{unknown}: task.reward has no {unknown!r}{files.nearest(unknown, filter(None, several))}; "
                 "weights are those of rewards by name, task.reward: {NAME: file.py:name}"
             )
+        if taken := next((name for name in several if name in ("reward", *COUNTED)), None):
+            raise ConfigError(f"task.reward.{taken}: the whole reward, or what the rollout counts itself, has that name; give it another")
         self._functions = {name: function(spec, config) for name, spec in several.items()}
         self._weights, self._seconds = config.task.weights, config.task.timeout
         self._labels = {name: _label(spec, config) for name, spec in several.items()}
@@ -136,7 +138,7 @@ class Rewards:
             if name:
                 parts.append(self._weights.get(name, 1.0) * own["reward"])
                 own = {name if key == "reward" else key: value for key, value in own.items()}
-            if twice := next((key for key in own if key in scores or (name and key in ("reward", *COUNTED))), None):
+            if twice := next((key for key in own if key in scores), None):
                 raise ConfigError(f"{label}: gave a score named {twice!r}, as another reward does; rename one")
             scores |= own
         return scores if "" in self._functions else {"reward": maths.fsum(parts), **scores}
