@@ -265,8 +265,8 @@ def run(config: Config, console: Console, *, force: bool = False, on_step: OnSte
         if evaluated:
             console.print(trained_table(values["base"], values["trained"]))
             for line in verdict(compare(evaluation / "base", evaluation / "trained"), values["base"]["kind"]):
-                console.print(line)
-        console.print(f"policy and summary.json are in {log.folder}")
+                console.print(line, markup=False)
+        console.print(f"policy and summary.json are in {log.folder}", markup=False)
         console.print(f"look at it: python -m aipo_graph.view {log.folder}", markup=False)
         if not files.objects():  # which the other commands would lack
             console.print(f"ask it: python -m aipo_graph.demo {log.folder}", markup=False)

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import TaskError
 from aipo_graph.evaluate import main
-from aipo_graph.evaluation.report import caption, helpfulness, maj_at_k, remarks, sign_flip, solve_rates, summarise, table
+from aipo_graph.evaluation.report import caption, comparison, helpfulness, maj_at_k, remarks, sign_flip, solve_rates, summarise, table
 from aipo_graph.evaluation.samples import Part, Sample, ballot, read
 from aipo_graph.types import Problem
 
@@ -305,3 +306,12 @@ def test_evaluations_that_cannot_be_compared(words: list[str], text: str, folder
         line = {"part": "hard/alone", "problem": problem, "sample": 0, "status": "done", "solved": True, "tokens": 3, "consults": {}}
         (folder / name / "samples.jsonl").write_text(json.dumps({"settings": settings}) + "\n" + json.dumps(line) + "\n")
     assert text in failure(capsys, "--compare", *words)
+
+
+def test_names_are_shown_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets in a path or a kind are no markup."""
+    both = {"first": 0.5, "second": 0.7, "pass@1": None, "problems": 3, "samples": 2}
+    Console(width=120).print(comparison(("runs/a", "x[/tmp]/b [old]"), {"Algebra [easy]/alone": both}))
+    shown = capsys.readouterr().out
+    assert "x[/tmp]/b [old]" in shown
+    assert "Algebra [easy]/alone" in shown

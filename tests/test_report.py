@@ -239,11 +239,13 @@ def test_what_went_wrong_is_told(store: Write) -> None:
         *cell("coefficients", "raft", HIGH),
         *cell("coefficients", "grpo", (0, 0, 0), trained=forgot, tokens=6000, steps=3),
         *cell("tuning", "grpo_1e-4", LOW),
+        *cell("generality", "llama/grpo/alone", (0, 0, 0), trained=forgot),
+        *cell("generality", "qwen3/grpo/alone", (0, 0, 0), trained=forgot),  # another model's base is not known
     ]
     folder = store(rows)
     bullets = section(made(folder), "What did not work")
     assert "**Not shown**: signed above raft (coefficients)." in bullets
-    assert "Worse on easy problems than untrained: grpo (coefficients)." in bullets
+    assert "Worse on easy problems than untrained: grpo (coefficients), llama/grpo/alone (generality)." in bullets
     assert cells(behind(folder, "coefficients"), "grpo")[-2:] == ["0.01", "3"]
     assert "**Settings were chosen on seeds 1, 2, 3, which report, too.**" in behind(folder, "how")
 

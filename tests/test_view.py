@@ -30,7 +30,7 @@ from aipo_graph import cli
 from aipo_graph.config import Config
 from aipo_graph.errors import ConfigError
 from aipo_graph.load import data
-from aipo_graph.log import RunLog
+from aipo_graph.log import LoggedGroup, RunLog
 from aipo_graph.types import Learned, Problem, Segment, Status, Trace, TraceGroup
 from aipo_graph.view import __main__ as view
 from aipo_graph.view import record as page
@@ -760,3 +760,9 @@ def test_a_file_that_is_no_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="no tokenizer that loads"):
         Pieces(tmp_path / "tokenizer.json")
+
+
+def test_a_reward_just_below_1_is_not_rounded_to_it() -> None:
+    trace = Trace("p", 0, False, (), (), scores={"reward": 0.99996})
+    [told] = page.rows(LoggedGroup(1, TraceGroup(Problem("p", "1+1?", "2"), (trace,)), ()))
+    assert (told["reward"], trace.solved) == (0.99996, False)

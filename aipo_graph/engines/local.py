@@ -262,8 +262,7 @@ class LocalEngine:
             self._drop_cancelled()
         if count := len(self._live) + len(self._waiting):
             raise EngineError(f"weights {version} cannot be loaded while {count} requests are sampled; wait for them")
-        targets = self.model.state_dict()
-        given = dict(weights)
+        targets, given = self.model.state_dict(), dict(weights)
         wrong = [name for name, tensor in given.items() if name not in targets or tensor.shape != targets[name].shape]
         covered = {targets[name].data_ptr() for name in given.keys() & targets.keys()}  # a tied tensor is covered by its twin
         wrong += [name for name, target in targets.items() if target.data_ptr() not in covered]

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from aipo_graph.errors import ConfigError, TaskError
@@ -308,14 +309,14 @@ def _leaks(samples: Sequence[Sample]) -> Values:
 
 def table(values: Values) -> Table:
     """The figures of an evaluation, each over its interval."""
-    shown = Table(title=f"{values['model']}: {_problems(values['kind'])}, 95 % intervals over problems")
+    shown = Table(title=escape(f"{values['model']}: {_problems(values['kind'])}, 95 % intervals over problems"))
     modes = [("", values), *values["kinds"].items()]
     columns = [(f"{kind} {mode}".strip().replace("_", " "), found[mode]) for kind, found in modes for mode in MODES if mode in found]
     if "difference" in values:
         columns.append(("difference,\npaired", values["difference"]))
     shown.add_column("", no_wrap=True)
     for title, _ in columns:
-        shown.add_column(title, justify="right")
+        shown.add_column(escape(title), justify="right")
     found = [found for _, found in columns]
     for name in (*(f"pass@{k}" for k in values["k"]), *(f"maj@{k}" for k in values["k"]), "greedy"):
         if any(name in column for column in found):
@@ -355,7 +356,7 @@ def _problems(kind: str) -> str:
 
 def trained_table(base: Values, trained: Values) -> Table:
     """Base and trained policy, alone and with agents, and the other kinds alone: 80 columns hold it."""
-    shown = Table(title=f"{_problems(base['kind'])}, 95 % intervals over problems")
+    shown = Table(title=escape(f"{_problems(base['kind'])}, 95 % intervals over problems"))
     for title in ("", "base", "trained"):
         shown.add_column(title, justify="right" if title else "left", style="bold" if title == "trained" else "")
     for kind, before, after in [
@@ -367,8 +368,11 @@ def trained_table(base: Values, trained: Values) -> Table:
             pair = before[mode], after[mode]
             for name in (*(f"pass@{k}" for k in base["k"]), "greedy"):
                 if any(found.get(name) is not None for found in pair):
-                    cells = (cell(found, name).replace("\n", " (", 1) + ")" for found in pair)
-                    shown.add_row(f"{kind}{mode.replace('_', ' ')}, {name}", *cells)
+                    cells = (
+                        f"{mean} ({interval})" if interval else mean
+                        for mean, _, interval in (cell(found, name).partition("\n") for found in pair)
+                    )
+                    shown.add_row(escape(f"{kind}{mode.replace('_', ' ')}, {name}"), *cells)
             shown.add_row("problems x samples", *map(size, pair), style="dim")
     return shown
 
@@ -423,11 +427,11 @@ def remarks(values: Values) -> list[str]:
 
 def comparison(names: tuple[str, str], parts: dict[str, Values]) -> Table:
     """Part -> the paired difference of two evaluations' pass@1 there."""
-    shown = Table(title=f"{names[1]}\nminus {names[0]}", caption="95 % intervals over problems; p: sign-flip permutation test")
+    shown = Table(title=escape(f"{names[1]}\nminus {names[0]}"), caption="95 % intervals over problems; p: sign-flip permutation test")
     for title in ("", "first", "second", "difference", "problems"):
         shown.add_column(title, justify="right" if title else "left")
     for part, values in parts.items():
-        shown.add_row(part, _number(values["first"], 3), _number(values["second"], 3), cell(values, "pass@1"), size(values))
+        shown.add_row(escape(part), _number(values["first"], 3), _number(values["second"], 3), cell(values, "pass@1"), size(values))
     return shown
 
 

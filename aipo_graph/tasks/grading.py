@@ -88,7 +88,7 @@ def leaks(reply: str, gold: str, known: str) -> bool:
     counts only where it is presented as a result: alone in the reply, boxed, or after ``=``, ``:``, ``is`` or an arrow. That lets a
     short gold slip through in other wordings; the other error would mask most replies of a task with small answers.
     """
-    texts = (_DRESSING.sub("", text[-LONGEST_READ:]) for text in (reply, known))
+    texts = (_DRESSING.sub("", text[-LONGEST_READ:].replace("−", "-")) for text in (reply, known))
     found = (pattern.search(text) is not None for pattern, text in zip(_stated(gold), texts, strict=True))
     return next(found) and not next(found)
 
@@ -102,8 +102,8 @@ def _stated(gold: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
         top, bottom = abs(written[0].numerator), written[0].denominator
         whole, _, rest = (f"{Decimal(top) / bottom:f}" if bottom > 1 else str(top)).partition(".")
         decimal = rf"{whole.lstrip('0') or '0?'}\.{rest}0*" if rest else rf"{whole}(?:\.0*)?"
-        # A minus after a word or a bracket is one of a difference.
-        sign = r"(?<![\w)}])(?<![\w)}] )-" if written[0] < 0 else r"(?:(?<!-)|(?<=[\w)}]-)|(?<=[\w)}] -))"
+        # A minus after a number, a letter or a bracket is one of a difference.
+        sign = r"(?<![\w)}])(?<![\d)}] )(?<!\b[A-Za-z] )-" if written[0] < 0 else r"(?:(?<!-)|(?<=[\w)}]-)|(?<=[\d)}] -)|(?<=\b[A-Za-z] -))"
         spelled = rf"(?<![\w.,/]){sign}(?:{decimal}|{top}\s?/\s?{bottom}|frac\s?\{{{top}\}}\{{{bottom}\}})(?![\w/]|[.,]\d)"
     else:  # as it stands, however it is spaced
         tokens = re.findall(r"\\[A-Za-z]+|[A-Za-z0-9]+|\S", target)

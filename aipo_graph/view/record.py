@@ -238,7 +238,7 @@ def rows(logged: LoggedGroup) -> list[dict[str, Any]]:
         learned = _learned(logged, index)
         advantages = [a for a in learned.advantages if a is not None and math.isfinite(a)] if learned else []
         values = (
-            rounded(trace.reward),
+            trace.reward if math.isfinite(trace.reward) else None,
             trace.status,
             int(trace.with_agents),
             sum(len(segment.token_ids) for segment in trace.segments),

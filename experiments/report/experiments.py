@@ -40,9 +40,14 @@ def marked(text: str, own: Mean | None, other: Mean | None) -> str:
 
 def forgotten(study: Study, experiment: str) -> list[str]:
     """Variants that are below the untrained policy on easy problems."""
-    base = study.mean(experiment, "base", "easy pass@1")
-    names = [name for name in study.cells.get(experiment, {}) if not untrained(name)]
-    return [name for name in names if compare(study.mean(experiment, name, "easy pass@1"), base) == "below"]
+    metric, names = "easy pass@1", [name for name in study.cells.get(experiment, {}) if not untrained(name)]
+    places = {name: name.partition("/")[0] if "/" in name else "" for name in names}
+    bases = {place: f"{place}/base" if place in ("qwen3", "gemma3") else "base" for place in places.values()}
+    return [
+        name
+        for name, place in places.items()
+        if compare(study.mean(experiment, name, metric), study.mean(experiment, bases[place], metric)) == "below"
+    ]
 
 
 # --- figures

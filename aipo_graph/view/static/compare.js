@@ -34,7 +34,7 @@ function GroupView({ runs, source, entry, all, colour, go }) {
   const { loaded, error } = useTraces(source, entries);
   if (!loaded) return html`<${Waiting} error=${error} />`;
   const sorts = [...new Set(entries.map((one) => one.sort))];
-  const mean = (sort) => meanReward(entries.filter((one) => one.sort === sort && !wasCut(one)));
+  const mean = (sort) => meanReward(entries.filter((one) => one.sort === sort && !unscored(one)));
   const { about } = loaded[0].trace;
   return html`<article class="group" data-testid="group">
     <div class="card head">

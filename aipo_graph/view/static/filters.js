@@ -187,7 +187,7 @@ function stepsOf(entries) {
 function meansByStep(entries) {
   const sums = { alone: new Map(), with: new Map() };
   for (const entry of entries) {
-    if (entry.reward === null || wasCut(entry)) continue;
+    if (unscored(entry)) continue;
     const of = sums[entry.withAgents ? "with" : "alone"];
     const [sum, count] = of.get(entry.step) || [0, 0];
     of.set(entry.step, [sum + entry.reward, count + 1]);

@@ -65,7 +65,7 @@ function TraceRow({ entry, top, chosen, place, count, onChoose }) {
           : consultsOf(entry) > 0 && ` · ${plural(consultsOf(entry), "consult")}`}</div>
     </div>
     <div class="row-numbers number">
-      <div title="reward">${wasCut(entry) ? "–" : fixed(entry.reward, 2)}</div>
+      <div title="reward">${unscored(entry) ? "–" : fixed(entry.reward, 2)}</div>
       <div class=${classes("row-advantage", entry.advantage > 0 && "good", entry.advantage < 0 && "bad")}
         title="advantage">${signed(entry.advantage)}</div>
     </div>

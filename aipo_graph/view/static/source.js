@@ -102,6 +102,11 @@ function wasCut(entry) {
   return entry.error !== null || UNFINISHED.has(entry.status);
 }
 
+/** Whether a trace has no reward that counts: it is learned from as little. */
+function unscored(entry) {
+  return entry.reward === null || ["failed", "timeout", "leaked"].includes(entry.status);
+}
+
 /** "solved", "partly" or "unsolved". */
 function outcomeOf(entry) {
   if (entry.reward >= 1 - 5e-7) return "solved";
