@@ -324,7 +324,7 @@ def tensors(parts: Iterable[Weights]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 async def answer(reference: Any) -> Any:
-    """What a call returned. Raises the error that was raised there, RayActorError where the process died."""
+    """What a call returned. Raises the error that was raised there, one of DEAD where the process died, LostError where rank 0 did."""
     try:
         return await asyncio.wrap_future(reference.future())
     except asyncio.CancelledError:

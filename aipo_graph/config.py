@@ -157,6 +157,14 @@ def task_options(section: TaskSection, form: type[Options]) -> Options:
         raise ConfigError(f"task.options.{name} = {first['input']!r}: {what}; options of {section.name}: {there}") from error
 
 
+def refuse_problems(section: TaskSection) -> None:
+    """For a task that makes its own problems. Raises ConfigError where the settings name others."""
+    if section.data is not None or section.heldout or section.columns:
+        raise ConfigError(
+            f"task.name = {section.name}: it makes its own problems; leave out {section.data or section.heldout or section.columns!r}"
+        )
+
+
 class Rollout(Section):
     graph: str = "graphs/aipo.py:build"
     """The graph with agents: path.py:function, or package.module:function."""

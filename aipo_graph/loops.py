@@ -50,6 +50,8 @@ def inner(function: Any) -> Any:
 async def call(function: Callable[..., Any], *args: Any, named: Mapping[str, Any], late: list[Future[Any]]) -> Any:
     """What a function of a user's gives, async or plain. A plain one runs in a thread that nobody waits for at the end of the process: what
     does not end in time cannot be ended, and is one of ``late`` from then on."""
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        return await function(*args, **named)
     context, ended = copy_context(), Future[Any]()
     ended.set_running_or_notify_cancel()  # so that whoever stops waiting for it does not cancel it
 
@@ -59,8 +61,6 @@ async def call(function: Callable[..., Any], *args: Any, named: Mapping[str, Any
         except BaseException as error:  # noqa: BLE001  # raised where the call is awaited
             ended.set_exception(error)
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        return await function(*args, **named)
     _thread.start_new_thread(work, ())  # a Thread's start waits for it, and the whole event loop with it
     try:
         value = await asyncio.wrap_future(ended)

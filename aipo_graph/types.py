@@ -28,6 +28,15 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def spelt(text: str) -> str:
+    r"""Without lone surrogates, which JSON, YAML and names of files can hold and nothing can write: they become question marks.
+
+    >>> spelt("1\ud83d")
+    '1?'
+    """
+    return text.encode(errors="replace").decode()
+
+
 def differ(rewards: Iterable[float]) -> bool:
     """Whether finite rewards say which traces are better: by more than the float noise of how each was worked out.
 

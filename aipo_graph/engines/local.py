@@ -46,7 +46,8 @@ class Stops:
         """Whether the last sampled token, one of ``watch``, completes a stop. A string may end inside it: the ids stay as they are."""
         if sampled[-1] in self._eos_ids or any(sampled[-len(ids) :] == ids for ids in self._sequences):
             return True
-        return bool(self._strings) and any(map(self._decode(sampled[-self._tail :]).__contains__, self._strings))
+        text = self._decode(sampled[-self._tail :]) if self._strings else ""
+        return any(string in text for string in self._strings)
 
 
 def _pieces(decode: Decode, vocab_size: int) -> list[str]:

@@ -331,8 +331,13 @@ class ServerEngine(Seats, vllm_api.VllmSampler):
         """One token, on a server with adapters. Prompt logprobs beside other requests end its engine (vLLM 0.32 maps the batch's rows to
         adapters, not the prompt's), and only completions return the logprob of a given token."""
         body: dict[str, Any] = {
-            **{"model": self._adapter or self._names[client.url], "prompt": list(prompt), "max_tokens": 1, "temperature": 0.0},
-            **{"logprobs": 0, "logprob_token_ids": [token], "return_tokens_as_token_ids": True},
+            "model": self._adapter or self._names[client.url],
+            "prompt": list(prompt),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": 0,
+            "logprob_token_ids": [token],
+            "return_tokens_as_token_ids": True,
         }
         answer = await client.sample(TEXT, body)
         return float(answer["choices"][0]["logprobs"]["top_logprobs"][0][f"token_id:{token}"])

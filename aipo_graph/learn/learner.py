@@ -133,7 +133,9 @@ class Learner:
         self.version += 1
         metrics = {
             **{f"batch_{name}": float(count) for name, count in batch.counts.items()},
-            **{"policy_tokens": float(batch.policy_tokens), "agent_tokens": float(batch.agent_tokens), "skipped": 0.0},
+            "policy_tokens": float(batch.policy_tokens),
+            "agent_tokens": float(batch.agent_tokens),
+            "skipped": 0.0,
         }
         if reason := _fault(batch):
             return metrics | {"trainable_tokens": 0.0} | self._skip(reason)

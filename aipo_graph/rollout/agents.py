@@ -35,7 +35,7 @@ from aipo_graph import load
 from aipo_graph.errors import AgentError, AipoError, ConfigError, ContextError, EngineError, RequestError, ToolError
 from aipo_graph.rollout.tokens import quoted
 from aipo_graph.rollout.tools import Tool, answer, shown, text
-from aipo_graph.types import Reply, Request, derive_seed
+from aipo_graph.types import Reply, Request, derive_seed, spelt
 
 # --- prompt files: one Markdown file per name, plain text with `{field}` places (a literal brace is doubled)
 
@@ -334,7 +334,7 @@ def _newest(transcript: str, limit: int) -> str:
 def _bounded(text: str, limit: int) -> str:
     """Untrusted text without control tokens, its end cut off where it is longer than ``limit`` characters."""
     text = text if len(text) <= limit else f"{text[:limit]} […]"
-    return FOREIGN.sub(" ", text.encode(errors="replace").decode())
+    return FOREIGN.sub(" ", spelt(text))
 
 
 async def _call(model: Runnable[Any, AIMessage], messages: list[BaseMessage], sampling: Mapping[str, Any]) -> AIMessage:

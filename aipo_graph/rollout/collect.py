@@ -32,7 +32,21 @@ from aipo_graph.rollout.tokens import FEEDBACK, Tokenizer, parse_request, writes
 from aipo_graph.rollout.tools import check_alone
 from aipo_graph.tasks.grading import leaks
 from aipo_graph.tasks.rewards import Rewards
-from aipo_graph.types import TRAINED, Engine, Problem, Reply, Request, Segment, Status, Task, Trace, TraceGroup, derive_seed, differ
+from aipo_graph.types import (
+    TRAINED,
+    Engine,
+    Problem,
+    Reply,
+    Request,
+    Segment,
+    Status,
+    Task,
+    Trace,
+    TraceGroup,
+    derive_seed,
+    differ,
+    spelt,
+)
 
 # --- the graphs and agents that a config names by path
 
@@ -315,9 +329,7 @@ class Rollouts:
                 status, reason = "failed", f"NoOutput: the graph ended without {key!r} in its state (rollout.output); see its routes"
         counted = ("rewrites", "invalid_calls", "misfits") if chat else ()
         scores = {name: float(getattr(chat, name)) for name in counted}
-        # They are logged as JSON, which takes no half of a surrogate pair.
-        told, answer = (text and text.encode(errors="replace").decode() for text in (reason, reply))
-        return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, told, answer or ""), state
+        return Trace(problem.id, seed, with_agents, segments, tuple(path), status, scores, reason and spelt(reason), spelt(reply)), state
 
     def _chat(self, ledger: Ledger, seed: int, *, alone: bool) -> ChatRun:
         return ChatRun(
@@ -416,12 +428,11 @@ class Rollouts:
 
     def draw(self, cursor: int) -> Draw:
         """The first training problem from number ``cursor`` on that is short enough. Raises ConfigError where none comes."""
-        limit = self.config.task.max_prompt_tokens
+        limit, problems = self.config.task.max_prompt_tokens, self.config.rollout.problems
         for index in range(cursor, cursor + MOST_PASSED_OVER + 1):
             problem = self._train(index)
             if not limit or len(self.tokenizer.plain(problem.question, limit + 1)[0]) <= limit:
-                of_the_step = range(index - index % self.config.rollout.problems, index)
-                return Draw(index, problem, sum(self._train(before).id == problem.id for before in of_the_step))
+                return Draw(index, problem, sum(self._train(i).id == problem.id for i in range(index - index % problems, index)))
         raise ConfigError(f"task.max_prompt_tokens = {limit}: each of {MOST_PASSED_OVER} problems in a row is longer; raise it")
 
 

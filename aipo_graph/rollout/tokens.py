@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from aipo_graph.messages import ChatFormat, blank, decode, settings, special_ids, turn_end
-from aipo_graph.types import Reply, Segment
+from aipo_graph.types import Reply, Segment, spelt
 
 # --- the protocol: `<agent>query</agent>` asks, `<feedback>reply</feedback>` answers
 
@@ -120,8 +120,7 @@ class Tokenizer:
 
         A normaliser inside the tokenizer can make a tag out of look-alikes, hence the second look at the decoded text.
         """
-        # No tokenizer takes half a surrogate pair, which JSON can hold. No token is longer: a reply of megabytes would stall the loop.
-        text = text.encode(errors="replace").decode()[: None if limit is None else 64 * limit]
+        text = spelt(text)[: None if limit is None else 64 * limit]  # no token is longer; megabytes must not stall the event loop
         for _ in range(3):
             encoded = self._tokenizer.encode(self.neutralise(text), add_special_tokens=False, split_special_tokens=True)
             ids = tuple(token for token in encoded if token not in self.control_ids)[:limit]
@@ -135,8 +134,7 @@ class Tokenizer:
 
         A prompt file explains the tags, so the text is taken as it is: what it quotes from others is neutralised before.
         """
-        bos, template = self._tokenizer.bos_token_id, self._tokenizer.apply_chat_template
-        text = text.encode(errors="replace").decode()
+        text, bos, template = spelt(text), self._tokenizer.bos_token_id, self._tokenizer.apply_chat_template
         if self._tokenizer.chat_template is not None:
             messages, bos = [{"role": "user", "content": text}], None
             text = str(template(messages, tokenize=False, add_generation_prompt=True, **settings(self._thinking)))

@@ -24,7 +24,7 @@ from aipo_graph.errors import ConfigError, TaskError, install
 from aipo_graph.load import OBJECT, data, find, load, records
 from aipo_graph.tasks import grading, rewards
 from aipo_graph.tools.notation import LONGEST, number, plain
-from aipo_graph.types import FIELDS, Problem, derive_seed
+from aipo_graph.types import FIELDS, Problem, derive_seed, spelt
 
 log = logging.getLogger(__name__)
 
@@ -360,7 +360,7 @@ def _text(cell: Any, whole: bool = False) -> str:
         cell = next((m.get("content") for m in reversed(cell) if isinstance(m, dict) and m.get("role") == "user"), None)
     if isinstance(cell, (bool, dict)) or (isinstance(cell, float) and not math.isfinite(cell)):
         return json.dumps(cell, default=str) if whole and not isinstance(cell, float) else ""
-    return str(cell).strip().encode(errors="replace").decode() if isinstance(cell, (str, int, float)) else ""
+    return spelt(str(cell).strip()) if isinstance(cell, (str, int, float)) else ""
 
 
 def _rows(setting: str, source: str, layout: Layout) -> Iterator[Mapping[str, Any]]:

@@ -18,7 +18,7 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aipo_graph.config import Config
+from aipo_graph.config import Config, refuse_problems
 from aipo_graph.errors import ConfigError, TaskError, install
 from aipo_graph.load import nearest
 from aipo_graph.tasks.grading import judged, last_box
@@ -176,10 +176,7 @@ class ReasoningGym:
 
 def build(config: Config) -> ReasoningGym:
     """The factory that ``task.name = reasoning_gym`` stands for. Raises ConfigError for a data file: generators make their own problems."""
-    if (data := config.task.data) is not None or config.task.heldout or config.task.columns:
-        raise ConfigError(
-            f"task.name = reasoning_gym: it makes its own problems; leave out {data or config.task.heldout or config.task.columns!r}"
-        )
+    refuse_problems(config.task)
     return ReasoningGym(config.task.options, config.run.seed)
 
 

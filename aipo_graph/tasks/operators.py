@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 
-from aipo_graph.config import Config, Fraction, Section, task_options
-from aipo_graph.errors import ConfigError, TaskError
+from aipo_graph.config import Config, Fraction, Section, refuse_problems, task_options
+from aipo_graph.errors import TaskError
 from aipo_graph.tasks.grading import last_box
 from aipo_graph.types import Problem, derive_seed
 
@@ -154,8 +154,5 @@ def evaluate(state: str, steps: str) -> str:
 
 def build(config: Config) -> Operators:
     """The factory that ``task.name = operators`` stands for. Raises ConfigError for a data file: this task makes its own problems."""
-    if (data := config.task.data) is not None or config.task.heldout or config.task.columns:
-        raise ConfigError(
-            f"task.name = operators: it makes its own problems; leave out {data or config.task.heldout or config.task.columns!r}"
-        )
+    refuse_problems(config.task)
     return Operators(config.run.seed, task_options(config.task, Options).easy_share)

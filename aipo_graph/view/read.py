@@ -17,6 +17,7 @@ from aipo_graph import __version__
 from aipo_graph.cli import read_yaml
 from aipo_graph.errors import ConfigError
 from aipo_graph.log import LOGGED_GROUP, POINT, LoggedGroup, opened, records
+from aipo_graph.types import spelt
 from aipo_graph.view.record import TOLD, Pieces, open_pieces, rounded, rows, trace_of
 
 # --- the picture of a graph as numbers, which the pages draw: boxes by their middles, edges as cubic curves of four points
@@ -198,7 +199,7 @@ class ViewedRun:
     """
 
     def __init__(self, folder: Path, traces: int = 2000) -> None:
-        self.folder, self.name = folder, _spelt(folder.resolve().name)
+        self.folder, self.name = folder, spelt(folder.resolve().name)
         self.state = "stopped"
         self._most = traces
         self._marks: dict[str, object] = {}
@@ -306,7 +307,7 @@ class ViewedRun:
         steps = self._settings.get("train.steps", "")
         return {
             "name": self.name,
-            "folder": _spelt(str(self.folder)),
+            "folder": spelt(str(self.folder)),
             "state": self.state,
             "notes": self._all_notes(),
             "shown": len(shown),
@@ -396,9 +397,4 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield from _flat(value, f"{prefix}{key}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield _spelt(f"{prefix}{key}"), _spelt(text)
-
-
-def _spelt(text: str) -> str:
-    """Without lone surrogates, which YAML and names of files can hold and JSON cannot: they become question marks."""
-    return text.encode(errors="replace").decode()
+            yield spelt(f"{prefix}{key}"), spelt(text)

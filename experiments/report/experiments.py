@@ -41,13 +41,13 @@ def marked(text: str, own: Mean | None, other: Mean | None) -> str:
 def forgotten(study: Study, experiment: str) -> list[str]:
     """Variants that are below the untrained policy on easy problems."""
     metric, names = "easy pass@1", [name for name in study.cells.get(experiment, {}) if not untrained(name)]
-    places = {name: name.partition("/")[0] if "/" in name else "" for name in names}
-    bases = {place: f"{place}/base" if place in ("qwen3", "gemma3") else "base" for place in places.values()}
-    return [
-        name
-        for name, place in places.items()
-        if compare(study.mean(experiment, name, metric), study.mean(experiment, bases[place], metric)) == "below"
-    ]
+    others = grid.EXPERIMENTS[experiment].bases if experiment in grid.EXPERIMENTS else {}
+
+    def base(name: str) -> Mean | None:
+        place = name.partition("/")[0]
+        return study.mean(experiment, f"{place}/base" if place in others else "base", metric)
+
+    return [name for name in names if compare(study.mean(experiment, name, metric), base(name)) == "below"]
 
 
 # --- figures
